@@ -1,0 +1,39 @@
+# make demo | test | lint | mutations; each builds .venv first when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint format mutations clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## build .venv with the library and the tools, at the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "building $(VENV): about two minutes, most of it for torch"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## the paper's MNIST experiment on real digits, as a page with its pictures and a verdict
+	$(BIN)/batchnorm reproduce mnist
+
+test: $(INSTALLED) ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy, as in CI
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+mutations: $(INSTALLED) ## break the code on purpose, a piece at a time, and see the suite turn red
+	$(BIN)/python -m tests.mutations
+
+clean: ## remove .venv and what the tools cached
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,44 @@
+"""Batch Normalization for PyTorch, complete.
+
+    Moments(count, mean, m2) is what a batch says;  Affine(scale, shift) is what a layer does.
+    layer = normalise by the moments of x  ·  sync = merge moments over ranks  ·  ghost = one Moments per group
+    population = merge moments over batches  ·  fold = compose an Affine into the neighbour
+    Nearly every module of the library is one of these verbs.
+
+The names below are all there is; docs/tour.md shows each at work.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from batchnorm.functional import batch_norm as batch_norm
+    from batchnorm.layers import BatchNorm1d as BatchNorm1d
+    from batchnorm.layers import BatchNorm2d as BatchNorm2d
+    from batchnorm.layers import BatchNorm3d as BatchNorm3d
+    from batchnorm.moments import Affine as Affine
+    from batchnorm.moments import Moments as Moments
+
+# Names are imported when first used: `batchnorm --help` and `batchnorm report` must not wait for torch.
+_HOME = {
+    "Moments": "moments",
+    "Affine": "moments",
+    "batch_norm": "functional",
+    "BatchNorm1d": "layers",
+    "BatchNorm2d": "layers",
+    "BatchNorm3d": "layers",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*_HOME, "__version__"]

@@ -1,0 +1,171 @@
+"""Batch normalization as functions: `batch_norm` with torch's signature, and the three steps it is made of.
+
+normalise by the batch's moments  →  track them in the running statistics  →  activate
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import ops, reference
+from batchnorm.moments import Affine, Moments
+
+Activation = str | Callable[[Tensor], Tensor] | None
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Batch normalization of each channel of `input` (Ioffe & Szegedy 2015, alg. 1 and 2).
+
+        output = activation(weight · (input - mean) / √(var + eps) + bias + residual)
+
+    training: use the batch's mean and biased variance, and move the running statistics, if given, in place:
+
+        running_mean ← (1 - momentum)·running_mean + momentum·mean
+        running_var  ← (1 - momentum)·running_var  + momentum·var·count/(count - 1)
+
+        A batch whose moments are not all finite leaves them as they were, and so does an empty one.
+    not training: use the running statistics, constants to the gradient.
+
+    Args:
+        input: (N, C, *S), any floating dtype; statistics are computed in float32 or wider.
+        running_mean: (C,) or None; required unless training.
+        running_var: (C,) or None, as running_mean.
+        weight: (C,) the paper's γ; None stands for 1.
+        bias: (C,) the paper's β; None stands for 0.
+        training: as above.
+        momentum: the weight of the new batch, torch's convention (Keras's and TensorFlow's is 1 - momentum).
+        eps: added to the variance, inside the root.
+        activation: None, "relu", "leaky_relu", "relu6", "silu", "sigmoid", "tanh", or a function of a tensor.
+        residual: added before the activation; has the shape of `input`.
+
+    Returns: the output, in the shape and dtype of `input`.
+
+    Raises:
+        ValueError: one value per channel when training; eps ≤ 0 when training; only one running statistic
+            given; an unknown activation; a residual of another shape.
+        RuntimeError: a per-channel argument whose length is not C; no running statistics when not training.
+        NotImplementedError: an input that is not floating point.
+    """
+    output, moments = normalise(input, running_mean, running_var, weight, bias, training, eps)
+    if moments is not None and running_mean is not None and running_var is not None:
+        track(moments, running_mean, running_var, momentum)
+    return activate(output, activation, residual)
+
+
+def normalise(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Moments | None]:
+    """Normalise by the batch's moments when training, and return them too (detached); else by the running ones.
+
+    Arguments and errors are those of `batch_norm`; the running statistics are only read.
+    """
+    _check(input, running_mean, running_var, weight, bias, training, eps)
+    if training:
+        return ops.normalise(input, weight, bias, eps)
+    assert running_mean is not None and running_var is not None  # _check saw to it
+    return Affine.normalising(running_mean, running_var, weight, bias, eps)(input), None
+
+
+@torch.no_grad()
+def track(moments: Moments, running_mean: Tensor, running_var: Tensor, rate: float | Tensor) -> Tensor:
+    """Move the running statistics towards `moments`, in place, by `rate`: the weight of the new batch.
+
+    The variance enters unbiased. Moments that are not all finite, or of fewer than two values, do not enter.
+
+    Returns: bool, 0-dimensional: whether the moments entered. A tensor, so that no device has to wait for it.
+    """
+    mean, variance = moments.mean, moments.variance(unbiased=True)
+    entered = (mean + variance).sum().isfinite()
+    for running, batch in ((running_mean, mean), (running_var, variance)):
+        running.lerp_(torch.where(entered, batch.to(running.dtype), running), rate)
+    return entered
+
+
+def activate(output: Tensor, activation: Activation = None, residual: Tensor | None = None) -> Tensor:
+    """activation(output + residual); see `batch_norm` for what `activation` may be."""
+    if residual is not None:
+        if residual.shape != output.shape:
+            raise ValueError(
+                f"the residual has shape {tuple(residual.shape)} but is added to {tuple(output.shape)}: "
+                "project or pad it first, it is not broadcast"
+            )
+        output = output + residual
+    function = activation_function(activation)
+    return output if function is None else function(output)
+
+
+def activation_function(activation: Activation) -> Callable[[Tensor], Tensor] | None:
+    """The function that `activation` names, itself if it is one already, None for None; or ValueError."""
+    if activation is None or callable(activation):
+        return activation
+    if activation not in reference.ACTIVATIONS:
+        names = ", ".join(f'"{name}"' for name in reference.ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: use {names}, None, or a module")
+    return reference.ACTIVATIONS[activation]
+
+
+def _check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    """Raise torch's errors for what cannot be normalised, and say what to do about it."""
+    if input.dim() < 2:
+        raise IndexError(
+            f"expected (N, C, ...) with at least 2 dimensions, got shape {tuple(input.shape)}: "
+            "add the batch dimension with input.unsqueeze(0)"
+        )
+    if not input.is_floating_point():
+        raise NotImplementedError(
+            f'"batch_norm" not implemented for {input.dtype}: convert the input first, e.g. input.float()'
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None and not training:
+        raise RuntimeError(
+            "running_mean and running_var must be defined in evaluation mode: "
+            "pass them, or training=True to use the batch's own statistics"
+        )
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, values in named.items():
+        if values is not None and values.numel() != input.size(1):
+            raise RuntimeError(
+                f"{name} should contain {input.size(1)} elements not {values.numel()}: the input of shape "
+                f"{tuple(input.shape)} has {input.size(1)} channels in dimension 1; set num_features to that, "
+                "or move the channels to dimension 1"
+            )
+    if training and math.prod((input.size(0), *input.shape[2:])) == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.size()}: "
+            "use a larger batch (a DataLoader with drop_last=True), or .eval() to use running statistics"
+        )
+    if eps <= 0 if training else eps < 0:
+        raise ValueError(
+            f"batch_norm eps must be {'positive' if training else 'non-negative'}, but got {eps}"
+        )

@@ -1,0 +1,56 @@
+"""The kernels of batch normalization in plain torch: what they mean, the fallback, and the oracle.
+
+Each is written to be read beside section 3 of Ioffe & Szegedy (2015), works for any floating dtype (float64
+included), any rank (N, C, *S) and any memory layout, and is differentiable. A faster twin has the same name
+and signature and is tested against this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchnorm.moments import Affine, Moments, accumulator, batch_dims, channelwise
+
+
+def moments(x: Tensor) -> Moments:
+    """Count, mean and m2 of each channel of `x`, (N, C, *S) (alg. 1, lines 1-2)."""
+    return Moments.of(x)
+
+
+def normalise(x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """y = weight·x̂ + bias with x̂ = (x - mean) / √(variance + eps), in x's dtype (alg. 1, lines 3-4)."""
+    return Affine.of(moments, weight, bias, eps)(x, about=moments.mean)
+
+
+def backward(
+    dy: Tensor, x: Tensor, moments: Moments, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `normalise` with `moments` taken from `x` itself: (dx, dweight, dbias).
+
+        dbias = Σ dy      dweight = Σ dy·x̂      dx = scale · (dy - dbias/count - x̂·dweight/count)
+
+    which is the chain of section 3's six equations with the middle terms cancelled; scale = weight / √(variance + eps).
+    dx has x's shape and dtype; dweight and dbias are (C,) in the accumulator's dtype.
+    """
+    dtype, dims = accumulator(x.dtype), batch_dims(x)
+    share = 1 / max(moments.count, 1)
+    standardise = Affine.of(moments, None, None, eps)
+    scale = standardise.scale if weight is None else standardise.scale * weight
+    dy, standardised = dy.to(dtype), standardise(x.to(dtype), about=moments.mean)
+    dbias, dweight = dy.sum(dims), (dy * standardised).sum(dims)
+    dx = dy - channelwise(dbias * share, x) - standardised * channelwise(dweight * share, x)
+    return (dx * channelwise(scale.to(dtype), x)).to(x.dtype), dweight, dbias
+
+
+# The activations that a layer may fuse, by torch's names; each takes and returns a tensor.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": torch.nn.functional.leaky_relu,  # slope 0.01, torch's default
+    "relu6": torch.nn.functional.relu6,
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}

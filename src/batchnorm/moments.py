@@ -1,0 +1,196 @@
+"""`Moments` and `Affine`, the two values everything in this library passes around.
+
+    Moments(count, mean, m2) is what a batch says;  Affine(scale, shift) is what a layer does.
+    layer = normalise by the moments of x  ·  sync = merge moments over ranks  ·  ghost = one Moments per group
+    population = merge moments over batches  ·  fold = compose an Affine into the neighbour
+    Nearly every module of the library is one of these verbs.
+
+Letters, here and everywhere: an input `x` has shape (N, C, *S), N samples of C channels at the positions S;
+a channel's statistics are taken over N and S, so `count` is N·|S|, the m' = m·p·q of the paper's section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What accumulates a sum over a batch, by the dtype of the input: never narrower than float32.
+_ACCUMULATORS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which inputs of `dtype` are summed and normalised: float32, or float64 for float64."""
+    return _ACCUMULATORS.get(dtype, dtype)
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of per-channel values: float64, for a mean of 1e4 in float32 is already off by 5e-4.
+
+    C numbers cost nothing beside the batch they describe. MPS has no float64 and keeps float32.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def channelwise(values: Tensor, x: Tensor) -> Tensor:
+    """View (C,) `values` so that they broadcast along the channels of `x`, (N, C, *S)."""
+    return values if x.dim() == 2 else values.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def batch_dims(x: Tensor) -> list[int]:
+    """The dimensions of `x`, (N, C, *S), over which a channel's statistics are taken: all but the second."""
+    return [0, *range(2, x.dim())]
+
+
+def count_per_channel(x: Tensor) -> int:
+    """How many values each channel of `x`, (N, C, *S), has: N·|S|."""
+    return x.numel() // x.size(1) if x.size(1) else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a batch says of each channel: how many values, their mean, their squared deviations from it.
+
+    count: number of values per channel, an int (or a tensor when it is only known at run time); 0 is legal
+        and says nothing, whatever `mean` and `m2` are.
+    mean: (C,) their mean.
+    m2: (C,) the sum of (x - mean)²: count times the biased variance.
+    """
+
+    count: int | Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor | None = None) -> Moments:
+        """The moments of each channel of `x`, (N, C, *S), in float64 (Ioffe & Szegedy 2015, alg. 1, lines 1-2).
+
+            shift = a first mean, rounded       delta = mean(x - shift)
+            mean  = shift + delta               m2    = Σ (x - shift - delta)²
+
+        Sums run in float32 or wider over values that were centred first, so nothing cancels: at mean 1e4
+        and standard deviation 1 in float32 the mean is right to about 1e-10. E[x²] - E[x]² is never formed.
+        Differentiable, twice.
+
+        mask: bool, broadcastable to (N, 1, *S); only positions where it is True are counted.
+        """
+        if mask is not None:
+            return cls._of_masked(x, mask)
+        wide, dims = statistics_dtype(x.device), batch_dims(x)
+        count = count_per_channel(x)
+        if count == 0:
+            empty = x.sum(dims).to(wide)  # a sum over nothing: zeros that are still part of x's graph
+            return cls(0, empty, empty)
+        x = x.to(accumulator(x.dtype))
+        shift = x.detach().mean(dims)  # any constant near the mean will do, so no gradient flows through it
+        centred = x - channelwise(shift, x)
+        delta = centred.mean(dims)
+        m2 = (centred - channelwise(delta, x)).square().sum(dims)
+        return cls(count, shift.to(wide) + delta, m2.to(wide))
+
+    @classmethod
+    def _of_masked(cls, x: Tensor, mask: Tensor) -> Moments:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor (True = counted), got {mask.dtype}")
+        mask = mask.expand(x.size(0), 1, *x.shape[2:])
+        wide, dims = statistics_dtype(x.device), batch_dims(x)
+        count = mask.sum()
+        share = 1 / count.clamp(min=1)
+
+        def total(values: Tensor) -> Tensor:
+            # where, not a product: a nan under the mask must not be counted either
+            return torch.where(mask, values, 0).sum(dims)
+
+        x = x.to(accumulator(x.dtype))
+        shift = total(x.detach()) * share
+        centred = x - channelwise(shift, x)
+        delta = total(centred) * share
+        m2 = total((centred - channelwise(delta, x)).square())
+        return cls(count, shift.to(wide) + delta, m2.to(wide))
+
+    def merge(self, *others: Moments) -> Moments:
+        """The moments of all the values together, however they were split (Chan, Golub & LeVeque 1979).
+
+            count = Σ nᵢ      mean = Σ nᵢ·meanᵢ / count      m2 = Σ m2ᵢ + Σ nᵢ·(meanᵢ - mean)²
+
+        Associative and free of order up to rounding; parts with count 0 change nothing.
+
+        Raises: ValueError when the parts do not describe the same channels.
+        """
+        parts = (self, *others)
+        if any(part.mean.shape != self.mean.shape for part in others):
+            shapes = ", ".join(str(tuple(part.mean.shape)) for part in parts)
+            raise ValueError(f"cannot merge moments of different channels: the means have shapes {shapes}")
+        mean, m2 = torch.stack([p.mean for p in parts]), torch.stack([p.m2 for p in parts])
+        counts = torch.stack([torch.as_tensor(p.count, device=mean.device) for p in parts])
+        weight = counts.to(mean.dtype).unsqueeze(1)
+        mean, m2 = torch.where(weight > 0, mean, 0), torch.where(weight > 0, m2, 0)
+        # deviations from one of the means: the means may all be large and close
+        origin = mean[weight.squeeze(1).argmax()]
+        total = origin + ((mean - origin) * weight).sum(0) / weight.sum().clamp(min=1)
+        spread = torch.where(weight > 0, mean - total, 0).square() * weight
+        count = sum(p.count for p in parts) if all(isinstance(p.count, int) for p in parts) else counts.sum()
+        return Moments(count, total, (m2 + spread).sum(0))
+
+    def variance(self, unbiased: bool = False) -> Tensor:
+        """(C,) variance: m2 / count, or m2 / (count - 1) with `unbiased` (Bessel's correction).
+
+        Normalising uses the biased one (alg. 1), running statistics the unbiased one (alg. 2, line 10).
+        nan where the divisor is 0: no values, or one value and `unbiased`.
+        """
+        divisor = self.count - 1 if unbiased else self.count
+        if isinstance(divisor, Tensor):
+            return torch.where(divisor > 0, self.m2 / divisor, torch.nan)
+        return self.m2 / divisor if divisor > 0 else torch.full_like(self.m2, torch.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """What a normalisation does to each channel: y = scale·x + shift, with (C,) `scale` and `shift`."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> Affine:
+        """The affine map that normalises by `moments` (Ioffe & Szegedy 2015, alg. 1, lines 3-4; alg. 2, line 11).
+
+            scale = weight / √(variance + eps)      shift = bias - scale·mean
+
+        The variance is the biased one and eps stands inside the root. `weight` (the paper's γ) and `bias`
+        (β) are (C,) or None, which stand for 1 and 0.
+        """
+        return cls.normalising(moments.mean, moments.variance(), weight, bias, eps)
+
+    @classmethod
+    def normalising(
+        cls, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Affine:
+        """`Affine.of` for a mean and a variance that are already known, such as running statistics."""
+        scale = torch.rsqrt(variance.to(statistics_dtype(mean.device)) + eps)
+        if weight is not None:
+            scale = scale * weight
+        shift = mean * scale
+        return cls(scale, -shift if bias is None else bias - shift)
+
+    def compose(self, inner: Affine) -> Affine:
+        """The affine map x ↦ self(inner(x))."""
+        return Affine(self.scale * inner.scale, self.scale * inner.shift + self.shift)
+
+    def __call__(self, x: Tensor, about: Tensor | None = None) -> Tensor:
+        """y = scale·x + shift along dimension 1 of `x`, (N, C, *S), in x's dtype.
+
+        Computed as scale·(x - about) + (shift + scale·about), which does not cancel when `about`, (C,), is
+        near x or near the point where the line crosses zero, its default: at a mean of 1e4, scale·x and shift
+        would be two large numbers of opposite sign.
+        """
+        dtype = accumulator(x.dtype)
+        with torch.no_grad():  # y does not depend on it, so neither does its gradient
+            if about is None:
+                about = torch.nan_to_num(-self.shift / self.scale, nan=0, posinf=0, neginf=0)
+            about = about.to(dtype)
+        rest = (self.shift + self.scale * about).to(dtype)
+        centred = x.to(dtype) - channelwise(about, x)
+        y = torch.addcmul(channelwise(rest, x), centred, channelwise(self.scale.to(dtype), x))
+        return y.to(x.dtype)

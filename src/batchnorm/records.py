@@ -1,0 +1,221 @@
+"""What a run writes and a report reads: one typed JSON object a line, only ever appended.
+
+    run         once, first: the command, the full configuration, the seeds, the versions, the machine
+    evaluation  one network, part-way: loss, accuracy, the distribution seen by a sigmoid
+    result      one network, at its end
+    chart       a figure as data: whoever draws it needs nothing else
+    verdict     a claim of the paper, what was measured, and whether it was seen
+
+A chart or verdict that is written again, after a run was continued, replaces the earlier one of its name.
+Knows nothing of torch: a page can be rebuilt from these lines years later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+SCHEMA = 1
+
+
+class RecordError(Exception):
+    """A record file that is missing or cannot be understood; the message says which line and why."""
+
+
+class _Record(BaseModel):
+    # JSON has no inf or nan: they travel as the strings "Infinity" and "NaN"
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Run(_Record):
+    """The head of the file: everything that is needed to run it again."""
+
+    kind: Literal["run"] = "run"
+    schema_version: int = SCHEMA
+    experiment: str
+    title: str
+    command: str
+    config: dict[str, JsonValue]
+    seeds: list[int]
+    versions: dict[str, str]
+    machine: str
+    started: str = Field(description="ISO 8601, UTC")
+
+
+class Evaluation(_Record):
+    """One network after `step` training steps."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    job: str = Field(description="the network's name within the run")
+    step: int
+    loss: float = Field(description="training loss, nats, mean since the evaluation before")
+    accuracy: float = Field(
+        description="on the test set, 0 to 1; with BN by Algorithm 2's population statistics"
+    )
+    accuracy_moving: float | None = Field(None, description="with BN: by the moving averages instead")
+    percentiles: tuple[float, float, float] | None = Field(
+        None,
+        description="15th, 50th, 85th of the input to one sigmoid of the last hidden layer, over the test set",
+    )
+
+
+class Result(_Record):
+    """One network at its end."""
+
+    kind: Literal["result"] = "result"
+    job: str
+    config: dict[str, JsonValue]
+    steps: int = Field(description="steps taken; fewer than asked for when it diverged")
+    diverged: bool = Field(description="the loss became inf or nan")
+    loss: float
+    accuracy: float
+    accuracy_moving: float | None = None
+    train_accuracy: float
+    travel: float | None = Field(
+        None,
+        description="how far the input to a sigmoid of the last hidden layer moved: the path of its median over the"
+        " evaluations, in units of its mean 15-85 width, averaged over the layer's sigmoids",
+    )
+    seconds: float
+
+
+class Line(_Record):
+    """One line of a chart: y against x, with an optional band from `low` to `high`."""
+
+    label: str
+    role: Literal["bn", "plain", "other"] = Field(description="which network it is, for the colour")
+    x: list[float]
+    y: list[float | None]
+    low: list[float | None] | None = None
+    high: list[float | None] | None = None
+    dashed: bool = False
+    markers: bool = False
+
+
+class Panel(_Record):
+    """One pair of axes of a chart."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x_log: bool = False
+    y_range: tuple[float, float] | None = None
+    y_percent: bool = False
+    lines: list[Line]
+
+
+class Chart(_Record):
+    """A figure as data; panels stand side by side."""
+
+    kind: Literal["chart"] = "chart"
+    claim: str
+    name: str = Field(description="the file name of the picture, without its ending")
+    title: str
+    caption: str
+    panels: list[Panel]
+
+
+class Table(_Record):
+    """Rows of text under a header; the first column names the row."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+class Verdict(_Record):
+    """A claim of the paper, what was expected, what was measured, and whether the claim was seen."""
+
+    kind: Literal["verdict"] = "verdict"
+    claim: str = Field(description="a short name, e.g. 'figure-1'")
+    title: str = Field(description="the claim in one sentence")
+    source: str = Field(description="where in the paper")
+    expected: str = Field(description="the band that counts as seen")
+    measured: str = Field(description="what was measured, one or two sentences")
+    outcome: Literal["seen", "not seen here", "incomplete"]
+    choices: list[str] = Field(default=[], description="what the paper leaves open and we chose")
+    tables: dict[str, Table] = Field(default={}, description="by title")
+    steps_ratio: dict[str, float] | None = Field(
+        None,
+        description="by test accuracy in per cent: steps without BN ÷ steps with BN, at the same learning rate, mean"
+        " over seeds; accuracies that some network did not reach are absent",
+    )
+
+
+Record = Annotated[Run | Evaluation | Result | Chart | Verdict, Field(discriminator="kind")]
+_RECORD: TypeAdapter[Run | Evaluation | Result | Chart | Verdict] = TypeAdapter(Record)
+
+
+class RecordFile:
+    """A record file open for appending. A line cut off by a crash is dropped on opening.
+
+    An evaluation or result that is in the file already is not written again, so a network may be
+    replayed from a checkpoint that is older than its last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_torn_line()
+        self.records = list(read(path)) if path.exists() and path.stat().st_size else []
+        self._written = {_identity(record) for record in self.records}
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Record) -> bool:
+        """Write `record` and flush it; return whether it was new."""
+        identity = _identity(record)
+        if identity is not None and identity in self._written:
+            return False
+        self._file.write(record.model_dump_json() + "\n")
+        self._file.flush()
+        self._written.add(identity)
+        self.records.append(record)
+        return True
+
+    def close(self) -> None:
+        """Force everything to the disk and close the file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _drop_torn_line(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of a file, in order. A last line without its end, cut off by a crash, is passed over.
+
+    Raises: RecordError when there is no such file or a line is not a record.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            yield _RECORD.validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RecordError(
+                f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}"
+            ) from None
+
+
+def _identity(record: Record) -> tuple[object, ...] | None:
+    """What makes a record the same as another; None when it may be repeated."""
+    if isinstance(record, Evaluation):
+        return ("evaluation", record.job, record.step)
+    if isinstance(record, Result):
+        return ("result", record.job)
+    return None
