@@ -59,13 +59,15 @@ def batch_norm(
     Raises:
         ValueError: one value per channel when training; eps ≤ 0 when training; only one running statistic
             given; an unknown activation; a residual of another shape.
-        RuntimeError: a per-channel argument whose length is not C; no running statistics when not training.
+        RuntimeError: a per-channel argument whose shape is not (C,); no running statistics when not training;
+            an input of less than 2 dimensions (an IndexError, as torch's, when training without running statistics).
         NotImplementedError: an input that is not floating point.
     """
     output, moments = normalise(input, running_mean, running_var, weight, bias, training, eps)
+    output = activate(output, activation, residual)
     if moments is not None and running_mean is not None and running_var is not None:
-        track(moments, running_mean, running_var, momentum)
-    return activate(output, activation, residual)
+        track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing
+    return output
 
 
 def normalise(
@@ -96,10 +98,12 @@ def track(moments: Moments, running_mean: Tensor, running_var: Tensor, rate: flo
 
     Returns: bool, 0-dimensional: whether the moments entered. A tensor, so that no device has to wait for it.
     """
-    mean, variance = moments.mean, moments.variance(unbiased=True)
-    entered = (mean + variance).sum().isfinite()
+    # asked of the values as they would be stored: a finite float64 may be beyond float32
+    mean = moments.mean.to(running_mean.dtype)
+    variance = moments.variance(unbiased=True).to(running_var.dtype)
+    entered = (mean.isfinite() & variance.isfinite()).all()
     for running, batch in ((running_mean, mean), (running_var, variance)):
-        running.lerp_(torch.where(entered, batch.to(running.dtype), running), rate)
+        running.lerp_(torch.where(entered, batch, running), rate)
     return entered
 
 
@@ -137,7 +141,8 @@ def _check(
 ) -> None:
     """Raise torch's errors for what cannot be normalised, and say what to do about it."""
     if input.dim() < 2:
-        raise IndexError(
+        # torch asks its per-channel arguments first
+        raise (IndexError if training and running_mean is None else RuntimeError)(
             f"expected (N, C, ...) with at least 2 dimensions, got shape {tuple(input.shape)}: "
             "add the batch dimension with input.unsqueeze(0)"
         )
@@ -145,18 +150,19 @@ def _check(
         raise NotImplementedError(
             f'"batch_norm" not implemented for {input.dtype}: convert the input first, e.g. input.float()'
         )
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None and not training:
+    if not training and (running_mean is None or running_var is None):
         raise RuntimeError(
             "running_mean and running_var must be defined in evaluation mode: "
             "pass them, or training=True to use the batch's own statistics"
         )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
     named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, values in named.items():
-        if values is not None and values.numel() != input.size(1):
+        if values is not None and values.shape != input.shape[1:2]:
+            given = values.numel() if values.dim() == 1 else f"a shape of {tuple(values.shape)}"
             raise RuntimeError(
-                f"{name} should contain {input.size(1)} elements not {values.numel()}: the input of shape "
+                f"{name} should contain {input.size(1)} elements not {given}: the input of shape "
                 f"{tuple(input.shape)} has {input.size(1)} channels in dimension 1; set num_features to that, "
                 "or move the channels to dimension 1"
             )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Self
+from types import FrameType
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,19 +78,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             shape; RuntimeError for a wrong number of channels; NotImplementedError for an input that
             is not floating point. A note on the error names the layer.
         """
-        if isinstance(input, torch.fx.Proxy):  # stay one node of the graph, as torch's own layers do
-            return self._as_fx_node(input, residual)
+        if isinstance(
+            cast(object, input), torch.fx.Proxy
+        ):  # stay one node of the graph, as torch's own layers do
+            return cast(Tensor, self._as_fx_node(input, residual))
         by_batch = self.training or self.running_mean is None
-        tracked = by_batch == self.training and (self.track_running_stats or not self.training)
-        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        ignored = self.training and not self.track_running_stats  # it may be switched off after construction
+        mean, var = (None, None) if ignored else (self.running_mean, self.running_var)
         try:
             self._check_input_dim(input)
             output, moments = functional.normalise(
                 input, mean, var, self.weight, self.bias, by_batch, self.eps
             )
+            output = functional.activate(output, self.activation, residual)
             if moments is not None and mean is not None and var is not None:
-                self._track(moments, mean, var)
-            return functional.activate(output, self.activation, residual)
+                self._track(moments, mean, var)  # last: a call that fails moves nothing
+            return output
         except Exception as error:
             error.add_note(f"in layer {_qualified_name(self)}")
             raise
@@ -99,7 +103,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if moments.count == 0 or _recomputing():
             return
         assert self.num_batches_tracked is not None and self.num_batches_skipped is not None
-        rate = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        rate = 1 / (self.num_batches_tracked + 1).to(mean.dtype) if self.momentum is None else self.momentum
         entered = functional.track(moments, mean, var, rate)
         self.num_batches_tracked.add_(entered)
         self.num_batches_skipped.add_(~entered)
@@ -108,10 +112,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; where asking in every step would stall the device, this is where skipped batches warn."""
-        if self.num_batches_skipped is not None and self.num_batches_skipped.device.type not in (
-            "cpu",
-            "meta",
-        ):
+        skipped = self.num_batches_skipped
+        if skipped is not None and skipped.device.type not in ("cpu", "meta"):
             self._warn_of_skipped()
         return super().train(mode)
 
@@ -144,7 +146,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         # .half() and .bfloat16() arrive here: running statistics follow to the device, not to the dtype,
         # in which they would stop moving (in bfloat16 a mean of 100 is never reached from below 96)
         before = {name: self._buffers[name] for name in _STATISTICS}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in before.items():
             after = self._buffers[name]
             if values is not None and after is not None and after.dtype != accumulator(after.dtype):
@@ -157,7 +159,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         try:
-            super()._check_input_dim(input)
+            super()._check_input_dim(input)  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise ValueError(
                 f"{error}: {type(self).__name__} takes {self._shapes}; for an input of shape "
@@ -172,7 +174,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Torch's, and the activation unless it is a module, which prints itself."""
         own = self.activation
         named = "" if own is None or isinstance(own, nn.Module) else f", activation={own!r}"
-        return super().extra_repr() + named
+        return f"{super().extra_repr()}{named}"  # type: ignore[no-untyped-call]
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -214,10 +216,10 @@ def _qualified_name(layer: nn.Module) -> str:
     A layer does not know its name, but the modules that called it stand on the call stack.
     """
     path = ""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, nn.Module) and caller is not layer:
             path = next((name for name, module in caller.named_modules() if module is layer), path)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return f"{path!r}: {layer}" if path else str(layer)

@@ -188,8 +188,9 @@ class Affine:
         dtype = accumulator(x.dtype)
         with torch.no_grad():  # y does not depend on it, so neither does its gradient
             if about is None:
-                about = torch.nan_to_num(-self.shift / self.scale, nan=0, posinf=0, neginf=0)
-            about = about.to(dtype)
+                about = -self.shift / self.scale
+            # beyond dtype, where a weight has all but decayed to 0: any other point does
+            about = torch.nan_to_num(about.to(dtype), nan=0, posinf=0, neginf=0)
         rest = (self.shift + self.scale * about).to(dtype)
         centred = x.to(dtype) - channelwise(about, x)
         y = torch.addcmul(channelwise(rest, x), centred, channelwise(self.scale.to(dtype), x))

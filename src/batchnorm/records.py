@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 SCHEMA = 1
 
@@ -59,7 +59,12 @@ class Evaluation(_Record):
     accuracy_moving: float | None = Field(None, description="with BN: by the moving averages instead")
     percentiles: tuple[float, float, float] | None = Field(
         None,
-        description="15th, 50th, 85th of the input to one sigmoid of the last hidden layer, over the test set",
+        description="15th, 50th, 85th of the input to one sigmoid of the last hidden layer on the test set",
+    )
+    travel: float | None = Field(
+        None,
+        description="how far the inputs to the last hidden layer's sigmoids have moved so far: the path of the "
+        "median over the evaluations, in units of its mean 15-85 width, averaged over the sigmoids",
     )
 
 
@@ -75,11 +80,6 @@ class Result(_Record):
     accuracy: float
     accuracy_moving: float | None = None
     train_accuracy: float
-    travel: float | None = Field(
-        None,
-        description="how far the input to a sigmoid of the last hidden layer moved: the path of its median over the"
-        " evaluations, in units of its mean 15-85 width, averaged over the layer's sigmoids",
-    )
     seconds: float
 
 
@@ -94,6 +94,13 @@ class Line(_Record):
     high: list[float | None] | None = None
     dashed: bool = False
     markers: bool = False
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        for name, values in (("y", self.y), ("low", self.low), ("high", self.high)):
+            if values is not None and len(values) != len(self.x):
+                raise ValueError(f"{name} has {len(values)} values, x has {len(self.x)}")
+        return self
 
 
 class Panel(_Record):
@@ -113,7 +120,10 @@ class Chart(_Record):
 
     kind: Literal["chart"] = "chart"
     claim: str
-    name: str = Field(description="the file name of the picture, without its ending")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="the file name of the picture, without its ending",
+    )
     title: str
     caption: str
     panels: list[Panel]
@@ -141,8 +151,8 @@ class Verdict(_Record):
     tables: dict[str, Table] = Field(default={}, description="by title")
     steps_ratio: dict[str, float] | None = Field(
         None,
-        description="by test accuracy in per cent: steps without BN ÷ steps with BN, at the same learning rate, mean"
-        " over seeds; accuracies that some network did not reach are absent",
+        description="by test accuracy in per cent: steps without BN ÷ steps with BN, at the same learning rate, "
+        "mean over seeds; accuracies that some network did not reach are absent",
     )
 
 
@@ -151,7 +161,7 @@ _RECORD: TypeAdapter[Run | Evaluation | Result | Chart | Verdict] = TypeAdapter(
 
 
 class RecordFile:
-    """A record file open for appending. A line cut off by a crash is dropped on opening.
+    """A record file open for appending, a context manager. A line cut off by a crash is dropped on opening.
 
     An evaluation or result that is in the file already is not written again, so a network may be
     replayed from a checkpoint that is older than its last line.
@@ -176,11 +186,13 @@ class RecordFile:
         self.records.append(record)
         return True
 
-    def close(self) -> None:
-        """Force everything to the disk and close the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:  # closed even when the disk is full
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _drop_torn_line(self) -> None:
         if not self.path.exists():

@@ -17,7 +17,8 @@ from batchnorm.moments import Moments, count_per_channel
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     """Normalise `x`, (N, C, *S), by its own moments; return the output and those moments (detached)."""
-    if torch._C._are_functorch_transforms_active():  # they need every step, not one node
+    # torch.func's transforms and forward-mode gradients need every step, not one node
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         moments = reference.moments(x)
         y = reference.normalise(x, moments, weight, bias, eps)
         return y, Moments(moments.count, moments.mean.detach(), moments.m2.detach())

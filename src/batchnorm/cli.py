@@ -1,0 +1,232 @@
+"""The command line; thin. What a command needs is imported when it runs: `--help` must not wait for torch."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from batchnorm.experiments.claim import Settings
+
+app = typer.Typer(
+    help="Batch Normalization for PyTorch: see the paper's claims hold, each by one command.",
+    epilog="Start here:  batchnorm reproduce mnist",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+reproduce = typer.Typer(
+    help="Reproduce an experiment of the paper (Ioffe & Szegedy 2015).", no_args_is_help=True
+)
+app.add_typer(reproduce, name="reproduce")
+
+_RUNS = Path("runs")
+
+
+@reproduce.command(
+    "mnist",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm reproduce mnist                              figure 1, about 2.5 minutes on two cores\n\n"
+    "batchnorm reproduce mnist --claims all                 every claim, about 12 minutes\n\n"
+    "batchnorm reproduce mnist --data fashion-mnist         the same on clothes\n\n"
+    "batchnorm reproduce mnist --resume                     go on with the newest run that was stopped",
+)
+def mnist(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="mnist-10k (the digits in this package), mnist, fashion-mnist, or a folder of IDX files, "
+            "gzipped or not.",
+            show_default="mnist-10k",
+        ),
+    ] = None,
+    claims: Annotated[
+        str | None,
+        typer.Option(
+            help="Claims to test, separated by commas, or 'all'; 'list' shows them.", show_default="figure-1"
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the longest run; no run is longer.", show_default="50000"),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds the verdict averages over.", show_default="3")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="The learning rate that both networks share.", show_default="0.1")
+    ] = None,
+    init_std: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the Gaussian initial weights.", show_default="0.1"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="The run's folder.", show_default="runs/mnist-DATE-TIME"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --out, or with the newest one, to the same numbers."
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Networks trained at the same time.", show_default="one a core")
+    ] = None,
+) -> None:
+    """The handwritten digits of section 4.1 and figure 1: the same network with and without batch normalization.
+
+    Trains 784-100-100-100-10 sigmoid networks on binary 28×28 digits in batches of 60 and writes a folder with
+    records.jsonl, TensorBoard events, figures and report.html. Ctrl-C loses nothing: --resume goes on.
+    """
+    from batchnorm.experiments.mnist import claim_names, claim_title
+
+    if claims == "list":
+        for name in claim_names():
+            typer.echo(f"{name:24} {claim_title(name)}")
+        return
+    chosen: dict[str, Any] = {
+        "data": data,
+        "steps": steps,
+        "seeds": seeds,
+        "rate": rate,
+        "init_std": init_std,
+        "claims": None if claims is None else claim_names() if claims == "all" else tuple(claims.split(",")),
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    folder = _newest_run(out) if resume else out or _RUNS / f"mnist-{datetime.now():%Y%m%d-%H%M%S}"
+    _reproduce(folder, chosen, resume, workers)
+
+
+def _reproduce(folder: Path, chosen: dict[str, Any], resume: bool, workers: int | None) -> None:
+    from rich.console import Console
+
+    from batchnorm.data.digits import Digits
+    from batchnorm.data.idx import DataError
+    from batchnorm.experiments.mnist import mnist_experiment
+    from batchnorm.experiments.progress import Display, summary
+    from batchnorm.experiments.run import Stopped
+    from batchnorm.records import RecordError
+    from batchnorm.training.checkpoint import CheckpointError
+    from batchnorm.training.workers import WorkerDied
+
+    console = Console()
+    go_on = f"batchnorm reproduce mnist --out {shlex.quote(str(folder))} --resume"
+    with _in_one_line(DataError, RecordError, CheckpointError):
+        settings = _settings(folder, chosen, resume)
+        Digits.load(settings.data)  # say what is wrong with the data here, in one line, not from a worker
+        experiment = mnist_experiment(settings)
+        console.print(f"run folder  {folder}", highlight=False)
+        try:
+            with Display(console) as display:
+                command = shlex.join(["batchnorm", *sys.argv[1:]])
+                verdicts = experiment.run(settings, folder, command, display, workers)
+        except Stopped:
+            console.print(f"\nStopped. What there is:  {folder / 'report.html'}", highlight=False)
+            console.print(f"Go on with:  [bold]{go_on}[/]", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+        except (WorkerDied, OSError) as error:
+            raise Failure(f"{error}; nothing that was saved is lost, go on with: {go_on}") from None
+    console.print(summary(verdicts))
+    console.print(f"report  [bold]{folder / 'report.html'}[/]", highlight=False, soft_wrap=True)
+
+
+def _settings(folder: Path, chosen: dict[str, Any], resume: bool) -> Settings:
+    """Those of the run that is continued, or the chosen ones for a new run."""
+    from pydantic import ValidationError
+
+    from batchnorm.experiments.claim import Settings
+    from batchnorm.experiments.mnist import claim_names
+    from batchnorm.records import Run, read
+
+    path = folder / "records.jsonl"
+    if not resume:
+        if path.exists():
+            raise Failure(
+                f"{folder} holds a run already: add --resume to go on with it, or choose another --out"
+            )
+        unknown = set(chosen.get("claims", ())) - set(claim_names())
+        if unknown:
+            names = ", ".join(claim_names())
+            raise Failure(f"no claim {', '.join(sorted(unknown))}: choose from {names}, or all")
+        try:
+            return Settings(**chosen)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Failure(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
+    head = next(read(path), None)
+    if not isinstance(head, Run):
+        raise Failure(f"{path} does not begin with a run record: it is not a run that can be continued")
+    settings = Settings.model_validate(head.config)
+    changed = [name for name, value in chosen.items() if getattr(settings, name) != value]
+    if changed:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise Failure(f"{options} cannot change when a run is continued; leave it out, or start a new run")
+    return settings
+
+
+def _newest_run(out: Path | None) -> Path:
+    if out is not None:
+        return out
+    runs = sorted(_RUNS.glob("mnist-*/records.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise Failure(f"no run to continue in {_RUNS}/: name its folder with --out")
+    return runs[-1].parent
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, with its records.jsonl.")],
+) -> None:
+    """Draw a run's figures and its report.html again from records.jsonl; needs no torch."""
+    from batchnorm import report
+    from batchnorm.records import RecordError
+
+    with _in_one_line(RecordError):
+        typer.echo(report.build(run))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from batchnorm import __version__
+
+        typer.echo(f"batchnorm {__version__}")
+        raise typer.Exit
+
+
+class Failure(Exception):
+    """What the user can put right; shown in one line, without a traceback."""
+
+
+@contextmanager
+def _in_one_line(*expected: type[Exception]) -> Iterator[None]:
+    """Turn errors whose message says all there is to know into a `Failure`."""
+    try:
+        yield
+    except expected as error:
+        raise Failure(str(error)) from None
+
+
+def main() -> None:
+    """The `batchnorm` command."""
+    try:
+        app()
+    except Failure as failure:
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(str(failure), err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data sets: MNIST-like digits from IDX files."""

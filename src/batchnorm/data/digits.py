@@ -1,0 +1,109 @@
+"""Labelled images, from the package itself, from a folder of IDX files, or by name through torchvision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from torch import Tensor
+
+from batchnorm.data import idx
+from batchnorm.data.idx import DataError
+
+SHIPPED = "mnist-10k"
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
+_DOWNLOADS = Path("~/.cache/batchnorm")
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+
+
+@dataclass(frozen=True, eq=False)
+class Digits:
+    """Grey images and their classes, split into training and test set.
+
+    train_images, test_images: (N, H, W) uint8.
+    train_labels, test_labels: (N,) uint8.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def load(cls, source: str = SHIPPED) -> Digits:
+        """Load a data set.
+
+        source: "mnist-10k", the 10,000 digits in this package; "mnist" or "fashion-mnist", downloaded by
+            torchvision to ~/.cache/batchnorm when not there yet (Fashion-MNIST is also found where Debian's
+            package dataset-fashion-mnist puts it); or a folder with IDX files, gzipped or not.
+
+        Raises: DataError for what is missing, torn or inconsistent.
+        """
+        if source == SHIPPED:
+            with as_file(files("batchnorm.data") / "mnist_10k") as folder:
+                return cls._from_folder(folder)
+        if source == "fashion-mnist" and _DEBIAN_FASHION_MNIST.is_dir():
+            return cls._from_folder(_DEBIAN_FASHION_MNIST)
+        if source in _TORCHVISION:
+            return cls._from_torchvision(_TORCHVISION[source])
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            names = ", ".join((SHIPPED, *_TORCHVISION))
+            raise DataError(f"no data set {source!r}: name a folder with IDX files, or one of {names}")
+        return cls._from_folder(folder)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Digits:
+        train = _split(folder, "train")
+        test = _split(folder, "t10k")
+        if train[0].shape[1:] != test[0].shape[1:]:
+            raise DataError(
+                f"{folder}: training images are {tuple(train[0].shape[1:])} pixels, test images "
+                f"{tuple(test[0].shape[1:])}; they must agree"
+            )
+        return cls(*train, *test)
+
+    @classmethod
+    def _from_torchvision(cls, name: str) -> Digits:
+        from torchvision import datasets
+
+        root = _DOWNLOADS.expanduser()
+        try:
+            train, test = (
+                getattr(datasets, name)(root, train=train, download=True) for train in (True, False)
+            )
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
+            raise DataError(
+                f"torchvision could not load {name} from {root} ({reason}): without a network, put its four IDX "
+                "files into a folder and pass --data FOLDER, or use the digits in this package "
+                f"with --data {SHIPPED}"
+            ) from None
+        return cls(train.data, train.targets.byte(), test.data, test.targets.byte())
+
+
+def _split(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    images_path, labels_path = _find(folder, f"{name}-images", 3), _find(folder, f"{name}-labels", 1)
+    images, labels = idx.read(images_path), idx.read(labels_path)
+    for path, array, dimensions in ((images_path, images, 3), (labels_path, labels, 1)):
+        if array.dim() != dimensions:
+            raise DataError(
+                f"{path} has {array.dim()} dimensions, expected {dimensions}: is it the right file?"
+            )
+    if len(images) != len(labels):
+        raise DataError(
+            f"{images_path.name} has {len(images):,} images but {labels_path.name} has {len(labels):,} "
+            f"labels: the files in {folder} do not belong together"
+        )
+    if len(images) == 0:
+        raise DataError(f"{images_path} holds no images")
+    return images, labels
+
+
+def _find(folder: Path, stem: str, dimensions: int) -> Path:
+    names = [f"{stem}{dash}idx{dimensions}-ubyte{gz}" for dash in "-." for gz in ("", ".gz")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder} has no {names[0]}, with or without .gz")

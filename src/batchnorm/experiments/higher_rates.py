@@ -1,0 +1,105 @@
+"""Higher learning rates: with batch normalization a network still trains where it would diverge without.
+
+Claim     BN enables higher learning rates; without it they make parameters explode or get stuck
+Source    Ioffe & Szegedy 2015, section 3.3; section 4.2.2, where Inception at 5 times its rate reaches machine
+          infinity and BN-Inception trains at 5 and 30 times
+Expected  the highest rate that still trains is at least 5 times higher with BN, in the ReLU network
+Cost      about 3 minutes on two cores
+Measured  docs/experiments.md
+"""
+
+from __future__ import annotations
+
+from batchnorm.experiments.claim import Claim, Curves, Finding, Settings
+from batchnorm.experiments.sweep import Sweep
+from batchnorm.models.mlp import Nonlinearity
+from batchnorm.records import Chart
+from batchnorm.training.config import Training
+
+RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+STEPS = 1_500
+TRAINS = 0.80
+FACTOR = 5
+
+
+class HigherRates(Claim):
+    """A sweep over learning rates, for ReLU (Inception's nonlinearity) and for figure 1's sigmoid."""
+
+    name = "higher-rates"
+    title = "Batch normalization enables higher learning rates"
+    source = "sections 3.3 and 4.2.2"
+    expected = f"the highest rate that still trains is at least {FACTOR} times higher with BN (ReLU network)"
+    choices = (
+        f"Network of figure 1, with ReLU and with sigmoids; {STEPS:,} steps of plain SGD.",
+        f"A rate 'still trains' when it and every lower one end at {TRAINS:.0%} or more (median over seeds).",
+    )
+
+    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
+        """Every rate, with and without BN, for every seed and both nonlinearities."""
+        return {name: job for sweep in _sweeps(settings) for name, job in sweep.jobs(settings).items()}
+
+    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
+        """Final accuracy against the learning rate."""
+        return [
+            Chart(
+                claim=self.name,
+                name="higher-rates",
+                title=f"Test accuracy after {STEPS:,} steps against the learning rate",
+                caption=f"Line: median over {settings.seeds} seeds; band: all seeds. A network whose loss became "
+                "inf or nan counts with its accuracy then, about 10 %.",
+                panels=[sweep.panel(settings, curves) for sweep in _sweeps(settings)],
+            )
+        ]
+
+    def find(self, settings: Settings, curves: Curves) -> Finding:
+        """The highest rate that still trains, with and without BN, and their ratio."""
+        relu, sigmoid = _sweeps(settings)
+        highest = {
+            sweep.name: {bn: _highest(sweep, settings, curves, bn) for bn in (True, False)}
+            for sweep in (relu, sigmoid)
+        }
+        measured = " ".join(
+            f"{sweep.title}: {_rate(highest[sweep.name][True])} with BN, {_rate(highest[sweep.name][False])} "
+            "without."
+            for sweep in (relu, sigmoid)
+        )
+        with_bn, without = highest[relu.name][True], highest[relu.name][False]
+        seen = with_bn > 0 and with_bn >= FACTOR * without
+        tables = {
+            f"Final test accuracy, {sweep.title}": sweep.table(settings, curves) for sweep in (relu, sigmoid)
+        }
+        return Finding(seen, f"Highest rate that still trains. {measured}", tables)
+
+
+def _sweeps(settings: Settings) -> tuple[Sweep, Sweep]:
+    def sweep(nonlinearity: Nonlinearity, title: str) -> Sweep:
+        return Sweep(
+            name=f"rates-{nonlinearity}",
+            title=title,
+            setting="learning rate",
+            values=RATES,
+            training=lambda bn, rate, seed: Training(
+                batch_norm=bn,
+                rate=rate,
+                steps=min(settings.steps, STEPS),
+                seed=seed,
+                init_std=settings.init_std,
+                nonlinearity=nonlinearity,
+            ),
+        )
+
+    return sweep("relu", "ReLU network"), sweep("sigmoid", "sigmoid network")
+
+
+def _highest(sweep: Sweep, settings: Settings, curves: Curves, bn: bool) -> float:
+    """The highest rate that trains, every lower one training too; 0 if none does."""
+    highest = 0.0
+    for rate in sweep.values:
+        if sweep.median(settings, curves, bn, rate) < TRAINS:
+            break
+        highest = rate
+    return highest
+
+
+def _rate(value: float) -> str:
+    return f"{value:g}" if value else "none"

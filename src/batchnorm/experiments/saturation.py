@@ -1,0 +1,91 @@
+"""Saturating nonlinearities: with batch normalization a deep stack of sigmoids does not get stuck.
+
+Claim     BN makes it possible to use saturating nonlinearities by preventing the network from getting stuck
+          in their saturated regimes
+Source    Ioffe & Szegedy 2015, abstract and section 4.2.2: Inception with sigmoids stays at chance, with BN
+          it reaches 69.8 %
+Expected  eight layers of sigmoids: at chance without BN at every rate and scale tried, 85 % or more with BN
+Cost      about 3 minutes on two cores
+Measured  docs/experiments.md
+"""
+
+from __future__ import annotations
+
+from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, label
+from batchnorm.experiments.sweep import Sweep
+from batchnorm.records import Chart
+from batchnorm.training.config import Training
+
+LAYERS = 8
+STEPS = 3_000
+RATES = (0.1, 1.0, 3.0)
+STDS = (0.1, 0.3)
+CHANCE, TRAINS = 0.15, 0.85
+
+
+class Saturation(Claim):
+    """A stack of eight sigmoid layers, at several rates and scales so that the baseline has its chance."""
+
+    name = "saturation"
+    title = "With batch normalization a deep stack of sigmoids does not get stuck"
+    source = "abstract and section 4.2.2"
+    expected = (
+        f"without BN {CHANCE:.0%} or less at every setting tried; with BN {TRAINS:.0%} or more at the best"
+    )
+    choices = (
+        f"{LAYERS} hidden layers of 100 sigmoids, {STEPS:,} steps of plain SGD.",
+        f"Learning rates {', '.join(f'{rate:g}' for rate in RATES)} and initial weights of standard deviation "
+        f"{' and '.join(f'{std:g}' for std in STDS)} (0.3 keeps the variance of a signal through small sigmoids).",
+    )
+
+    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
+        """Every rate and scale, with and without BN, for every seed."""
+        return {name: job for sweep in _sweeps(settings) for name, job in sweep.jobs(settings).items()}
+
+    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
+        """Final accuracy against the learning rate, a panel for every scale of the initial weights."""
+        return [
+            Chart(
+                claim=self.name,
+                name="saturation",
+                title=f"{LAYERS} layers of sigmoids: test accuracy after {STEPS:,} steps",
+                caption=f"Line: median over {settings.seeds} seeds; band: all seeds. Chance is about 10 %.",
+                panels=[sweep.panel(settings, curves) for sweep in _sweeps(settings)],
+            )
+        ]
+
+    def find(self, settings: Settings, curves: Curves) -> Finding:
+        """The best of all settings, with and without BN."""
+        sweeps = _sweeps(settings)
+        best = {
+            bn: max((s.median(settings, curves, bn, rate), s.title, rate) for s in sweeps for rate in RATES)
+            for bn in (True, False)
+        }
+        measured = "; ".join(
+            f"{label(bn)} {best[bn][0]:.1%} (rate {best[bn][2]:g}, {best[bn][1]})" for bn in (False, True)
+        )
+        return Finding(
+            best[False][0] <= CHANCE and best[True][0] >= TRAINS,
+            f"Best of all settings: {measured}.",
+            {f"Final test accuracy, {sweep.title}": sweep.table(settings, curves) for sweep in sweeps},
+        )
+
+
+def _sweeps(settings: Settings) -> list[Sweep]:
+    def sweep(std: float) -> Sweep:
+        return Sweep(
+            name=f"deep-std{std:g}",
+            title=f"initial weights {std:g}",
+            setting="learning rate",
+            values=RATES,
+            training=lambda bn, rate, seed: Training(
+                batch_norm=bn,
+                rate=rate,
+                steps=min(settings.steps, STEPS),
+                seed=seed,
+                init_std=std,
+                hidden=(100,) * LAYERS,
+            ),
+        )
+
+    return [sweep(std) for std in STDS]

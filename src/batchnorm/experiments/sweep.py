@@ -1,0 +1,91 @@
+"""A sweep: both networks over the values of one setting and several seeds, as jobs, picture and table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from batchnorm.experiments.claim import Curves, Settings, label, net, spread
+from batchnorm.records import Line, Panel, Table
+from batchnorm.training.config import Training
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The final test accuracy of both networks against one setting.
+
+    name: the prefix of the names of its jobs.
+    title: of its panel.
+    setting: what is varied, for people.
+    values: of the setting, increasing.
+    training: the configuration of one network, given with or without BN, the value and the seed.
+    """
+
+    name: str
+    title: str
+    setting: str
+    values: Sequence[float]
+    training: Callable[[bool, float, int], Training]
+
+    def jobs(self, settings: Settings) -> dict[str, Training]:
+        """Every network of the sweep, by name."""
+        return {
+            self._job(bn, value, seed): self.training(bn, value, seed)
+            for value in self.values
+            for bn in (True, False)
+            for seed in range(settings.seeds)
+        }
+
+    def accuracies(self, settings: Settings, curves: Curves, bn: bool, value: float) -> list[float]:
+        """Final test accuracies over seeds; a network that diverged counts with what it had then."""
+        results = [curves[job].result for job in self._names(settings, bn, value) if job in curves]
+        return [result.accuracy for result in results if result is not None]
+
+    def median(self, settings: Settings, curves: Curves, bn: bool, value: float) -> float:
+        """The median over seeds of the final test accuracy."""
+        return statistics.median(self.accuracies(settings, curves, bn, value))
+
+    def panel(self, settings: Settings, curves: Curves) -> Panel:
+        """Median over seeds as a line, all seeds as a band."""
+        lines = []
+        for bn in (True, False):
+            there = {v: self.accuracies(settings, curves, bn, v) for v in self.values}
+            there = {value: found for value, found in there.items() if found}
+            lines.append(
+                Line(
+                    label=label(bn),
+                    role="bn" if bn else "plain",
+                    x=list(there),
+                    y=[statistics.median(found) for found in there.values()],
+                    low=[min(found) for found in there.values()],
+                    high=[max(found) for found in there.values()],
+                    markers=True,
+                )
+            )
+        return Panel(
+            title=self.title,
+            x_label=self.setting,
+            y_label="test accuracy at the end",
+            x_log=True,
+            y_range=(0.0, 1.0),
+            y_percent=True,
+            lines=lines,
+        )
+
+    def table(self, settings: Settings, curves: Curves) -> Table:
+        """A row for every value: mean and standard deviation over seeds of the final test accuracy."""
+        rows = [
+            [
+                f"{value:g}",
+                *(spread(self.accuracies(settings, curves, bn, value), "{:.1%}") for bn in (False, True)),
+            ]
+            for value in self.values
+        ]
+        return Table(columns=[self.setting, label(False), label(True)], rows=rows)
+
+    def _names(self, settings: Settings, bn: bool, value: float) -> list[str]:
+        return [self._job(bn, value, seed) for seed in range(settings.seeds)]
+
+    def _job(self, bn: bool, value: float, seed: int) -> str:
+        return f"{self.name}-{net(bn)}-{value:g}-seed{seed}"

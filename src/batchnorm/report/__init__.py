@@ -1,0 +1,50 @@
+"""A run's records as pictures and one page. Knows nothing of torch: a page can be rebuilt years later.
+
+records.jsonl  ->  contents  what the run says      ->  page     report.html, one file
+                                                    ->  figures  figures/NAME.png and NAME.svg
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from batchnorm import records
+from batchnorm.report import figures
+from batchnorm.report.contents import gather
+from batchnorm.report.page import render as render
+
+
+def build(run: Path) -> Path:
+    """Draw the figures and write the page of the run in folder `run`; return the page's path.
+
+    Raises: RecordError when there is no such folder, or its records are missing or wrong.
+    """
+    if not run.is_dir():
+        raise records.RecordError(f"{run} is not the folder of a run: there is no such folder")
+    file = run / "records.jsonl"
+    if not file.exists():
+        raise records.RecordError(f"{run} is not the folder of a run: it has no {file.name}")
+    lines = list(records.read(file))
+    if not lines:
+        raise records.RecordError(f"{file} holds no records")
+    try:
+        contents, page = gather(lines), render(lines)
+    except records.RecordError as error:
+        raise records.RecordError(f"{file}: {error}") from None
+    (run / "figures").mkdir(exist_ok=True)
+    for chart in contents.charts:
+        _replace(run / "figures" / f"{chart.name}.png", figures.png(chart))
+        _replace(run / "figures" / f"{chart.name}.svg", figures.svg(chart).encode())
+    _replace(run / "report.html", page.encode())
+    return run / "report.html"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of one."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(content)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

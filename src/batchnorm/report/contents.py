@@ -1,0 +1,186 @@
+"""What a run says, gathered from its records: every chart, verdict and network once, the last word on each."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from batchnorm.records import (
+    Chart,
+    Evaluation,
+    Line,
+    Panel,
+    Record,
+    RecordError,
+    Result,
+    Run,
+    Verdict,
+)
+
+
+@dataclass
+class Network:
+    """One network: where it stands, and how it ended if it has."""
+
+    job: str
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    result: Result | None = None
+
+    @property
+    def normalized(self) -> bool:
+        """Whether it has batch normalization: only then is there an accuracy by the moving averages."""
+        if self.result is not None and isinstance(self.result.config.get("batch_norm"), bool):
+            return bool(self.result.config["batch_norm"])
+        return any(evaluation.accuracy_moving is not None for evaluation in self.evaluations.values())
+
+    @property
+    def last(self) -> Evaluation | None:
+        """The evaluation after the most steps."""
+        return self.evaluations[max(self.evaluations)] if self.evaluations else None
+
+
+@dataclass
+class Contents:
+    """The records of one run, by what they are about."""
+
+    run: Run
+    verdicts: list[Verdict]
+    charts: list[Chart]
+    networks: list[Network]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a verdict, and each of them was reached."""
+        return bool(self.verdicts) and all(verdict.outcome != "incomplete" for verdict in self.verdicts)
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with the run."""
+        command = self.run.command.rstrip()
+        return command if "--resume" in command.split() else f"{command} --resume"
+
+
+def gather(records: Iterable[Record]) -> Contents:
+    """Sort `records`; of a chart or verdict written several times the last counts, in the place of the first.
+
+    Raises: RecordError when no record says what run this is.
+    """
+    run: Run | None = None
+    verdicts: dict[str, Verdict] = {}
+    charts: dict[str, Chart] = {}
+    networks: dict[str, Network] = {}
+    for record in records:
+        if isinstance(record, Run):
+            run = run or record
+        elif isinstance(record, Verdict):
+            verdicts[record.claim] = record
+        elif isinstance(record, Chart):
+            charts[record.name] = record
+        elif isinstance(record, Evaluation):
+            networks.setdefault(record.job, Network(record.job)).evaluations[record.step] = record
+        elif isinstance(record, Result):
+            networks.setdefault(record.job, Network(record.job)).result = record
+    if run is None:
+        raise RecordError("the records name no run: the line of kind 'run' is missing")
+    # the verdict with the headline comes first
+    ordered = sorted(verdicts.values(), key=lambda verdict: not ratios(verdict))
+    return Contents(run, ordered, list(charts.values()), list(networks.values()))
+
+
+def ratios(verdict: Verdict) -> dict[float, float]:
+    """The ratios of a verdict that are numbers, by accuracy in per cent, ascending."""
+    found = {
+        float(accuracy): ratio
+        for accuracy, ratio in (verdict.steps_ratio or {}).items()
+        if re.fullmatch(r"\d+(\.\d+)?", accuracy) and math.isfinite(ratio) and ratio > 0
+    }
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the page says first; `others` are further ratios, (accuracy, ratio)."""
+
+    number: str
+    sentence: str
+    detail: str = ""
+    others: tuple[tuple[str, str], ...] = ()
+
+
+def headline(contents: Contents) -> Headline:
+    """The ratio of steps where there is one, else how many claims were seen, else how far the run came."""
+    best = ratios(contents.verdicts[0]) if contents.verdicts else {}
+    if best:
+        # the claim is about some accuracy of 80 % or more, so the largest ratio of those
+        accuracy = max((a for a in best if a >= 80), key=lambda a: best[a], default=max(best))
+        ratio = best[accuracy]
+        sentence = f"steps to {accuracy:g} % test accuracy with batch normalization"
+        seeds = len(contents.run.seeds)
+        detail = "At the same learning rate as without it" + (
+            f"; mean over {seeds} seeds." if seeds > 1 else "."
+        )
+        others = tuple((f"{a:g} %", f"{_ratio(best[a])}×") for a in best) if len(best) > 1 else ()
+        if ratio >= 1:
+            return Headline(f"{_ratio(ratio)}×", f"fewer {sentence}", detail, others)
+        return Headline(f"{_ratio(1 / ratio)}×", f"more {sentence}", detail, others)
+    judged = [verdict for verdict in contents.verdicts if verdict.outcome != "incomplete"]
+    if len(judged) == 1:
+        return Headline("", judged[0].outcome.capitalize(), judged[0].title)
+    if judged:
+        seen = sum(verdict.outcome == "seen" for verdict in judged)
+        return Headline(f"{seen} of {len(judged)}", "claims of the paper seen here")
+    ended = sum(network.result is not None for network in contents.networks)
+    return Headline(
+        "", "No verdict yet", f"{_networks(ended)} ended, {len(contents.networks) - ended} under way."
+    )
+
+
+def progress(contents: Contents) -> Chart | None:
+    """Accuracy against steps for every network, for a run that came to no verdict."""
+    lines: list[Line] = []
+    groups = {
+        "with batch normalization": [n for n in contents.networks if n.evaluations and n.normalized],
+        "without batch normalization": [n for n in contents.networks if n.evaluations and not n.normalized],
+    }
+    few = sum(map(len, groups.values())) <= 4
+    for (name, networks), role in zip(groups.items(), ("bn", "plain"), strict=True):
+        for number, network in enumerate(networks):
+            steps = sorted(network.evaluations)
+            # many networks share one name and one look: their colour tells what matters
+            group = f"{name} ({len(networks)})" if number == 0 else ""
+            lines.append(
+                Line(
+                    label=network.job if few else group,
+                    role="bn" if role == "bn" else "plain",
+                    x=[float(step) for step in steps],
+                    y=[network.evaluations[step].accuracy for step in steps],
+                )
+            )
+    if not lines:
+        return None
+    axes = Panel(
+        title="",
+        x_label="training steps",
+        y_label="test accuracy",
+        x_log=True,
+        y_range=(0.0, 1.0),
+        y_percent=True,
+        lines=lines,
+    )
+    return Chart(
+        claim="",
+        name="progress",
+        title="Test accuracy so far",
+        caption="One line for each network.",
+        panels=[axes],
+    )
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _networks(number: int) -> str:
+    return "1 network has" if number == 1 else f"{number} networks have"

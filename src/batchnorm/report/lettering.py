@@ -1,0 +1,119 @@
+"""The words of a figure: text at a point, and the names of its lines, where they end or in a key above."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+
+from batchnorm.report.trace import Trace, printable
+
+SIZE = 12.5  # of text, in points
+ROW = 18.0  # from one line of text to the next
+_SAMPLE = 26.0  # the length of a line's sample in a key
+_SPACE = 18.0  # between two names in a key
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a figure, in points from its bottom left."""
+
+    left: float
+    bottom: float
+    width: float
+    height: float
+
+
+def points(figure: Figure) -> tuple[float, float]:
+    """The figure's width and height."""
+    width, height = figure.get_size_inches()
+    return width * 72, height * 72
+
+
+def write(
+    figure: Figure, x: float, y: float, text: str, colour: str, size: float = SIZE, **font: Any
+) -> None:
+    """Put `text` at a point of `figure`, as it is: a `$` starts no formula."""
+    across, down = points(figure)
+    figure.text(x / across, y / down, printable(text), color=colour, fontsize=size, parse_math=False, **font)
+
+
+def width(text: str) -> float:
+    """How wide `text` is set, in points."""
+    # the page's own font is narrower than the one measured here, as most are
+    renderer = RendererAgg(1, 1, 72)  # type: ignore[no-untyped-call]
+    size = renderer.get_text_width_height_descent(text, FontProperties(size=SIZE), False)  # type: ignore[no-untyped-call]
+    return float(size[0])
+
+
+def fit_at_end(axes: Axes, named: list[Trace], box: Box) -> bool:
+    """Whether each line can be named in the margin: the names are short, and the lines come near it."""
+    if not named or len(named) > 6 or max(width(trace.label) for trace in named) > 0.28 * box.width:
+        return False
+    # where a line ends, as a share of the axis; the same on a linear and on a log one
+    share = axes.get_xaxis_transform() - axes.transAxes
+    return all(share.transform((trace.end[0], 0.0))[0] > 0.9 for trace in named if trace.end)
+
+
+def name_ends(figure: Figure, axes: Axes, inner: Box, named: list[Trace]) -> None:
+    """Write each name right of the axes, which cover `inner`, at the height of its line's end."""
+    low, high = axes.get_ylim()
+    heights = [(trace.end[1] - low) / (high - low) if trace.end else 0.0 for trace in named]
+    wanted = [inner.bottom + inner.height * min(max(height, 0.0), 1.0) for height in heights]
+    places = apart(wanted, 15.0, inner.bottom, inner.bottom + inner.height)
+    for trace, y in zip(named, places, strict=True):
+        write(figure, inner.left + inner.width + 6, y, trace.label, trace.name_colour, va="center_baseline")
+
+
+def apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Places near the `wanted` ones, in their order and `gap` apart, between `low` and `high` if they fit."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    places = [wanted[index] for index in order]
+    for _ in range(100):
+        for index in range(len(places) - 1):
+            overlap = max(gap - (places[index + 1] - places[index]), 0.0)
+            places[index] -= overlap / 2
+            places[index + 1] += overlap / 2
+        shift = max(low - places[0], 0.0) + min(high - places[-1], 0.0) if places else 0.0
+        places = [place + shift for place in places]
+    return [place for _, place in sorted(zip(order, places, strict=True))]
+
+
+def key_rows(named: list[Trace], across: float) -> list[list[Trace]]:
+    """The lines of a key: as many names on each as fit."""
+    rows: list[list[Trace]] = []
+    used = math.inf
+    for trace in named:
+        needed = _SAMPLE + 6 + width(trace.label)
+        if used + needed > across:
+            rows.append([])
+            used = 0.0
+        rows[-1].append(trace)
+        used += needed + _SPACE
+    return rows
+
+
+def key(figure: Figure, left: float, y: float, row: list[Trace]) -> None:
+    """Draw one line of a key."""
+    across, down = points(figure)
+    for trace in row:
+        sample = Line2D(
+            [(left + share * _SAMPLE) / across for share in (0.0, 0.5, 1.0)],
+            [(y + 4) / down] * 3,
+            color=trace.colour,
+            linestyle=trace.style,
+            linewidth=1.8,
+            marker=trace.marker,
+            markersize=4.5,
+            markeredgewidth=0,
+            markevery=[1],
+        )
+        figure.add_artist(sample)
+        write(figure, left + _SAMPLE + 6, y, trace.label, trace.name_colour)
+        left += _SAMPLE + 6 + width(trace.label) + _SPACE

@@ -1,0 +1,167 @@
+"""The tables of the page: cells as text, and which columns are numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pydantic import JsonValue
+
+from batchnorm.records import Table
+from batchnorm.report.contents import Contents, Network
+
+# "1,990", "−0.5", "15.8 ± 1.2", "96 %", "1.5e-3", "14–17", "∞"; what stands for a missing number may join them
+_NUMBER = re.compile(r"[<>≤≥~≈+−-]?\s*(\d|\.\d|∞)")
+_MISSING = {"", "—", "–", "-", "never", "not reached", "diverged"}
+
+_MEANINGS = {
+    "test": "test: accuracy on the test set, with batch normalization by the population statistics",
+    "moving": "moving: the same by the moving averages",
+    "training": "training: accuracy on the training set",
+    "loss": "loss: on the training set, nats",
+    "travel": "travel: how far the inputs to the last hidden layer’s sigmoids moved, in their mean 15–85 widths",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as it is set: the first column names the row, numbers stand right."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, by most of its cells; one without any words counts as such."""
+        cells = [row[column].strip() for row in self.rows if column < len(row)]
+        numbers = sum(bool(_NUMBER.match(cell)) for cell in cells)
+        words = sum(not _NUMBER.match(cell) and cell not in _MISSING for cell in cells)
+        return column > 0 and any(cells) and numbers >= words
+
+
+def of_verdict(tables: dict[str, Table]) -> list[Grid]:
+    """The tables of a verdict."""
+    return [Grid(title, table.columns, table.rows, table.note) for title, table in tables.items()]
+
+
+def networks(contents: Contents) -> Grid | None:
+    """How each network ended, or how far it came; columns that nobody filled are left out."""
+    if not contents.networks:
+        return None
+    columns = ["network", "steps", "test", "moving", "training", "loss", "travel", "time", "ended"]
+    rows = [_network(network) for network in contents.networks]
+    all_ended = all(row[-1] == "yes" for row in rows)
+    kept = [number for number in range(len(columns) - all_ended) if any(row[number] for row in rows)]
+    note = "; ".join(_MEANINGS[columns[number]] for number in kept if columns[number] in _MEANINGS)
+    return Grid(
+        "Networks",
+        [columns[number] for number in kept],
+        [[row[number] or "—" for number in kept] for row in rows],
+        note[0].upper() + note[1:] + ".",
+    )
+
+
+def configurations(contents: Contents) -> Grid | None:
+    """The settings in which the networks that have ended differ."""
+    configs = {
+        network.job: _flat(network.result.config)
+        for network in contents.networks
+        if network.result is not None
+    }
+    names = dict.fromkeys(name for config in configs.values() for name in config)
+    differing = [name for name in names if len({config.get(name) for config in configs.values()}) > 1]
+    if not differing:
+        return None
+    rows = [[job, *(config.get(name, "—") for name in differing)] for job, config in configs.items()]
+    return Grid("Where the networks’ settings differ", ["network", *differing], rows)
+
+
+def moment(iso: str) -> str:
+    """A time in ISO 8601 for people; as it stands when it is none."""
+    try:
+        time = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    return f"{time.astimezone(UTC):%Y-%m-%d, %H:%M} UTC" if time.tzinfo else iso
+
+
+def share(value: float | None) -> str:
+    """An accuracy as a percentage."""
+    if value is None or not math.isfinite(value):
+        return "" if value is None else _odd(value)
+    return f"{value * 100:.2f}\u00a0%"
+
+
+def number(value: float | None) -> str:
+    """A number to three digits."""
+    if value is None or not math.isfinite(value):
+        return "" if value is None else _odd(value)
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """A time as a clock shows it."""
+    if not math.isfinite(seconds):
+        return _odd(seconds)
+    if seconds < 10:
+        return f"{seconds:.1f}\u00a0s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}\u00a0h\u00a0{minutes:02d}\u00a0min"
+    return f"{minutes}\u00a0min\u00a0{rest:02d}\u00a0s" if minutes else f"{rest}\u00a0s"
+
+
+def _network(network: Network) -> list[str]:
+    last, result = network.last, network.result
+    travel = number(last.travel) if last else ""
+    if result is not None:
+        return [
+            network.job,
+            f"{result.steps:,}",
+            share(result.accuracy),
+            share(result.accuracy_moving),
+            share(result.train_accuracy),
+            number(result.loss),
+            travel,
+            duration(result.seconds),
+            "diverged" if result.diverged else "yes",
+        ]
+    if last is None:  # pragma: no cover - a network is known by one or the other
+        return [network.job, *[""] * 8]
+    return [
+        network.job,
+        f"{last.step:,}",
+        share(last.accuracy),
+        share(last.accuracy_moving),
+        "",
+        number(last.loss),
+        travel,
+        "",
+        "not yet",
+    ]
+
+
+def _odd(value: float) -> str:
+    if math.isnan(value):
+        return "not a number"
+    return "∞" if value > 0 else "−∞"
+
+
+def _flat(config: dict[str, JsonValue], prefix: str = "") -> dict[str, str]:
+    """Nested settings under dotted names."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            flat[prefix + name] = "yes" if value else "no"
+        else:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat

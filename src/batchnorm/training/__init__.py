@@ -1,0 +1,1 @@
+"""Training: one loop, checkpoints, and many runs side by side."""

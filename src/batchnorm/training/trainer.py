@@ -1,0 +1,214 @@
+"""The training loop: one network, from its configuration and the data to a stream of records.
+
+Everything a step depends on is in `state_dict`, or follows from the configuration and the number of the
+step, so a run that was stopped anywhere continues to the same numbers, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.data.digits import Digits
+from batchnorm.data.idx import DataError
+from batchnorm.models.mlp import MLP
+from batchnorm.records import Evaluation, Result
+from batchnorm.training.checkpoint import CheckpointError
+from batchnorm.training.config import Training
+
+# The batches over which Algorithm 2 averages, and the share of training images whose accuracy is reported.
+POPULATION_BATCHES = 50
+_PERCENTILES = torch.tensor([0.15, 0.50, 0.85])
+
+
+def evaluation_steps(steps: int) -> Iterator[int]:
+    """Where a run of `steps` steps is evaluated: at most 10 % apart, every 10 steps at first, and at the end."""
+    step = 0
+    while step < steps:
+        step += max(gap for gap in (10, 20, 50, 100, 200, 500, 1000, 2500) if gap <= max(10, step // 10))
+        yield min(step, steps)
+
+
+class Trainer:
+    """One network in training.
+
+    config: what to train and how.
+    data: the digits; images become binary, 1 where a pixel is above half (the paper's "binary image").
+    job: the network's name in the records.
+    """
+
+    def __init__(self, config: Training, data: Digits, job: str) -> None:
+        self.config, self.job = config, job
+        self.images, self.labels = _binary(data.train_images), data.train_labels.long()
+        self.test_images, self.test_labels = _binary(data.test_images), data.test_labels.long()
+        if len(self.images) < config.batch_size:
+            raise DataError(
+                f"{len(self.images)} training images do not fill one batch of {config.batch_size}"
+            )
+        torch.manual_seed(config.seed)  # dropout; everything else has a generator of its own
+        self.model = MLP(
+            self.images.size(1),
+            config.hidden,
+            classes=int(max(self.labels.max(), self.test_labels.max(), torch.tensor(9))) + 1,
+            batch_norm=config.batch_norm,
+            nonlinearity=config.nonlinearity,
+            init_std=config.init_std,
+            output_std=config.output_std,
+            dropout=config.dropout,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.rate)
+        self.step = 0
+        self.loss_sum, self.losses = torch.zeros(()), 0
+        self.seconds = 0.0
+        self.evaluations: list[Evaluation] = []
+        self.watched: list[Tensor] = []  # (3, units) percentiles, an entry for each evaluation
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def run(self) -> Iterator[Evaluation | Result | None]:
+        """Train; yield what is worth recording, and None after every other step, a good moment to stop."""
+        due = set(evaluation_steps(self.config.steps))
+        while self.step < self.config.steps and not self._diverged:
+            started = time.perf_counter()
+            images, labels = self._batch()
+            loss = nn.functional.cross_entropy(self.model(images), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.loss_sum += loss.detach()
+            self.losses += 1
+            self.step += 1
+            self.seconds += time.perf_counter() - started
+            yield self._evaluate() if self.step in due else None
+        yield self._result()
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """The batch of this step: epochs of shuffled samples, the remainder left out, all batches full."""
+        size = self.config.batch_size
+        epoch, at = divmod(self.step, len(self.images) // size)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
+        chosen = self._order[at * size : (at + 1) * size]
+        return self.images[chosen], self.labels[chosen]
+
+    def _evaluate(self) -> Evaluation:
+        inference = self._inference_model()
+        watched: list[Tensor] = []
+        if self.config.watch:
+            inference.last_nonlinearity.register_forward_pre_hook(lambda _, inputs: watched.append(inputs[0]))
+        accuracy = _accuracy(inference, self.test_images, self.test_labels)
+        percentiles = None
+        if watched:
+            self.watched.append(torch.quantile(watched[0], _PERCENTILES, dim=0))
+            low, median, high = self.watched[-1][:, 0].tolist()
+            percentiles = (low, median, high)
+        evaluation = Evaluation(
+            job=self.job,
+            step=self.step,
+            loss=(self.loss_sum / self.losses).item(),
+            accuracy=accuracy,
+            accuracy_moving=self._accuracy_moving(),
+            percentiles=percentiles,
+            travel=_travel(self.watched),
+        )
+        self.loss_sum, self.losses = torch.zeros(()), 0
+        self.evaluations.append(evaluation)
+        return evaluation
+
+    def _result(self) -> Result:
+        last = self.evaluations[-1]
+        return Result(
+            job=self.job,
+            config=self.config.model_dump(mode="json"),
+            steps=self.step,
+            diverged=self._diverged,
+            loss=last.loss,
+            accuracy=last.accuracy,
+            accuracy_moving=last.accuracy_moving,
+            train_accuracy=_accuracy(self._inference_model(), self.images, self.labels),
+            seconds=round(self.seconds, 2),
+        )
+
+    def _inference_model(self) -> MLP:
+        """A copy for inference, its BN by the population statistics of Algorithm 2, lines 8-11.
+
+        E[x] = E_B[mean_B] and Var[x] = E_B[count/(count - 1)·variance_B] over training batches of the same
+        size: which is what running statistics with momentum=None become.
+        """
+        model = copy.deepcopy(self.model).eval()
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        if norms:
+            with torch.no_grad():
+                for batch in self.images.split(self.config.batch_size)[:POPULATION_BATCHES]:
+                    if len(batch) == self.config.batch_size:
+                        model(batch)
+        return model.eval()
+
+    def _accuracy_moving(self) -> float | None:
+        if not self.config.batch_norm:
+            return None
+        self.model.eval()
+        accuracy = _accuracy(self.model, self.test_images, self.test_labels)
+        self.model.train()
+        return accuracy
+
+    @property
+    def _diverged(self) -> bool:
+        return bool(self.evaluations) and not math.isfinite(self.evaluations[-1].loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, and what it has recorded; tensors and plain values."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "loss_sum": self.loss_sum,
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "evaluations": [evaluation.model_dump_json() for evaluation in self.evaluations],
+            "watched": self.watched,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Raises: CheckpointError if that was another run."""
+        if state["config"] != self.config.model_dump(mode="json"):
+            raise CheckpointError(
+                f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
+            )
+        self.step, self.loss_sum, self.losses = state["step"], state["loss_sum"], state["losses"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.seconds, self.watched = state["seconds"], state["watched"]
+        self.evaluations = [Evaluation.model_validate_json(line) for line in state["evaluations"]]
+
+
+def _binary(images: Tensor) -> Tensor:
+    return (images > 127).flatten(1).float()
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return int((model(images).argmax(1) == labels).sum()) / len(labels)
+
+
+def _travel(watched: list[Tensor]) -> float | None:
+    """See `Evaluation.travel`."""
+    if not watched:
+        return None
+    low, median, high = torch.stack(watched).unbind(1)  # each (evaluations, units)
+    path = median.diff(dim=0).abs().sum(0)
+    return (path / (high - low).mean(0)).mean().item()

@@ -1,0 +1,151 @@
+"""Many training runs side by side, one process a core, each stoppable at any step and continued from its checkpoint."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from batchnorm.data.digits import Digits
+from batchnorm.records import Evaluation, Result
+from batchnorm.training import checkpoint
+from batchnorm.training.config import Training
+from batchnorm.training.trainer import Trainer
+
+_CHECKPOINT_SECONDS = 10.0
+
+
+class WorkerDied(Exception):
+    """A worker process ended without a word: killed, or out of memory."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the network `job` has come; `evaluation` when it was just evaluated."""
+
+    job: str
+    step: int
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that the network `job` has to record; `finished` unless it was stopped on the way."""
+
+    job: str
+    records: list[Evaluation | Result]
+    finished: bool
+
+
+class Workers:
+    """A pool of processes that train networks; a context manager.
+
+    data: the name or folder of the data set, as for `Digits.load`; each process loads its own copy.
+    checkpoints: the folder that holds one file a network.
+    count: number of processes; by default one a core.
+    """
+
+    def __init__(self, data: str, checkpoints: Path, count: int | None = None) -> None:
+        context = multiprocessing.get_context("spawn")  # torch does not survive a fork with its threads
+        self.count = count or available_cores()
+        self._checkpoints = checkpoints
+        self._stop, self._messages = context.Event(), context.Queue()
+        self._pool = ProcessPoolExecutor(
+            self.count, context, _start, (data, self._messages, self._stop, os.getpid())
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._pool.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """Ask every network in training to save its checkpoint and stop; returns at once."""
+        self._stop.set()
+
+    def train(self, jobs: Mapping[str, Training]) -> Iterator[Progress | Outcome]:
+        """Train `jobs`, by name; yield their progress as it comes and an outcome each, until all have ended.
+
+        A network that has a checkpoint continues from it.
+
+        Raises: WorkerDied when a process was killed; whatever a worker raised.
+        """
+        pending: set[Future[Outcome]] = {
+            self._pool.submit(_train, name, config, self._checkpoints / f"{name}.pt")
+            for name, config in jobs.items()
+        }
+        while pending:
+            yield from self._progress()
+            for future in [future for future in pending if future.done()]:
+                pending.remove(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    raise WorkerDied("a training process was killed, or ran out of memory") from None
+
+    def _progress(self) -> Iterator[Progress]:
+        """What has arrived, after waiting for it a moment."""
+        try:
+            yield self._messages.get(timeout=0.1)
+            while True:
+                yield self._messages.get_nowait()
+        except queue.Empty:
+            return
+
+
+def available_cores() -> int:
+    """The cores this process may run on, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Here:
+    """What a worker process was started with."""
+
+    data: Digits
+    messages: multiprocessing.Queue[Progress]
+    stop: Event
+    parent: int
+
+
+def _start(data: str, messages: Any, stop: Event, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(1)  # the networks are small: a core each, and sums that never depend on the machine
+    _Here.data, _Here.messages, _Here.stop, _Here.parent = Digits.load(data), messages, stop, parent
+
+
+def _train(job: str, config: Training, path: Path) -> Outcome:
+    trainer = Trainer(config, _Here.data, job)
+    state = checkpoint.load(path)
+    if state is not None:
+        trainer.load_state_dict(state)
+    if _Here.stop.is_set():
+        return Outcome(job, list(trainer.evaluations), finished=False)
+    saved = told = time.monotonic()
+    for record in trainer.run():
+        if isinstance(record, Result):
+            checkpoint.save(trainer.state_dict(), path)
+            return Outcome(job, [*trainer.evaluations, record], finished=True)
+        now = time.monotonic()
+        if record is not None or now - told > 0.2:
+            _Here.messages.put(Progress(job, trainer.step, record))
+            told = now
+        if _Here.stop.is_set() or os.getppid() != _Here.parent:
+            break
+        if now - saved > _CHECKPOINT_SECONDS:
+            checkpoint.save(trainer.state_dict(), path)
+            saved = now
+    checkpoint.save(trainer.state_dict(), path)
+    return Outcome(job, list(trainer.evaluations), finished=False)

@@ -1,0 +1,190 @@
+"""The judges: given curves, what each claim says of them. The curves are made up, the arithmetic is not ours."""
+
+import pytest
+
+from batchnorm.experiments.claim import Claim, Curve, Settings, spread
+from batchnorm.experiments.figure_1 import RATES, Figure1, best_rate
+from batchnorm.experiments.higher_rates import HigherRates
+from batchnorm.experiments.initial_weights import InitialWeights
+from batchnorm.experiments.mnist import claim_names, mnist_experiment
+from batchnorm.experiments.regularization import Regularization
+from batchnorm.experiments.saturation import Saturation
+from batchnorm.records import Evaluation, Result
+from batchnorm.training.config import Training
+from batchnorm.training.trainer import evaluation_steps
+
+SETTINGS = Settings(steps=10_000, seeds=2)
+
+
+def curve(job: str, config: Training, reaches: dict[float, int], train: float = 1.0) -> Curve:
+    """A network whose test accuracy jumps to each accuracy at the given step."""
+    evaluations = [
+        Evaluation(
+            job=job,
+            step=step,
+            loss=1.0,
+            accuracy=max([a for a, at in reaches.items() if step >= at], default=0.1),
+            percentiles=(-1.0, 0.0, 1.0) if config.watch else None,
+            travel=step / 1000 if config.watch else None,
+        )
+        for step in evaluation_steps(config.steps)
+    ]
+    last = evaluations[-1]
+    result = Result(
+        job=job,
+        config=config.model_dump(mode="json"),
+        steps=last.step,
+        diverged=False,
+        loss=1.0,
+        accuracy=last.accuracy,
+        train_accuracy=train,
+        seconds=1.0,
+    )
+    return Curve(config, evaluations, result)
+
+
+def train_all(claim: Claim, reaches, train=lambda config: 1.0) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    while missing := {n: c for n, c in claim.jobs(SETTINGS, curves).items() if n not in curves}:
+        curves |= {
+            name: curve(name, config, reaches(config), train(config)) for name, config in missing.items()
+        }
+    return curves
+
+
+def test_steps_to_an_accuracy_is_the_first_evaluation_that_reaches_it():
+    made = curve("a", Training(batch_norm=True, rate=0.1, steps=100, seed=0), {0.8: 31, 0.9: 100})
+    assert made.steps_to(0.8) == 40  # evaluated at 30 and 40
+    assert made.steps_to(0.9) == 100
+    assert made.steps_to(0.91) is None
+
+
+def test_figure_1_takes_the_ratio_seed_by_seed():
+    steps = {(True, 0): 100, (True, 1): 200, (False, 0): 1500, (False, 1): 2000}
+
+    def reaches(config: Training) -> dict[float, int]:
+        return {0.8: steps[config.batch_norm, config.seed]} if config.rate == 0.1 else {}
+
+    claim = Figure1()
+    verdict = claim.verdict(SETTINGS, train_all(claim, reaches))
+    assert verdict.steps_ratio == {"80": (15 + 10) / 2}
+    assert verdict.outcome == "seen"
+    table = verdict.tables["Steps to a test accuracy, both networks at rate 0.1"]
+    assert table.rows[0] == ["80 %", "1,750 ± 354", "150 ± 71", "12.5 ± 3.5"]
+    assert table.rows[1] == ["85 %", "not reached", "not reached", "–"]
+
+
+def test_figure_1_does_not_average_over_seeds_that_did_not_arrive():
+    def reaches(config: Training) -> dict[float, int]:
+        return (
+            {} if config.seed == 1 and not config.batch_norm else {0.8: 1000 if not config.batch_norm else 10}
+        )
+
+    claim = Figure1()
+    verdict = claim.verdict(SETTINGS, train_all(claim, reaches))
+    assert not verdict.steps_ratio
+    assert verdict.outcome == "not seen here"
+    table = verdict.tables["Steps to a test accuracy, both networks at rate 0.1"]
+    assert table.rows[0] == ["80 %", "reached by 1 of 2", "10 ± 0", "–"]
+
+
+def test_figure_1_below_ten_times_is_not_seen():
+    claim = Figure1()
+    verdict = claim.verdict(SETTINGS, train_all(claim, lambda c: {0.9: 100 if c.batch_norm else 900}))
+    assert verdict.steps_ratio == {"80": 9.0, "85": 9.0, "90": 9.0}
+    assert verdict.outcome == "not seen here"
+
+
+def test_each_network_gets_its_own_best_rate():
+    fast = {True: 3.0, False: 0.3}
+
+    def reaches(config: Training) -> dict[float, int]:
+        return {0.9: 100 if config.rate == fast[config.batch_norm] else 500}
+
+    claim = Figure1()
+    curves = train_all(claim, reaches)
+    for bn in (True, False):
+        assert best_rate(curves, bn) == fast[bn]
+    assert {c.config.rate for n, c in curves.items() if n.startswith("best-rate-bn")} == {3.0}
+    assert {c.config.rate for n, c in curves.items() if n.startswith("best-rate-plain")} == {0.3}
+
+
+def test_without_any_rate_that_arrives_the_most_accurate_is_the_best():
+    claim = Figure1()
+    curves = train_all(claim, lambda config: {0.2 + config.rate / 100: 10})
+    assert best_rate(curves, True) == RATES[-1]
+
+
+def test_higher_rates_compares_the_highest_rates_that_train():
+    claim = HigherRates()
+
+    def upto(bn: float, plain: float):
+        return lambda c: {0.9: 10} if c.rate <= (bn if c.batch_norm else plain) else {}
+
+    assert claim.verdict(SETTINGS, train_all(claim, upto(5, 1))).outcome == "seen"
+    assert claim.verdict(SETTINGS, train_all(claim, upto(2, 1))).outcome == "not seen here"
+    # a rate above one that fails does not count
+    lucky = claim.verdict(SETTINGS, train_all(claim, lambda c: {0.9: 10} if c.rate in (0.1, 50) else {}))
+    assert "ReLU network: 0.1 with BN, 0.1 without" in lucky.measured
+
+
+def test_initial_weights_wants_every_scale():
+    claim = InitialWeights()
+    some = {0.1, 1.0, 10.0}
+    seen = train_all(claim, lambda c: {0.85: 10} if c.batch_norm or c.init_std in some else {})
+    assert claim.verdict(SETTINGS, seen).outcome == "seen"
+    not_all = train_all(claim, lambda c: {0.85: 10} if c.init_std < 100 and c.batch_norm else {})
+    assert claim.verdict(SETTINGS, not_all).outcome == "not seen here"
+
+
+def test_saturation_gives_the_baseline_its_best_setting():
+    claim = Saturation()
+    assert (
+        claim.verdict(SETTINGS, train_all(claim, lambda c: {0.9: 10} if c.batch_norm else {})).outcome
+        == "seen"
+    )
+    once = train_all(claim, lambda c: {0.9: 10} if c.batch_norm or (c.rate, c.init_std) == (3.0, 0.3) else {})
+    assert claim.verdict(SETTINGS, once).outcome == "not seen here"
+
+
+def test_regularization_compares_gaps_and_wants_no_loss_of_accuracy():
+    claim = Regularization()
+
+    def verdict(gap_bn: float, test_bn: float) -> str:
+        curves = train_all(
+            claim,
+            lambda c: {test_bn if c.batch_norm else 0.9: 10},
+            lambda c: test_bn + gap_bn if c.batch_norm else 0.95,
+        )
+        return claim.verdict(SETTINGS, curves).outcome
+
+    assert verdict(0.02, 0.92) == "seen"
+    assert verdict(0.06, 0.92) == "not seen here"
+    assert verdict(0.02, 0.88) == "not seen here"
+
+
+@pytest.mark.parametrize("name", claim_names())
+def test_a_claim_whose_networks_have_not_all_ended_is_incomplete(name):
+    (claim,) = mnist_experiment(SETTINGS.model_copy(update={"claims": (name,)})).claims
+    curves = train_all(claim, lambda config: {0.9: 10})
+    cut = next(iter(curves))
+    for partial in ({}, {cut: Curve(curves[cut].config, curves[cut].evaluations[:2])}):
+        verdict = claim.verdict(SETTINGS, partial)
+        assert verdict.outcome == "incomplete"
+        assert verdict.steps_ratio is None
+        claim.charts(SETTINGS, partial)  # draws what there is
+    assert claim.verdict(SETTINGS, curves).outcome != "incomplete"
+    assert all(chart.claim == claim.name for chart in claim.charts(SETTINGS, curves))
+
+
+def test_no_run_is_longer_than_the_steps_asked_for():
+    settings = Settings(steps=70, claims=claim_names())
+    for claim in mnist_experiment(settings).claims:
+        assert {config.steps for config in claim.jobs(settings, {}).values()} == {70}
+
+
+def test_spread_says_how_many_there_are():
+    assert spread([1, 3]) == "2 ± 1"
+    assert spread([1234.0]) == "1,234"
+    assert spread([None, 3]) == "reached by 1 of 2"
+    assert spread([None]) == "not reached"

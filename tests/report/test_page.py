@@ -1,0 +1,299 @@
+import difflib
+import math
+import os
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from batchnorm.records import Evaluation, RecordError, Result, Table, Verdict
+from batchnorm.report.page import render
+from batchnorm.report.tables import Grid, duration, moment, number, share
+
+from . import sample
+
+GOLDEN = Path(__file__).with_name("golden.html")
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+def words(page):
+    """The page without its pictures and its style."""
+    page = re.sub(r'<svg class="plot".*?</svg>', "[plot]", page, flags=re.DOTALL)
+    return re.sub(r"<style>.*?</style>", "<style>[style]</style>", page, flags=re.DOTALL)
+
+
+def text(page):
+    """What a reader sees, in order."""
+    page = re.sub(r"<(svg|style|head)\b.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").split())
+
+
+def verdict(**changes):
+    return sample.VERDICTS[0].model_copy(update=changes)
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order, and collects what the tests ask about."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[int] = []
+        self.ids: list[str | None] = []
+        self.targets: list[str] = []
+        self.elements: set[str] = set()
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.add(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "srcset", "action", "data", "poster", "xlink:href"):
+                self.targets.append(value or "")
+            assert not name.startswith("on"), name
+        if re.fullmatch(r"h\d", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_is_the_golden_page():
+    """`BATCHNORM_GOLDEN=write pytest tests/report` writes the page anew; look at the difference before you commit."""
+    page = words(render([sample.RUN, *sample.results(), sample.figure_1a(), *sample.VERDICTS[:3]]))
+    if os.environ.get("BATCHNORM_GOLDEN") == "write":
+        GOLDEN.write_text(page, encoding="utf-8")
+    golden = GOLDEN.read_text(encoding="utf-8")
+    changes = difflib.unified_diff(golden.splitlines(), page.splitlines(), "golden", "page", lineterm="")
+    assert page == golden, "\n".join(changes)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [sample.complete(), sample.interrupted(), [sample.RUN]],
+    ids=["complete", "interrupted", "only begun"],
+)
+def test_is_a_sound_page_that_asks_for_nothing(records):
+    page = render(records)
+    assert page == render(records)
+    assert page.lstrip().startswith('<!DOCTYPE html>\n<html lang="en">')
+    reader = Reader(page)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert all(t == "data:," or t.removeprefix("#") in reader.ids for t in reader.targets), reader.targets
+    assert not reader.elements & {"script", "img", "iframe", "object", "embed", "video", "audio", "form"}
+    assert "@import" not in page
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    levels = reader.headings
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+
+
+def test_says_things_in_order():
+    said = text(render(sample.complete()))
+    places = [
+        said.index(part)
+        for part in (
+            sample.RUN.title, "15.8× fewer steps to 80 % test accuracy with batch normalization", "The claims",
+            "Section 4.1, figure 1", "at least 10 times", "With batch normalization 80 % took", "Figure 1(a) of",
+            "Steps to an accuracy",
+            "What the paper leaves open", "Networks", "How this page was made",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert f"{sample.RUN.command} --resume" in said  # one claim of the sample is incomplete
+
+
+def test_words_cannot_become_markup():
+    evil = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;{{ run }}{% raw %}"
+    run = sample.RUN.model_copy(
+        update={
+            "title": evil, "command": evil, "machine": evil, "experiment": evil, "started": evil,
+            "versions": {evil: evil}, "config": {evil: [evil]},
+        }
+    )  # fmt: skip
+    table = Table(columns=[evil, evil], rows=[[evil, evil]], note=evil)
+    judged = verdict(
+        claim=evil,
+        title=evil,
+        source=evil,
+        expected=evil,
+        measured=evil,
+        choices=[evil],
+        tables={evil: table},
+        steps_ratio={evil: 1.0},
+    )
+    chart = sample.figure_1a()
+    panel = chart.panels[0].model_copy(update={"title": evil, "x_label": evil, "y_label": evil})
+    chart = chart.model_copy(update={"claim": evil, "title": evil, "caption": evil, "panels": [panel]})
+    network = sample.results()[0].model_copy(update={"job": evil, "config": {"a": evil}})
+    page = render([run, judged, chart, network, sample.results()[1]])
+    assert not Reader(page).elements & {"script", "img"}
+    assert text(page).count("&lt;script&gt;") > 15
+    assert "{{ run }}" in page
+
+
+def test_the_last_of_a_name_wins_in_the_place_of_the_first():
+    first, second = sample.VERDICTS[1], sample.VERDICTS[2]
+    again = first.model_copy(update={"measured": "measured anew", "outcome": "not seen here"})
+    chart = sample.sweep()
+    redrawn = chart.model_copy(update={"caption": "drawn anew"})
+    said = text(render([sample.RUN, chart, first, second, redrawn, again]))
+    assert first.measured not in said
+    assert chart.caption not in said
+    assert said.count("measured anew") == said.count("drawn anew") == 1
+    assert said.index("measured anew") < said.index(second.measured)
+
+
+def test_an_interrupted_run_says_so_and_how_to_go_on():
+    said = text(render(sample.interrupted()))
+    assert "No verdict yet" in said
+    assert "3 networks have ended, 3 under way." in said
+    assert f"{sample.RUN.command} --resume" in said
+    assert "Test accuracy so far" in said
+    assert "not yet" in said
+    resumed = sample.RUN.model_copy(update={"command": "batchnorm reproduce mnist --resume"})
+    assert "--resume --resume" not in text(render([resumed]))
+
+
+def test_a_chart_without_a_verdict_is_shown_all_the_same():
+    page = render([sample.RUN, sample.figure_1a()])
+    assert page.count('<svg class="plot"') == 2  # for a phone and for a desk
+    assert "Figure 1(a) of the paper" in page
+
+
+def test_the_progress_of_few_networks_names_each():
+    cut = [e for e in sample.evaluations() if e.job.endswith("seed0")]
+    page = render([sample.RUN, *cut])
+    assert ">bn-lr0.1-seed0</text>" in page
+    assert "stroke: var(--plain)" in page
+    page = render([sample.RUN, *sample.evaluations()])
+    assert ">with batch normalization (3)</text>" in page
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ({"80": 12.0, "90": 20.04}, "20.0× fewer steps to 90 % test accuracy"),
+        (
+            {"50": 99.0, "80": 12.0},
+            "12.0× fewer steps to 80 % test accuracy",
+        ),  # the claim is about 80 % or more
+        ({"50": 9.0, "70": 3.0}, "3.0× fewer steps to 70 % test accuracy"),
+        ({"97.5": 1234.4}, "1,234× fewer steps to 97.5 % test accuracy"),
+        ({"80": 0.5}, "2.0× more steps to 80 % test accuracy"),
+        ({"80": math.inf, "85": math.nan, "90": 3.0}, "3.0× fewer steps to 90 %"),
+        ({"80": math.inf}, "Seen Batch normalization makes the network"),
+        ({}, "Seen Batch normalization makes the network"),
+        (None, "Seen Batch normalization makes the network"),
+    ],
+)
+def test_the_headline(ratios, said):
+    assert said in text(render([sample.RUN, verdict(steps_ratio=ratios)]))
+
+
+def test_the_headline_counts_several_claims():
+    judged = [v.model_copy(update={"steps_ratio": None}) for v in sample.VERDICTS]
+    assert "2 of 3 claims of the paper seen here" in text(render([sample.RUN, *judged]))
+    assert "No verdict yet" in text(render([sample.RUN, judged[3]]))
+
+
+def test_the_verdict_with_the_headline_comes_first():
+    said = text(render([sample.RUN, sample.VERDICTS[1], sample.VERDICTS[0]]))
+    assert said.index(sample.VERDICTS[0].title) < said.index(sample.VERDICTS[1].title)
+
+
+def test_a_finished_run_is_not_told_to_go_on():
+    assert "--resume" not in render([sample.RUN, *sample.VERDICTS[:3]])
+
+
+def test_numbers_that_are_none():
+    result = Result(
+        job="lost", config={}, steps=3, diverged=True, loss=math.nan, accuracy=math.nan, train_accuracy=math.inf,
+        seconds=math.inf,
+    )  # fmt: skip
+    evaluation = Evaluation(
+        job="late", step=1, loss=math.inf, accuracy=0.1, accuracy_moving=None, percentiles=None, travel=None
+    )
+    said = text(render([sample.RUN, result, evaluation]))
+    assert "lost 3 not a number — ∞ not a number ∞ diverged".replace(" —", "") in said
+    assert "late 1 10.00 % — ∞ — not yet" in said
+
+
+def test_many_networks_start_folded():
+    networks = [sample.results()[0].model_copy(update={"job": f"job-{i}"}) for i in range(31)]
+    assert "All 31 networks" in render([sample.RUN, *networks])
+    assert "All 30 networks" not in render([sample.RUN, *networks[:30]])
+
+
+def test_settings_that_differ_are_told():
+    said = text(render([sample.RUN, *sample.results()]))
+    assert "network batch_norm learning_rate seed bn-lr0.1-seed0 yes 0.1 0" in said
+    assert "settings differ" not in text(render([sample.RUN, sample.results()[0]]))
+
+
+def test_records_without_a_run_are_refused():
+    with pytest.raises(RecordError, match="name no run"):
+        render([sample.VERDICTS[0]])
+
+
+def test_numbers_stand_right_and_words_left():
+    columns = ["name", "count", "some missing", "word", "mixed"]
+    rows = [
+        ["1", "1,990", "15.8 ± 0.2", "yes", "3 of 4 seeds"],
+        ["2", "−3", "not reached", "no", "all of them"],
+        ["3", "<5", "—", "", "none"],
+    ]
+    grid = Grid("", columns, rows)
+    assert [grid.numeric(column) for column in range(5)] == [False, True, True, False, False]
+    assert not Grid("", ["a", "b"], [["ragged"]]).numeric(1)
+    assert Grid("", ["a", "b"], [["x", "not reached"], ["y", "–"]]).numeric(1)
+
+
+def test_small_words():
+    assert moment("2026-03-01T09:30:00+02:00") == "2026-03-01, 07:30 UTC"
+    assert moment("2026-03-01T09:30:00") == "2026-03-01T09:30:00"
+    assert moment("yesterday") == "yesterday"
+    assert [duration(s).replace("\u00a0", " ") for s in (0.64, 42, 59.7, 125, 7380)] == [
+        "0.6 s",
+        "42 s",
+        "1 min 00 s",
+        "2 min 05 s",
+        "2 h 03 min",
+    ]
+    assert [number(v) for v in (0.0, 0.00213, 2.3e-7, -1.5, 1234.5, 3e9, None, -math.inf)] == [
+        "0",
+        "0.00213",
+        "2.3e−7".replace("e−7", "e−07"),
+        "−1.5",
+        "1,234",
+        "3.0e+09",
+        "",
+        "−∞",
+    ]
+    assert share(None) == ""
+
+
+def test_outcomes_differ_by_more_than_colour():
+    marks = set()
+    for outcome in ("seen", "not seen here", "incomplete"):
+        page = render(
+            [sample.RUN, Verdict.model_validate({**sample.VERDICTS[1].model_dump(), "outcome": outcome})]
+        )
+        assert f">{outcome.capitalize()}<" in re.sub(r"</svg>", "<>", page).replace("<>", ">")
+        found = re.search(r'<svg class="mark".*?</svg>', page, re.DOTALL)
+        assert found
+        marks.add(found[0])
+    assert len(marks) == 3

@@ -1,0 +1,229 @@
+"""The command line as a user meets it: real processes, real files, real signals."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "batchnorm.cli"]
+
+
+def batchnorm(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def comparable(folder: Path) -> list[str]:
+    """What must be the same every time: all but clock, folder name and how often a verdict was written."""
+    lines = [
+        {k: v for k, v in r.items() if k not in ("seconds", "started", "command")} for r in records(folder)
+    ]
+    networks = [line for line in lines if line["kind"] in ("evaluation", "result")]
+    last = {(r["kind"], r.get("name", r["claim"])): r for r in lines if r["kind"] in ("chart", "verdict")}
+    return [json.dumps(line, sort_keys=True) for line in [*networks, *last.values()]]
+
+
+SMALL = ("--steps", 60, "--seeds", 1)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = batchnorm("reproduce", "mnist", *SMALL, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_help_is_quick_and_does_not_import_torch():
+    code = """
+import sys
+from batchnorm.cli import main
+sys.argv = ["batchnorm", "--help"]
+try:
+    main()
+finally:
+    assert not {"torch", "matplotlib", "pydantic"} & set(sys.modules), "too much was imported"
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = batchnorm("--help")
+        seconds.append(time.perf_counter() - started)
+        assert "reproduce" in done.stdout
+    assert min(seconds) < 0.5  # the best of three: this machine has other things to do
+
+
+@pytest.mark.parametrize(
+    "arguments", [["reproduce", "--help"], ["reproduce", "mnist", "-h"], ["report", "--help"]]
+)
+def test_every_command_explains_itself(arguments):
+    done = batchnorm(*arguments)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+def test_a_run_leaves_records_events_figures_and_a_page(run):
+    kinds = [record["kind"] for record in records(run)]
+    assert kinds[0] == "run"
+    assert kinds[-1] == "verdict"
+    head = records(run)[0]
+    assert head["config"] == {
+        "data": "mnist-10k",
+        "steps": 60,
+        "seeds": 1,
+        "rate": 0.1,
+        "init_std": 0.1,
+        "claims": ["figure-1"],
+    }
+    assert head["versions"].keys() == {"python", "batchnorm", "torch"}
+    assert (run / "report.html").stat().st_size > 10_000
+    assert {path.name for path in (run / "figures").iterdir()} >= {
+        "figure-1a.png",
+        "figure-1a.svg",
+        "figure-1bc.png",
+    }
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is an extra"
+    )
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard" / "same-rate-bn-seed0")).Reload()
+    written = [
+        (r["step"], r["accuracy"])
+        for r in records(run)
+        if r.get("job") == "same-rate-bn-seed0" and "step" in r
+    ]
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("accuracy/test")] == written
+
+
+def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_record(run, tmp_path):
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [*COMMAND, "reproduce", "mnist", *map(str, SMALL), "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " steps " in line:  # the first network has ended, others are in training
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert f"--out {folder} --resume" in rest
+    assert (folder / "report.html").exists()
+    stopped = records(folder)
+    assert stopped[-1]["outcome"] == "incomplete"
+    assert any(record["kind"] == "evaluation" for record in stopped)
+    assert len(stopped) < len(records(run))
+    done = batchnorm("reproduce", "mnist", "--out", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert sorted(comparable(folder)) == sorted(comparable(run))
+    assert records(folder)[-1]["outcome"] != "incomplete"
+
+
+def test_killed_in_the_middle_it_is_continued_from_what_is_there(run, tmp_path):
+    folder = tmp_path / "killed"
+    shutil.copytree(run, folder)
+    text = (folder / "records.jsonl").read_bytes()
+    (folder / "records.jsonl").write_bytes(text[: len(text) // 2])  # torn in the middle of a line
+    (folder / "report.html").unlink()
+    for path in list((folder / "checkpoints").iterdir())[::2]:
+        path.unlink()
+    done = batchnorm("reproduce", "mnist", "--out", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert comparable(folder) == comparable(run)
+    assert (folder / "report.html").exists()
+
+
+def test_the_same_command_gives_the_same_file(run, tmp_path):
+    folder = tmp_path / "again"
+    assert batchnorm("reproduce", "mnist", *SMALL, "--out", folder, "--workers", 1).returncode == 0
+    assert comparable(folder) == comparable(run)
+
+
+def test_report_is_rebuilt_from_the_records_alone(run, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copy(run / "records.jsonl", folder)
+    done = batchnorm("report", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(folder / "report.html")
+    assert (folder / "report.html").read_text() == (run / "report.html").read_text()
+
+
+def broken_folder(tmp_path: Path) -> Path:
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (tmp_path / name).write_bytes(b"no")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["reproduce", "mnist", "--data", "nowhere"], "no data set 'nowhere'"),
+        (["reproduce", "mnist", "--data", "BROKEN"], "not an IDX file"),
+        (["reproduce", "mnist", "--claims", "figure-2"], "no claim figure-2: choose from"),
+        (["reproduce", "mnist", "--rate", "-1"], "--rate: Input should be greater than 0"),
+        (["reproduce", "mnist", "--resume"], "no run to continue"),
+        (["reproduce", "mnist", "--resume", "--out", "nowhere"], "cannot read nowhere"),
+        (["reproduce", "mnist", "--out", "RUN"], "add --resume"),
+        (["reproduce", "mnist", "--out", "RUN", "--resume", "--rate", "0.2"], "--rate cannot change"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(run, tmp_path, arguments, says):
+    places = {"BROKEN": str(broken_folder(tmp_path)), "RUN": str(run)}
+    done = batchnorm(*[places.get(a, a) for a in arguments], cwd=tmp_path)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_full_disk_is_one_line_and_says_how_to_go_on(run, tmp_path):
+    folder = tmp_path / "run"
+    limit = (run / "records.jsonl").stat().st_size // 3  # no file may grow beyond this
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [*COMMAND, "reproduce", "mnist", *map(str, SMALL), "--out", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=fill,
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert f"--out {folder} --resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert batchnorm("reproduce", "mnist", "--out", folder, "--resume").returncode == 0
+    assert comparable(folder) == comparable(run)
+
+
+def test_claims_are_listed():
+    done = batchnorm("reproduce", "mnist", "--claims", "list")
+    assert done.returncode == 0
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["higher-rates", "initial-weights", "saturation", "regularization", "figure-1"]
+
+
+def test_version():
+    assert batchnorm("--version").stdout == "batchnorm 0.1.0\n"

@@ -1,0 +1,117 @@
+"""Everything that the documentation shows is run: every Python block, every command; every link leads somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# What a command is run with, so that it ends soon and leaves nothing behind.
+QUICK = ["--steps", "20", "--seeds", "1"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(program: str) -> list[str]:
+    lines = [
+        line.split("#")[0].strip()
+        for page in PAGES
+        for block in blocks(page, "bash")
+        for line in block.splitlines()
+    ]
+    return sorted({line for line in lines if line.split()[:1] == [program]})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_language_is_one_that_is_run(page):
+    assert set(re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)) <= {"", "python", "bash"}
+    known = {"batchnorm", "make", "pip"}
+    for block in blocks(page, "bash"):
+        assert {line.split()[0] for line in block.splitlines() if line.strip()} <= known
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name
+)
+def test_python_blocks_run_in_order(page):
+    code = "\n".join(blocks(page, "python"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands("batchnorm") if " reproduce " in c and "all" not in c]
+)
+def test_reproduce_commands_run(command, tmp_path):
+    arguments = shlex.split(command)[1:]
+    if "fashion-mnist" in arguments:
+        arguments += ["--claims", "list"]  # parsed, and nothing downloaded
+    done = subprocess.run(
+        [sys.executable, "-m", "batchnorm.cli", *arguments, *QUICK],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for run in (tmp_path / "runs").glob("*"):
+        again = [sys.executable, "-m", "batchnorm.cli", "report", str(run)]
+        assert subprocess.run(again, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_all_claims_run(tmp_path):
+    assert any("--claims all" in command for command in commands("batchnorm"))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "batchnorm.cli",
+            "reproduce",
+            "mnist",
+            "--claims",
+            "all",
+            "--steps",
+            "1",
+            "--seeds",
+            "1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_make_targets_exist(command):
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_is_named_is_there(page):
+    for path in re.findall(r"`(tests/[\w/.]+)`", page.read_text()):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"

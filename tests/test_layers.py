@@ -1,0 +1,354 @@
+"""The layers against torch's: state, conversions, tools, errors; and torch's own module tests as the oracle."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import batchnorm as bn
+
+LAYERS = [
+    pytest.param(bn.BatchNorm1d, nn.BatchNorm1d, (6, 3), id="1d (N, C)"),
+    pytest.param(bn.BatchNorm1d, nn.BatchNorm1d, (6, 3, 4), id="1d (N, C, L)"),
+    pytest.param(bn.BatchNorm2d, nn.BatchNorm2d, (6, 3, 2, 4), id="2d"),
+    pytest.param(bn.BatchNorm3d, nn.BatchNorm3d, (6, 3, 2, 2, 3), id="3d"),
+]
+each_layer = pytest.mark.parametrize(("ours", "torch_s", "shape"), LAYERS)
+STATISTICS = ["running_mean", "running_var"]
+
+
+def used(kind, shape=(6, 3), **options):
+    """A layer whose every number is its own: no ones or zeros left that could be mistaken for each other."""
+    layer = kind(3, **options)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    for _ in range(3):
+        layer(2 * torch.randn(shape, dtype=options.get("dtype")) + 1)
+    return layer
+
+
+def exactly(a, b):
+    assert_close(a, b, rtol=0, atol=0)
+
+
+# --- the same numbers as torch's layers, in every setting
+
+SETTINGS = [
+    {},
+    {"affine": False},
+    {"bias": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+    {"momentum": None},
+    {"momentum": 0.7, "eps": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@each_layer
+def test_trains_and_evaluates_as_torch_s(ours, torch_s, shape, options):
+    a, b = ours(3, **options, dtype=torch.float64), torch_s(3, **options, dtype=torch.float64)
+    assert isinstance(a, torch_s)
+    for training in (True, True, False, True, False):
+        x = torch.randn(shape, dtype=torch.float64) + 1
+        assert_close(a.train(training)(x), b.train(training)(x))
+    assert_close(a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_track_running_stats_toggled_after_construction(before):
+    layers = [
+        kind(3, track_running_stats=before, dtype=torch.float64) for kind in (bn.BatchNorm1d, nn.BatchNorm1d)
+    ]
+    for tracking in (before, not before, before):
+        x = torch.randn(5, 3, dtype=torch.float64) + 1
+        for training in (True, False):
+            outputs = []
+            for layer in layers:
+                layer.track_running_stats = tracking
+                outputs.append(layer.train(training)(x))
+            assert_close(*outputs)
+    assert_close(*(layer.state_dict() for layer in layers))
+
+
+def test_running_statistics_removed_by_hand():
+    layers = [kind(3).eval() for kind in (bn.BatchNorm1d, nn.BatchNorm1d)]
+    x = torch.randn(5, 3) + 1
+    for layer in layers:
+        layer.running_mean = layer.running_var = None
+    assert_close(*(layer(x) for layer in layers))
+
+
+# --- state
+
+
+@each_layer
+def test_a_checkpoint_moves_both_ways(ours, torch_s, shape):
+    for source, target in ((ours, torch_s), (torch_s, ours)):
+        state, other = used(source, shape).state_dict(), target(3)
+        assert list(state) == list(other.state_dict())
+        assert other.load_state_dict(state) == ([], [])
+        exactly(other.state_dict(), state)
+
+
+def test_an_old_checkpoint_without_num_batches_tracked_loads():
+    state = nn.BatchNorm1d(3).state_dict()
+    del state["num_batches_tracked"]
+    assert bn.BatchNorm1d(3).load_state_dict(dict(state)) == ([], [])  # a dict has no version either
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_bfloat16_checkpoint_leaves_the_statistics_float32(assign):
+    state = used(nn.BatchNorm1d).bfloat16().state_dict()
+    layer = bn.BatchNorm1d(3)
+    layer.load_state_dict(state, assign=assign)
+    assert layer.weight.dtype == (torch.bfloat16 if assign else torch.float32)
+    for name in STATISTICS:
+        assert layer.get_buffer(name).dtype == torch.float32
+        exactly(layer.get_buffer(name), state[name].float())
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES)
+def test_copies_are_equal_and_apart(make_copy):
+    layer = used(bn.BatchNorm1d, activation="relu", momentum=None)
+    copied, before = COPIES[make_copy](layer), copy.deepcopy(layer.state_dict())
+    exactly(copied.state_dict(), before)
+    assert repr(copied) == repr(layer)
+    x = torch.randn(4, 3)
+    exactly(copied(x), layer(x))
+    exactly(copied.state_dict(), layer.state_dict())
+    copied(x)
+    assert copied.num_batches_tracked == layer.num_batches_tracked + 1
+
+
+def test_saved_and_loaded_with_weights_only():
+    file, state = io.BytesIO(), used(bn.BatchNorm1d).state_dict()
+    torch.save(state, file)
+    file.seek(0)
+    exactly(torch.load(file, weights_only=True), state)
+
+
+CONVERSIONS = {
+    "half": (lambda layer: layer.half(), torch.float16, torch.float32),
+    "bfloat16": (lambda layer: layer.bfloat16(), torch.bfloat16, torch.float32),
+    "to": (lambda layer: layer.to(torch.bfloat16), torch.bfloat16, torch.float32),
+    "to with device": (lambda layer: layer.to("cpu", torch.float16), torch.float16, torch.float32),
+    "double": (lambda layer: layer.double(), torch.float64, torch.float64),
+    "within a model": (lambda layer: nn.Sequential(layer).half()[0], torch.float16, torch.float32),
+    "there and back": (lambda layer: layer.half().float(), torch.float32, torch.float32),
+    "narrower still": (lambda layer: layer.double().half(), torch.float16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_conversions_leave_the_statistics_exact(conversion):
+    convert, of_parameters, of_statistics = CONVERSIONS[conversion]
+    layer = used(bn.BatchNorm1d)
+    before = {name: layer.get_buffer(name).clone() for name in STATISTICS}
+    layer = convert(layer)
+    assert layer.weight.dtype == of_parameters
+    assert layer.num_batches_tracked.dtype == torch.long
+    for name in STATISTICS:
+        assert layer.get_buffer(name).dtype == of_statistics
+        exactly(layer.get_buffer(name), before[name].to(of_statistics))
+    assert layer(torch.randn(4, 3).to(of_parameters)).dtype == of_parameters
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [
+    (None, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+])  # fmt: skip
+def test_the_constructor_s_dtype_is_that_of_the_parameters(dtype, expected):
+    layer = bn.BatchNorm2d(3, dtype=dtype)
+    assert layer.weight.dtype == layer.bias.dtype == (dtype or torch.float32)
+    assert {layer.get_buffer(name).dtype for name in STATISTICS} == {expected}
+
+
+def test_made_on_meta_and_materialised():
+    layer = bn.BatchNorm1d(3, device="meta", dtype=torch.float16)
+    assert layer(torch.empty(4, 3, device="meta", dtype=torch.float16)).shape == (4, 3)
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    exactly(layer.state_dict(), bn.BatchNorm1d(3, dtype=torch.float16).state_dict())
+    assert layer.num_batches_skipped == 0
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_buffers_are_written_in_place(momentum):
+    # Whoever holds a buffer, an optimiser, a CUDA graph or DDP, must see it move.
+    layer = bn.BatchNorm1d(3, momentum=momentum)
+    before = {name: (buffer, buffer.data_ptr()) for name, buffer in layer.named_buffers()}
+    assert list(before) == [*STATISTICS, "num_batches_tracked", "num_batches_skipped"]
+    layer(torch.randn(4, 3))
+    layer(torch.empty(0, 3))
+    with pytest.warns(RuntimeWarning, match="inf or nan"):
+        layer(torch.full((4, 3), torch.nan))
+    layer.eval()(torch.randn(4, 3))
+    layer.reset_running_stats()
+    for name, (buffer, address) in before.items():
+        assert layer.get_buffer(name) is buffer
+        assert buffer.data_ptr() == address
+
+
+# --- what it says
+
+
+@each_layer
+def test_its_repr_is_torch_s_with_the_activation(ours, torch_s, shape):
+    assert repr(ours(3, momentum=None)) == repr(torch_s(3, momentum=None))
+    assert repr(ours(3, activation="relu")) == repr(torch_s(3))[:-1] + ", activation='relu')"
+    assert "(activation): GELU" in repr(ours(3, activation=nn.GELU()))
+
+
+def test_an_activation_that_is_a_module_is_a_submodule():
+    layer = bn.BatchNorm1d(3, activation=nn.PReLU())
+    assert "activation.weight" in dict(layer.named_parameters())
+
+
+def test_an_unknown_activation_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"unknown activation 'rleu': use \"relu\""):
+        bn.BatchNorm1d(3, activation="rleu")
+
+
+RANKS = {bn.BatchNorm1d: (2, 3), bn.BatchNorm2d: (4,), bn.BatchNorm3d: (5,)}
+
+
+@pytest.mark.parametrize("kind", RANKS)
+@pytest.mark.parametrize("rank", range(1, 7))
+def test_takes_the_ranks_that_torch_takes(kind, rank):
+    x = torch.randn((2, 3, 2, 2, 2, 2)[:rank])
+    torch_s = getattr(nn, kind.__name__)
+    if rank in RANKS[kind]:
+        assert_close(kind(3)(x), torch_s(3)(x))
+        return
+    with pytest.raises(ValueError, match="expected") as refusal:
+        torch_s(3)(x)
+    advice = f"use BatchNorm{rank - 2 if rank > 2 else 1}d" if 1 < rank < 6 else "reshape it"
+    with pytest.raises(ValueError, match=rf": {kind.__name__} takes \(N, C.*{advice}") as caught:
+        kind(3)(x)
+    assert str(caught.value).startswith(str(refusal.value))
+
+
+WRONG = {
+    "rank": (torch.randn(4, 3), ValueError),
+    "channels": (torch.randn(4, 5, 2, 2), RuntimeError),
+    "one value": (torch.randn(1, 3, 1, 1), ValueError),
+    "integers": (torch.ones(4, 3, 2, 2, dtype=torch.int32), NotImplementedError),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_error_names_the_layer(wrong):
+    x, kind = WRONG[wrong]
+    layer = bn.BatchNorm2d(3)
+    with pytest.raises(kind) as caught:
+        nn.Sequential(nn.Sequential(nn.Identity(), layer))(x)
+    assert caught.value.__notes__ == [f"in layer '0.1': {layer}"]
+
+
+def test_an_error_of_the_residual_names_the_layer():
+    with pytest.raises(ValueError, match="residual") as caught:
+        bn.BatchNorm1d(3)(torch.randn(4, 3), torch.randn(4, 1))
+    assert caught.value.__notes__ == [f"in layer {bn.BatchNorm1d(3)}"]
+
+
+# --- tools
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.first = bn.BatchNorm2d(3, activation="relu")
+        self.second = bn.BatchNorm2d(3, momentum=None, activation="silu")
+
+    def forward(self, x):
+        return self.second(self.conv(self.first(x)), x)
+
+
+def test_fx_keeps_the_layer_as_one_node():
+    model = Residual()
+    traced = torch.fx.symbolic_trace(model)
+    called = [(node.target, len(node.args)) for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == [("first", 1), ("conv", 1), ("second", 2)]
+    x = torch.randn(2, 3, 4, 4)
+    exactly(traced.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_compiled_as_one_graph_it_gives_the_same(training):
+    model = Residual().double().train(training)
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+        outputs = [m(x) for m in (model, compiled)]
+        assert_close(*outputs)
+        for y in outputs:
+            y.square().sum().backward()
+    assert_close(other.state_dict(), model.state_dict())
+    for name, parameter in model.named_parameters():
+        assert_close(other.get_parameter(name).grad, parameter.grad)
+
+
+def test_exports():
+    model, x = Residual().eval(), torch.randn(2, 3, 4, 4)
+    assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_converts_to_torch_s_sync_batch_norm():
+    layer = used(bn.BatchNorm1d)
+    exactly(nn.SyncBatchNorm.convert_sync_batchnorm(layer).state_dict(), layer.state_dict())
+
+
+# --- torch's own module tests
+
+# In a process of its own: torch's test tools change global flags when they are imported, need a package that they
+# only use for expected output, and warn.
+TORCHS_CASES = textwrap.dedent("""
+    import sys, types, unittest, torch
+    sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase, __spec__=None)
+    from torch.testing._internal.common_modules import module_db
+    import batchnorm as bn
+
+    torch.set_num_threads(1)
+    cases = 0
+    for info in module_db:
+        if not info.name.startswith("nn.BatchNorm"):
+            continue
+        ours = getattr(bn, info.name.removeprefix("nn."))
+        for training in (True, False):
+            for case in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=training):
+                made, given = case.constructor_input, case.forward_input
+                layers = [kind(*made.args, **made.kwargs).double().train(training) for kind in (ours, info.module_cls)]
+                layers[0].load_state_dict(layers[1].state_dict())
+                if given.args[0].numel() == 0:
+                    layers[1].num_batches_tracked -= 1 * training  # we do not count an empty batch
+                outcomes = []
+                for layer in layers:
+                    y = layer(*given.args, **given.kwargs)
+                    asked = [*given.args, *layer.parameters()]
+                    outcomes.append((y, torch.autograd.grad(y.sin().sum(), asked), layer.state_dict()))
+                torch.testing.assert_close(*outcomes, msg=lambda text: f"{info.name} {case.desc}: {text}")
+                cases += 1
+    print(cases)
+""")
+
+
+def test_torch_s_own_module_inputs():
+    run = subprocess.run([sys.executable, "-c", TORCHS_CASES], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 44  # as many as torch 2.14 has

@@ -1,0 +1,57 @@
+"""The public surface is a contract: a name or an argument that comes, goes or moves must be meant."""
+
+from inspect import Parameter, signature
+
+import pytest
+import torch
+
+import batchnorm as bn
+
+NAMES = {"Affine", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__", "batch_norm"}
+LAYERS = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d]
+
+
+def arguments(function, kind):
+    return {
+        name: parameter.default
+        for name, parameter in signature(function).parameters.items()
+        if parameter.kind is kind
+    }
+
+
+def test_dir_is_the_checked_list():
+    assert set(dir(bn)) == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_each_name_resolves(name):
+    assert getattr(bn, name) is getattr(bn, name)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'batchnorm' has no attribute 'BatchNorm4d'"):
+        bn.BatchNorm4d  # noqa: B018  # asking for it is the test
+
+
+def test_batch_norm_begins_as_torch_s_and_adds_keywords():
+    torch_s = arguments(torch.nn.functional.batch_norm, Parameter.POSITIONAL_OR_KEYWORD)
+    ours = arguments(bn.batch_norm, Parameter.POSITIONAL_OR_KEYWORD)
+    assert list(ours.items()) == list(torch_s.items())
+    assert arguments(bn.batch_norm, Parameter.KEYWORD_ONLY) == {"activation": None, "residual": None}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_is_made_as_torch_s_and_adds_keywords(layer):
+    torch_s = getattr(torch.nn, layer.__name__)
+    positional = arguments(layer, Parameter.POSITIONAL_OR_KEYWORD)
+    assert list(positional.items()) == list(arguments(torch_s, Parameter.POSITIONAL_OR_KEYWORD).items())
+    assert list(positional) == [
+        "num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype",
+    ]  # fmt: skip
+    keywords = arguments(torch_s, Parameter.KEYWORD_ONLY) | {"bias": True, "activation": None}
+    assert arguments(layer, Parameter.KEYWORD_ONLY) == keywords
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_s_forward_takes_a_residual(layer):
+    assert list(signature(layer.forward).parameters) == ["self", "input", "residual"]
