@@ -101,7 +101,7 @@ def track(moments: Moments, running_mean: Tensor, running_var: Tensor, rate: flo
     # asked of the values as they would be stored: a finite float64 may be beyond float32
     mean = moments.mean.to(running_mean.dtype)
     variance = moments.variance(unbiased=True).to(running_var.dtype)
-    entered = (mean.isfinite() & variance.isfinite()).all()
+    entered = (mean + variance).isfinite().all()
     for running, batch in ((running_mean, mean), (running_var, variance)):
         running.lerp_(torch.where(entered, batch, running), rate)
     return entered

@@ -186,11 +186,11 @@ class Affine:
         would be two large numbers of opposite sign.
         """
         dtype = accumulator(x.dtype)
-        with torch.no_grad():  # y does not depend on it, so neither does its gradient
-            if about is None:
-                about = -self.shift / self.scale
-            # beyond dtype, where a weight has all but decayed to 0: any other point does
-            about = torch.nan_to_num(about.to(dtype), nan=0, posinf=0, neginf=0)
+        if about is None:
+            with torch.no_grad():  # y does not depend on it, so neither does its gradient
+                # beyond dtype, where a weight has all but decayed to 0: any other point does
+                about = torch.nan_to_num((-self.shift / self.scale).to(dtype), nan=0, posinf=0, neginf=0)
+        about = about.detach().to(dtype)
         rest = (self.shift + self.scale * about).to(dtype)
         centred = x.to(dtype) - channelwise(about, x)
         y = torch.addcmul(channelwise(rest, x), centred, channelwise(self.scale.to(dtype), x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,13 +59,16 @@ class Finding:
 
 
 class Claim(ABC):
-    """One claim. `name`, `title`, `source`, `expected` and `choices` are those of its verdict."""
+    """One claim. `name`, `title`, `source` and `expected` are those of its verdict."""
 
     name: str
     title: str
     source: str
     expected: str
-    choices: Sequence[str] = ()
+
+    @abstractmethod
+    def choices(self, settings: Settings) -> list[str]:
+        """What the paper leaves open and we chose, a sentence each."""
 
     @abstractmethod
     def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
@@ -102,7 +105,7 @@ class Claim(ABC):
             expected=self.expected,
             measured=finding.measured,
             outcome=outcome,
-            choices=list(self.choices),
+            choices=self.choices(settings),
             tables=finding.tables,
             steps_ratio=finding.steps_ratio,
         )

@@ -29,10 +29,13 @@ class InitialWeights(Claim):
     expected = (
         f"{TRAINS:.0%} or more at every scale over 5 decades with BN; without, at 3 of 6 scales at most"
     )
-    choices = (
-        f"Sigmoid network of figure 1, learning rate {RATE:g}, {STEPS:,} steps.",
-        "The scale is that of the hidden layers, those that BN follows; the output layer keeps 0.1.",
-    )
+
+    def choices(self, settings: Settings) -> list[str]:
+        """See `Claim.choices`."""
+        return [
+            f"Sigmoid network of figure 1, learning rate {RATE:g}, {STEPS:,} steps.",
+            "The scale is that of the hidden layers, those that BN follows; the output layer keeps 0.1.",
+        ]
 
     def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
         """Every scale, with and without BN, for every seed."""
@@ -44,7 +47,7 @@ class InitialWeights(Claim):
             Chart(
                 claim=self.name,
                 name="initial-weights",
-                title=f"Test accuracy after {STEPS:,} steps against the scale of the initial weights",
+                title=f"Test accuracy after {min(settings.steps, STEPS):,} steps against the scale of the initial weights",
                 caption=f"Line: median over {settings.seeds} seeds; band: all seeds.",
                 panels=[_sweep(settings).panel(settings, curves)],
             )

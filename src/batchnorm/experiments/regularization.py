@@ -33,10 +33,13 @@ class Regularization(Claim):
     title = "Batch normalization regularises, so that Dropout can be removed"
     source = "section 3.4"
     expected = "a smaller gap between training and test accuracy with BN than with neither, and no lower test accuracy"
-    choices = (
-        f"Sigmoid network of figure 1, learning rate {RATE:g} (near the best of both, see figure 1), {STEPS:,} steps.",
-        f"Dropout of {DROPOUT:g} after every hidden layer.",
-    )
+
+    def choices(self, settings: Settings) -> list[str]:
+        """See `Claim.choices`."""
+        return [
+            f"Sigmoid network of figure 1, learning rate {RATE:g} (near the best of both, see figure 1), {STEPS:,} steps.",
+            f"Dropout of {DROPOUT:g} after every hidden layer.",
+        ]
 
     def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
         """The three networks for every seed."""

@@ -32,11 +32,14 @@ class Saturation(Claim):
     expected = (
         f"without BN {CHANCE:.0%} or less at every setting tried; with BN {TRAINS:.0%} or more at the best"
     )
-    choices = (
-        f"{LAYERS} hidden layers of 100 sigmoids, {STEPS:,} steps of plain SGD.",
-        f"Learning rates {', '.join(f'{rate:g}' for rate in RATES)} and initial weights of standard deviation "
-        f"{' and '.join(f'{std:g}' for std in STDS)} (0.3 keeps the variance of a signal through small sigmoids).",
-    )
+
+    def choices(self, settings: Settings) -> list[str]:
+        """See `Claim.choices`."""
+        return [
+            f"{LAYERS} hidden layers of 100 sigmoids, {STEPS:,} steps of plain SGD.",
+            f"Learning rates {', '.join(f'{rate:g}' for rate in RATES)} and initial weights of standard deviation "
+            f"{' and '.join(f'{std:g}' for std in STDS)} (0.3 keeps the variance of a signal through small sigmoids).",
+        ]
 
     def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
         """Every rate and scale, with and without BN, for every seed."""
@@ -48,7 +51,7 @@ class Saturation(Claim):
             Chart(
                 claim=self.name,
                 name="saturation",
-                title=f"{LAYERS} layers of sigmoids: test accuracy after {STEPS:,} steps",
+                title=f"{LAYERS} layers of sigmoids: test accuracy after {min(settings.steps, STEPS):,} steps",
                 caption=f"Line: median over {settings.seeds} seeds; band: all seeds. Chance is about 10 %.",
                 panels=[sweep.panel(settings, curves) for sweep in _sweeps(settings)],
             )

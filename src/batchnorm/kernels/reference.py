@@ -41,7 +41,7 @@ def backward(
     scale = standardise.scale if weight is None else standardise.scale * weight
     dy, standardised = dy.to(dtype), standardise(x.to(dtype), about=moments.mean)
     dbias, dweight = dy.sum(dims), (dy * standardised).sum(dims)
-    dx = dy - channelwise(dbias * share, x) - standardised * channelwise(dweight * share, x)
+    dx = torch.addcmul(dy - channelwise(dbias * share, x), standardised, channelwise(dweight * -share, x))
     return (dx * channelwise(scale.to(dtype), x)).to(x.dtype), dweight, dbias
 
 
