@@ -1,5 +1,6 @@
 """Everything that the documentation shows is run: every Python block, every command; every link leads somewhere."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -115,3 +116,9 @@ def test_every_link_leads_somewhere(page):
 def test_every_test_that_is_named_is_there(page):
     for path in re.findall(r"`(tests/[\w/.]+)`", page.read_text()):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_page_of_experiments_is_what_its_records_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    experiments = importlib.import_module("experiments")
+    assert (ROOT / "docs" / "experiments.md").read_text() == experiments.page()

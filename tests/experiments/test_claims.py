@@ -123,9 +123,9 @@ def test_higher_rates_compares_the_highest_rates_that_train():
 
     assert claim.verdict(SETTINGS, train_all(claim, upto(5, 1))).outcome == "seen"
     assert claim.verdict(SETTINGS, train_all(claim, upto(2, 1))).outcome == "not seen here"
-    # a rate above one that fails does not count
-    lucky = claim.verdict(SETTINGS, train_all(claim, lambda c: {0.9: 10} if c.rate in (0.1, 50) else {}))
-    assert "ReLU network: 0.1 with BN, 0.1 without" in lucky.measured
+    # a rate above one that fails does not count, a low one that is merely slow does not matter
+    odd = train_all(claim, lambda c: {0.95: 10} if c.rate == 1 else {0.9: 10} if c.rate in (2, 50) else {})
+    assert "ReLU network: 2 with BN, 2 without" in claim.verdict(SETTINGS, odd).measured
 
 
 def test_initial_weights_wants_every_scale():

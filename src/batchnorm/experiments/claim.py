@@ -118,7 +118,13 @@ def spread(values: Iterable[float | None], pattern: str = "{:,.0f}") -> str:
     if len(there) < len(values):
         return "not reached" if not there else f"reached by {len(there)} of {len(values)}"
     mean = pattern.format(statistics.fmean(there))
-    return f"{mean} ± {pattern.format(statistics.stdev(there))}" if len(there) > 1 else mean
+    whole = f"{mean} ± {pattern.format(statistics.stdev(there))}" if len(there) > 1 else mean
+    return whole.replace("%", " %")
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share between 0 and 1 for people: '94.8 %'."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def net(batch_norm: bool) -> str:

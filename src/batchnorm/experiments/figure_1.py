@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, Settings, label, net, spread
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, Settings, label, net, percent, spread
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.config import Training
 
@@ -41,8 +41,9 @@ class Figure1(Claim):
         return [
             f"Learning rate of the shared-rate comparison: {settings.rate:g}, plain SGD (the paper gives none); "
             f"tried for the best rate of each: {', '.join(f'{rate:g}' for rate in RATES)}.",
-            f"Initial weights: Gaussian of standard deviation {settings.init_std:g} (the paper: 'small random Gaussian "
-            "values'; 1/√100 = 0.1 keeps signals in scale); the same weights for both networks. Biases and β start at 0, γ at 1.",
+            f"Initial weights: Gaussian of standard deviation {settings.init_std:g} (the paper: 'small random "
+            "Gaussian values'; 1/√100 = 0.1 keeps signals in scale), the same for both networks. Biases and β start "
+            "at 0, γ at 1.",
             f"Seed 0 is trained for {settings.steps:,} steps, other seeds for {REPLICATE_STEPS:,} at most.",
             "Accuracy with BN uses the population statistics of Algorithm 2 over 20 training batches.",
             "Steps to an accuracy: the first evaluation that reaches it; evaluations are at most 10 % apart.",
@@ -83,7 +84,7 @@ class Figure1(Claim):
                 _accuracy_chart(
                     "figure-1a-best-rates",
                     f"The same, each network at its own best learning rate ({rates})",
-                    f"The best rate is the one that first reaches {BEST_ACCURACY:.0%} in {SWEEP_STEPS:,} steps.",
+                    f"The best rate of each is the one that first reaches {percent(BEST_ACCURACY, 0)} in a sweep.",
                     best,
                 )
             )
@@ -124,8 +125,8 @@ class Figure1(Claim):
         measured += (
             f" The input to a sigmoid moves {spread(travel[False], '{:.1f}')} widths without BN,"
             f" {spread(travel[True], '{:.1f}')} with. The higher accuracy in the end, which the paper's figure shows,"
-            f" is {'' if ends[True] > ends[False] else 'not '}seen here: {ends[False]:.1%} without BN,"
-            f" {ends[True]:.1%} with, each at its best rate."
+            f" is {'' if ends[True] > ends[False] else 'not '}seen here: {percent(ends[False])} without BN,"
+            f" {percent(ends[True])} with, each at its best rate."
         )
         return Finding(ratio >= 10, measured, tables, {level: round(r, 2) for level, r in ratios.items()})
 
@@ -182,16 +183,16 @@ def _final_table(curves: dict[bool, list[Curve]]) -> Table:
         for curve in curves[bn]:
             result = curve.result
             assert result is not None
-            moving = "–" if result.accuracy_moving is None else f"{result.accuracy_moving:.2%}"
+            moving = "–" if result.accuracy_moving is None else percent(result.accuracy_moving, 2)
             rows.append(
                 [
                     label(bn),
                     str(curve.config.seed),
                     f"{result.steps:,}",
-                    f"{curve.best_accuracy:.2%}",
-                    f"{result.accuracy:.2%}",
+                    percent(curve.best_accuracy, 2),
+                    percent(result.accuracy, 2),
                     moving,
-                    f"{result.train_accuracy:.2%}",
+                    percent(result.train_accuracy, 2),
                 ]
             )
     return Table(

@@ -9,7 +9,7 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings
+from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, percent
 from batchnorm.experiments.sweep import Sweep
 from batchnorm.records import Chart
 from batchnorm.training.config import Training
@@ -26,9 +26,7 @@ class InitialWeights(Claim):
     name = "initial-weights"
     title = "With batch normalization the scale of the initial weights hardly matters"
     source = "section 3.3"
-    expected = (
-        f"{TRAINS:.0%} or more at every scale over 5 decades with BN; without, at 3 of 6 scales at most"
-    )
+    expected = f"{percent(TRAINS, 0)} or more at every scale over 5 decades with BN; without, at 3 of 6 scales at most"
 
     def choices(self, settings: Settings) -> list[str]:
         """See `Claim.choices`."""
@@ -47,7 +45,7 @@ class InitialWeights(Claim):
             Chart(
                 claim=self.name,
                 name="initial-weights",
-                title=f"Test accuracy after {min(settings.steps, STEPS):,} steps against the scale of the initial weights",
+                title=f"Test accuracy after {min(settings.steps, STEPS):,} steps against the scale of initial weights",
                 caption=f"Line: median over {settings.seeds} seeds; band: all seeds.",
                 panels=[_sweep(settings).panel(settings, curves)],
             )
@@ -63,8 +61,8 @@ class InitialWeights(Claim):
         worst = {bn: min(sweep.median(settings, curves, bn, s) for s in sweep.values) for bn in (True, False)}
         return Finding(
             len(trains[True]) == len(STDS) and len(trains[False]) <= 3,
-            f"With BN {len(trains[True])} of {len(STDS)} scales end at {TRAINS:.0%} or more (worst {worst[True]:.1%}), "
-            f"without {len(trains[False])} (worst {worst[False]:.1%}).",
+            f"With BN {len(trains[True])} of {len(STDS)} scales end at {percent(TRAINS, 0)} or more "
+            f"(worst {percent(worst[True])}), without {len(trains[False])} (worst {percent(worst[False])}).",
             {"Final test accuracy": sweep.table(settings, curves)},
         )
 

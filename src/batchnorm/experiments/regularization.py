@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, spread
+from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, percent, spread
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.config import Training
 
@@ -37,7 +37,7 @@ class Regularization(Claim):
     def choices(self, settings: Settings) -> list[str]:
         """See `Claim.choices`."""
         return [
-            f"Sigmoid network of figure 1, learning rate {RATE:g} (near the best of both, see figure 1), {STEPS:,} steps.",
+            f"Sigmoid network of figure 1, learning rate {RATE:g} (near the best of both), {STEPS:,} steps.",
             f"Dropout of {DROPOUT:g} after every hidden layer.",
         ]
 
@@ -102,10 +102,13 @@ class Regularization(Claim):
             rows.append([name, *(spread(values, "{:.2%}") for values in (train, test[kind], gap[kind]))])
         mean = {kind: statistics.fmean(values) for kind, values in gap.items()}
         tests = {kind: statistics.fmean(values) for kind, values in test.items()}
+
+        def in_words(values: dict[str, float]) -> str:
+            return ", ".join(f"{percent(value, 2)} with {KINDS[kind][0]}" for kind, value in values.items())
+
         return Finding(
             mean["bn"] < mean["neither"] and tests["bn"] >= tests["neither"],
-            f"Gap {mean['neither']:.2%} with neither, {mean['dropout']:.2%} with Dropout, {mean['bn']:.2%} with BN; "
-            f"test accuracy {tests['neither']:.2%}, {tests['dropout']:.2%}, {tests['bn']:.2%}.",
+            f"Gap {in_words(mean)}; test accuracy {in_words(tests)}.",
             {"Accuracy at the end": Table(columns=["", "training", "test", "gap"], rows=rows)},
         )
 

@@ -11,7 +11,7 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, label
+from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, label, percent
 from batchnorm.experiments.sweep import Sweep
 from batchnorm.records import Chart
 from batchnorm.training.config import Training
@@ -30,7 +30,7 @@ class Saturation(Claim):
     title = "With batch normalization a deep stack of sigmoids does not get stuck"
     source = "abstract and section 4.2.2"
     expected = (
-        f"without BN {CHANCE:.0%} or less at every setting tried; with BN {TRAINS:.0%} or more at the best"
+        f"without BN {percent(CHANCE, 0)} or less at every setting, with BN {percent(TRAINS, 0)} at the best"
     )
 
     def choices(self, settings: Settings) -> list[str]:
@@ -64,11 +64,17 @@ class Saturation(Claim):
             bn: max((s.median(settings, curves, bn, rate), s.title, rate) for s in sweeps for rate in RATES)
             for bn in (True, False)
         }
+        stuck = {
+            bn: sum(s.median(settings, curves, bn, rate) <= CHANCE for s in sweeps for rate in RATES)
+            for bn in (True, False)
+        }
         measured = "; ".join(
-            f"{label(bn)} {best[bn][0]:.1%} (rate {best[bn][2]:g}, {best[bn][1]})" for bn in (False, True)
+            f"{label(bn)} {percent(best[bn][0])} (rate {best[bn][2]:g}, {best[bn][1]})"
+            for bn in (False, True)
         )
         return Finding(
             best[False][0] <= CHANCE and best[True][0] >= TRAINS,
+            f"Stuck at chance in {stuck[False]} of {len(STDS) * len(RATES)} settings without BN, {stuck[True]} with. "
             f"Best of all settings: {measured}.",
             {f"Final test accuracy, {sweep.title}": sweep.table(settings, curves) for sweep in sweeps},
         )
