@@ -31,6 +31,8 @@ _HOME = {
     "BatchNorm3d": "layers",
 }
 
+__all__ = [*_HOME]
+
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import ops, reference
-from batchnorm.moments import Affine, Moments
+from batchnorm.moments import Affine, Moments, accumulator
 
 Activation = str | Callable[[Tensor], Tensor] | None
 
@@ -87,7 +87,8 @@ def normalise(
     if training:
         return ops.normalise(input, weight, bias, eps)
     assert running_mean is not None and running_var is not None  # _check saw to it
-    return Affine.normalising(running_mean, running_var, weight, bias, eps)(input), None
+    # a copy, for autograd may keep it and a later batch moves the buffer
+    return Affine.normalising(running_mean.clone(), running_var, weight, bias, eps)(input), None
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def track(moments: Moments, running_mean: Tensor, running_var: Tensor, rate: flo
     variance = moments.variance(unbiased=True).to(running_var.dtype)
     entered = (mean + variance).isfinite().all()
     for running, batch in ((running_mean, mean), (running_var, variance)):
-        running.lerp_(torch.where(entered, batch, running), rate)
+        running.copy_(torch.where(entered, running.lerp(batch, rate), running))
     return entered
 
 
@@ -115,7 +116,7 @@ def activate(output: Tensor, activation: Activation = None, residual: Tensor | N
                 f"the residual has shape {tuple(residual.shape)} but is added to {tuple(output.shape)}: "
                 "project or pad it first, it is not broadcast"
             )
-        output = output + residual
+        output = (output + residual).to(output.dtype)
     function = activation_function(activation)
     return output if function is None else function(output)
 
@@ -146,10 +147,7 @@ def _check(
             f"expected (N, C, ...) with at least 2 dimensions, got shape {tuple(input.shape)}: "
             "add the batch dimension with input.unsqueeze(0)"
         )
-    if not input.is_floating_point():
-        raise NotImplementedError(
-            f'"batch_norm" not implemented for {input.dtype}: convert the input first, e.g. input.float()'
-        )
+    accumulator(input.dtype)  # raises for what is not floating point
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError(
             "running_mean and running_var must be defined in evaluation mode: "

@@ -1,7 +1,8 @@
 """`BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`: drop-in subclasses of torch's layers.
 
-The same constructor, the same state_dict keys and the same errors, so a checkpoint moves both ways and
-`isinstance(layer, torch.nn.BatchNorm2d)` holds. What they do better is in docs/numerics.md.
+The same constructor, the same errors and the same state_dict keys (an activation module with parameters adds
+its own), so a checkpoint moves both ways and `isinstance(layer, torch.nn.BatchNorm2d)` holds.
+What they do better is in docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     the running statistics follow the batch (Ioffe & Szegedy 2015, alg. 1 and 2). In evaluation x̂ is normalised by
     the running statistics, or still by the batch's when `track_running_stats=False`.
 
-    A batch with inf or nan shows in the output but does not enter the running statistics:
+    A batch whose mean or variance is inf or nan does not enter the running statistics:
     `num_batches_skipped` counts such batches and the first one warns. A forward pass that recomputes
     activations during the backward pass (torch.utils.checkpoint) does not enter them a second time.
+
+    torch's converters (SyncBatchNorm, fusion) know nothing of `activation`: they drop it.
 
     Args:
         num_features: C, the number of channels of an input (N, C, *S).
@@ -78,11 +81,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             shape; RuntimeError for a wrong number of channels; NotImplementedError for an input that
             is not floating point. A note on the error names the layer.
         """
-        if isinstance(
-            cast(object, input), torch.fx.Proxy
-        ):  # stay one node of the graph, as torch's own layers do
-            return cast(Tensor, self._as_fx_node(input, residual))
-        by_batch = self.training or self.running_mean is None
+        for value in (input, residual):
+            if isinstance(cast(object, value), torch.fx.Proxy):  # stay one node, as torch's own layers do
+                return self._as_fx_node(value, input, residual)
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
         ignored = self.training and not self.track_running_stats  # it may be switched off after construction
         mean, var = (None, None) if ignored else (self.running_mean, self.running_var)
         try:
@@ -102,27 +104,39 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Let the batch enter the running statistics, if it may, and count it."""
         if moments.count == 0 or _recomputing():
             return
-        assert self.num_batches_tracked is not None and self.num_batches_skipped is not None
-        rate = 1 / (self.num_batches_tracked + 1).to(mean.dtype) if self.momentum is None else self.momentum
+        rate: float | Tensor
+        if self.momentum is not None:
+            rate = self.momentum
+        elif self.num_batches_tracked is not None:
+            rate = 1 / (self.num_batches_tracked + 1).to(mean.dtype)
+        else:
+            rate = 0.0  # as torch: without a count there is no average
         entered = functional.track(moments, mean, var, rate)
-        self.num_batches_tracked.add_(entered)
-        self.num_batches_skipped.add_(~entered)
-        if entered.device.type == "cpu" and not torch.compiler.is_compiling() and not entered:
-            self._warn_of_skipped()
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(entered)
+        if self.num_batches_skipped is not None:
+            self.num_batches_skipped.add_(~entered)
+            if entered.device.type == "cpu":
+                self._warn_of_skipped(~entered)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; where asking in every step would stall the device, this is where skipped batches warn."""
-        skipped = self.num_batches_skipped
-        if skipped is not None and skipped.device.type not in ("cpu", "meta"):
-            self._warn_of_skipped()
+        if self.num_batches_skipped is not None:
+            self._warn_of_skipped(self.num_batches_skipped)
         return super().train(mode)
 
-    def _warn_of_skipped(self) -> None:
-        if not self._warned_of_skipped and self.num_batches_skipped:
-            self._warned_of_skipped = True
+    def _warn_of_skipped(self, skipped: Tensor) -> None:
+        """Warn, once, if `skipped` is not 0, and if its value can be asked for: not compiled, traced or mapped."""
+        if self._warned_of_skipped or torch.compiler.is_compiling() or skipped.is_meta:
+            return
+        try:
+            self._warned_of_skipped = bool(skipped)
+        except RuntimeError:
+            return
+        if self._warned_of_skipped:
             warnings.warn(
-                f"layer {_qualified_name(self)} saw a batch with inf or nan: it shows in the output, but the "
-                "running statistics keep their last good value. num_batches_skipped counts such batches; "
+                f"layer {_qualified_name(self)} saw a batch whose mean or variance is inf or nan: its running "
+                "statistics keep their last good value. num_batches_skipped counts such batches; "
                 "this warning is given once",
                 RuntimeWarning,
                 stacklevel=2,
@@ -131,9 +145,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """As torch's; also forget the batches that were skipped."""
         super().reset_running_stats()
-        skipped = self._buffers.get("num_batches_skipped")  # torch's constructor calls this before it exists
-        if skipped is not None:
-            skipped.zero_()
+        self._forget_skipped()
+
+    def _forget_skipped(self) -> None:
+        skipped = self._buffers.get("num_batches_skipped")  # torch's constructor resets before it exists
+        if skipped is not None and self.running_mean is not None:
+            if skipped.device != self.running_mean.device:  # the statistics were assigned to a layer on meta
+                self.num_batches_skipped = torch.empty_like(skipped, device=self.running_mean.device)
+            self._buffers["num_batches_skipped"].zero_()  # type: ignore[union-attr]
             self._warned_of_skipped = False
 
     def _widen_statistics(self) -> None:
@@ -146,7 +165,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         # .half() and .bfloat16() arrive here: running statistics follow to the device, not to the dtype,
         # in which they would stop moving (in bfloat16 a mean of 100 is never reached from below 96)
         before = {name: self._buffers[name] for name in _STATISTICS}
+        skipped = self.num_batches_skipped
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if skipped is not None and skipped.is_meta:
+            self._forget_skipped()  # what was materialised is arbitrary, and no checkpoint brings a value
         for name, values in before.items():
             after = self._buffers[name]
             if values is not None and after is not None and after.dtype != accumulator(after.dtype):
@@ -156,6 +178,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._widen_statistics()  # load_state_dict(assign=True) takes the checkpoint's tensors as they are
+        state_dict, prefix = args[:2]
+        if f"{prefix}running_mean" in state_dict:
+            self._forget_skipped()
 
     def _check_input_dim(self, input: Tensor) -> None:
         try:
@@ -166,9 +191,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"{tuple(input.shape)} {_advice(input.dim())}"
             ) from None
 
-    def _as_fx_node(self, input: Any, residual: Any) -> Any:
+    def _as_fx_node(self, proxy: Any, input: Any, residual: Any) -> Tensor:
         arguments = (input,) if residual is None else (input, residual)
-        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), arguments, {})
+        path = proxy.tracer.path_of_module(self)
+        return cast(Tensor, proxy.tracer.create_proxy("call_module", path, arguments, {}))
 
     def extra_repr(self) -> str:
         """Torch's, and the activation unless it is a module, which prints itself."""
@@ -205,7 +231,8 @@ def _recomputing() -> bool:
     """Whether this forward pass runs inside a backward pass, as activation checkpointing does it.
 
     Then its batch has been seen already. Both modes of torch.utils.checkpoint recompute from within the autograd
-    engine, where a graph task is current; compiled code recomputes below the level of modules.
+    engine, where a graph task is current. A compiled model recomputes below the level of modules; only an eager
+    checkpoint around a compiled layer is not noticed, since compiled code cannot ask.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

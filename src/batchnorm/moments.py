@@ -17,12 +17,24 @@ import torch
 from torch import Tensor
 
 # What accumulates a sum over a batch, by the dtype of the input: never narrower than float32.
-_ACCUMULATORS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_ACCUMULATORS = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which inputs of `dtype` are summed and normalised: float32, or float64 for float64."""
-    return _ACCUMULATORS.get(dtype, dtype)
+    """The dtype in which inputs of `dtype` are summed and normalised: float32, or float64 for float64.
+
+    Raises: NotImplementedError for what is not one of float16, bfloat16, float32, float64, as torch does.
+    """
+    if dtype not in _ACCUMULATORS:
+        raise NotImplementedError(
+            f'"batch_norm" not implemented for {dtype}: convert the input first, e.g. input.float()'
+        )
+    return _ACCUMULATORS[dtype]
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -74,14 +86,19 @@ class Moments:
         Differentiable, twice.
 
         mask: bool, broadcastable to (N, 1, *S); only positions where it is True are counted.
+
+        Raises: NotImplementedError for an input that is not floating point; IndexError for one without channels;
+            TypeError or ValueError for a mask that is not bool or not of that shape.
         """
+        if x.dim() < 2:
+            raise IndexError(f"expected (N, C, ...), got shape {tuple(x.shape)}: it has no channels")
         if mask is not None:
             return cls._of_masked(x, mask)
         wide, dims = statistics_dtype(x.device), batch_dims(x)
         count = count_per_channel(x)
         if count == 0:
             empty = x.sum(dims).to(wide)  # a sum over nothing: zeros that are still part of x's graph
-            return cls(0, empty, empty)
+            return cls(0, empty, empty.clone())
         x = x.to(accumulator(x.dtype))
         shift = x.detach().mean(dims)  # any constant near the mean will do, so no gradient flows through it
         centred = x - channelwise(shift, x)
@@ -93,6 +110,11 @@ class Moments:
     def _of_masked(cls, x: Tensor, mask: Tensor) -> Moments:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor (True = counted), got {mask.dtype}")
+        if mask.dim() != x.dim() or mask.size(1) != 1:
+            raise ValueError(
+                f"mask must broadcast to (N, 1, *S) of the input {tuple(x.shape)}, got {tuple(mask.shape)}: "
+                "give it a channel dimension of 1, e.g. with mask.unsqueeze(1)"
+            )
         mask = mask.expand(x.size(0), 1, *x.shape[2:])
         wide, dims = statistics_dtype(x.device), batch_dims(x)
         count = mask.sum()
@@ -102,7 +124,7 @@ class Moments:
             # where, not a product: a nan under the mask must not be counted either
             return torch.where(mask, values, 0).sum(dims)
 
-        x = x.to(accumulator(x.dtype))
+        x = torch.where(mask, x.to(accumulator(x.dtype)), 0)  # nor may it reach the gradient
         shift = total(x.detach()) * share
         centred = x - channelwise(shift, x)
         delta = total(centred) * share

@@ -36,7 +36,6 @@ class _Normalise(torch.autograd.Function):
         ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(moments.mean, moments.m2)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, moments.mean, moments.m2)
         return y, moments.mean, moments.m2
 
