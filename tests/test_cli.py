@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, real files, real signals."""
 
+import contextlib
 import json
 import os
 import resource
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from batchnorm.records import RecordFile
 
 COMMAND = [sys.executable, "-m", "batchnorm.cli"]
 
@@ -135,6 +138,105 @@ def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_record(run, tmp_path)
     assert records(folder)[-1]["outcome"] != "incomplete"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 1.0, 2.5])
+def test_stopped_while_it_starts_it_says_how_to_go_on(tmp_path, number, delay):
+    folder = tmp_path / "early"
+    process = subprocess.Popen(
+        [*COMMAND, "reproduce", "mnist", *map(str, SMALL), "--steps", "5000", "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (folder / "records.jsonl").exists():  # from here on there is something to go on with
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    time.sleep(delay)  # the training processes are being started, one after the other
+    os.killpg(process.pid, number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in out
+    assert errors == ""
+    assert records(folder)[-1]["outcome"] == "incomplete"
+    assert (folder / "report.html").exists()
+
+
+def test_a_killed_parent_leaves_no_process_behind(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "reproduce", "mnist", "--steps", "100000", "--out", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def alive() -> int:
+        states = [Path(f"/proc/{name}/stat") for name in os.listdir("/proc") if name.isdigit()]
+        sessions = []
+        for path in states:
+            with contextlib.suppress(OSError):
+                fields = path.read_text().rsplit(")", 1)[1].split()
+                sessions.append(int(fields[3]) if fields[0] != "Z" else 0)
+        return sessions.count(process.pid)
+
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("needs /proc to count processes")
+    deadline = time.monotonic() + 60
+    while alive() < 3:  # the parent and two more at least
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while alive():
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.1)
+
+
+def test_two_processes_do_not_write_one_run(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    with RecordFile(folder / "records.jsonl"):
+        done = batchnorm("reproduce", "mnist", "--out", folder, "--resume")
+    assert done.returncode == 1
+    assert "is being written by another process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_odd_folder_names_and_locales_are_no_trouble(run, tmp_path):
+    folder = tmp_path / "with space, 'quote', [red]markup[/] and ×"
+    shutil.copytree(run, folder)
+    done = batchnorm("reproduce", "mnist", "--out", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert str(folder) in done.stdout
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (
+        ["reproduce", "mnist", "--help"],
+        ["reproduce", "mnist", "--out", str(run), "--resume"],
+    ):
+        plain = subprocess.run(
+            [*COMMAND, *arguments], env=ascii_only, capture_output=True, timeout=120, check=False
+        )
+        assert plain.returncode == 0, plain.stderr
+
+
+def test_resume_takes_the_newest_run_that_was_stopped(run, tmp_path):
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(run, tmp_path / "runs" / "mnist-stopped")
+    path = tmp_path / "runs" / "mnist-stopped" / "records.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    shutil.copytree(run, tmp_path / "runs" / "mnist-newer")
+    done = batchnorm("reproduce", "mnist", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "run folder  runs/mnist-stopped" in done.stdout
+
+
+def test_going_on_with_a_complete_run_changes_nothing(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    assert batchnorm("reproduce", "mnist", "--out", folder, "--resume").returncode == 0
+    assert (folder / "records.jsonl").read_bytes() == (run / "records.jsonl").read_bytes()
+
+
 def test_killed_in_the_middle_it_is_continued_from_what_is_there(run, tmp_path):
     folder = tmp_path / "killed"
     shutil.copytree(run, folder)
@@ -182,6 +284,7 @@ def broken_folder(tmp_path: Path) -> Path:
         (["reproduce", "mnist", "--resume", "--out", "nowhere"], "cannot read nowhere"),
         (["reproduce", "mnist", "--out", "RUN"], "add --resume"),
         (["reproduce", "mnist", "--out", "RUN", "--resume", "--rate", "0.2"], "--rate cannot change"),
+        (["reproduce", "mnist", "--rate", "inf"], "--rate: Input should be a finite number"),
         (["report", "nowhere"], "nowhere"),
     ],
 )

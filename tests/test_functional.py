@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import batch_norm as torch_batch_norm
 from torch.testing import assert_close
 
-from batchnorm import batch_norm
+from batchnorm import BatchNorm1d, batch_norm
 from batchnorm.functional import activation_function
 
 # torch scripts its own forward-mode formulas when they are first used
@@ -40,6 +40,10 @@ REFUSED = [
     ("integers", STATISTICS | {"input": torch.ones(4, 3, dtype=torch.long)}, MODES, r"int64.*input\.float\(\)"),
     ("bools", STATISTICS | {"input": torch.ones(4, 3, dtype=torch.bool)}, MODES, r"bool.*input\.float\(\)"),
     ("complex", STATISTICS | {"input": torch.ones(4, 3, dtype=torch.complex64)}, MODES, "complex64"),
+    *(
+        (f"{dtype}", STATISTICS | {"input": torch.ones(4, 3).to(dtype)}, MODES, rf"{dtype}.*input\.float\(\)")
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    ),
     *(
         (f"{name} too long", STATISTICS | {"input": X, name: torch.ones(4)}, MODES,
          rf"{name} should contain 3 elements not 4.*\(4, 3\).*num_features")
@@ -164,6 +168,26 @@ def test_mixed_dtypes_are_taken():
     assert_close(y.double(), expected, rtol=2**-8, atol=2**-8)
 
 
+@pytest.mark.parametrize("training", MODES)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(
+    ("dtype", "of_residual"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float64)],
+    ids=str,
+)
+def test_the_output_keeps_the_input_s_dtype_beside_a_wider_residual(dtype, of_residual, activation, training):
+    x, residual = torch.randn(4, 3).to(dtype), torch.randn(4, 3).to(of_residual).requires_grad_()
+    mean, var = running()
+    y = batch_norm(x, mean, var, training=training, activation=activation, residual=residual)
+    assert y.dtype == dtype
+    mean, var = running()
+    expected = batch_norm(x.double(), mean, var, training=training) + residual.double()
+    near = 4 * torch.finfo(dtype).eps
+    assert_close(y.double(), expected if activation is None else expected.relu(), rtol=near, atol=near)
+    y.sum().backward()
+    assert residual.grad is not None and residual.grad.dtype == of_residual
+
+
 # --- gradients
 
 
@@ -207,6 +231,41 @@ def test_a_gradient_that_is_not_needed_is_not_taken(needed):
     x, weight, bias = arguments
     batch_norm(x, None, None, weight, bias, training=True).sum().backward()
     assert [t.grad is not None for t in arguments] == [i == needed for i in range(3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@affine_cases()
+def test_evaluation_s_gradient_is_of_the_statistics_at_the_time(given, dtype):
+    # Evaluate, train, then go backward, as in adversarial training and in consistency losses: the training
+    # step moves the running statistics in place, and autograd must not have kept the very buffers.
+    arguments = [
+        torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((4, 3), *((3,) for _ in given))
+    ]
+    mean, var = (t.to(dtype) for t in running())
+
+    def formula(x, weight=1, bias=0):
+        mean, var = running()
+        return (weight * (x - mean) / (var + 1e-5).sqrt() + bias).sin().sum()
+
+    y = batch_norm(arguments[0], mean, var, **dict(zip(given, arguments[1:], strict=True)))
+    batch_norm(3 * torch.randn(8, 3) + 1, mean, var, training=True)
+    assert not torch.isclose(mean.double(), running()[0]).any()
+    found = torch.autograd.grad(y.sin().sum(), arguments)
+    exact = [a.detach().double().requires_grad_() for a in arguments]
+    named = dict(zip(given, exact[1:], strict=True))
+    expected = torch.autograd.grad(formula(exact[0], **named), exact)
+    near = 1e-13 if dtype == torch.float64 else 1e-5
+    assert_close([g.double() for g in found], list(expected), rtol=near, atol=near)
+
+
+def test_a_layer_is_evaluated_trained_and_only_then_differentiated():
+    layer, x = BatchNorm1d(3, dtype=torch.float64), float64(4, 3).requires_grad_()
+    layer(float64(8, 3))
+    scale = layer.weight.detach() / (layer.get_buffer("running_var") + layer.eps).sqrt()
+    y = layer.eval()(x)
+    layer.train()(float64(8, 3) + 1)
+    y.sum().backward()
+    assert_close(x.grad, scale.expand(4, 3))
 
 
 # --- torch.func
@@ -257,3 +316,37 @@ def test_the_hessian_is_that_of_the_formula(training):
         for f in (both(training)[0], formula)
     )
     assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("track_running_stats", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_ensemble_of_layers_trains_under_vmap(momentum, track_running_stats):
+    # The counters are mapped too, so nothing may ask for their values.
+    options = {"momentum": momentum, "track_running_stats": track_running_stats, "dtype": torch.float64}
+    ours = [BatchNorm1d(3, **options) for _ in range(4)]
+    torch_s = [nn.BatchNorm1d(3, **options) for _ in range(4)]
+    for mine, its in zip(ours, torch_s, strict=True):
+        nn.init.normal_(mine.weight)
+        its.load_state_dict(mine.state_dict())
+    parameters, buffers = torch.func.stack_module_state(ours)
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(ours[0], (parameters, buffers), (x,))
+
+    for _ in range(3):
+        x = float64(4, 8, 3) + torch.arange(4).reshape(4, 1, 1)
+        y = torch.vmap(call)(parameters, buffers, x)
+        assert_close(y, torch.stack([layer(one) for layer, one in zip(torch_s, x, strict=True)]))
+    for name, values in torch.func.stack_module_state(torch_s)[1].items():
+        assert_close(buffers[name], values)
+
+
+def test_an_ensemble_counts_the_bad_batches_of_each_member():
+    ours = [BatchNorm1d(3) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(ours)
+    x = torch.randn(3, 8, 3)
+    x[1, 0, 0] = torch.nan
+    torch.vmap(lambda p, b, x: torch.func.functional_call(ours[0], (p, b), (x,)))(parameters, buffers, x)
+    assert buffers["num_batches_skipped"].tolist() == [0, 1, 0]
+    assert buffers["num_batches_tracked"].tolist() == [1, 0, 1]
+    assert buffers["running_mean"].any(1).tolist() == [True, False, True]

@@ -6,10 +6,13 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import batchnorm as bn
@@ -22,6 +25,7 @@ LAYERS = [
 ]
 each_layer = pytest.mark.parametrize(("ours", "torch_s", "shape"), LAYERS)
 STATISTICS = ["running_mean", "running_var"]
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
 
 def used(kind, shape=(6, 3), **options):
@@ -84,6 +88,48 @@ def test_running_statistics_removed_by_hand():
     for layer in layers:
         layer.running_mean = layer.running_var = None
     assert_close(*(layer(x) for layer in layers))
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_one_running_statistic_removed_by_hand_is_refused_as_torch_s(name):
+    for kind in (nn.BatchNorm1d, bn.BatchNorm1d):
+        layer = kind(3).eval()
+        setattr(layer, name, None)
+        with pytest.raises(RuntimeError, match="must be defined in evaluation mode"):
+            layer(X)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_without_a_count_of_batches(momentum):
+    layers = [kind(3, momentum=momentum, dtype=torch.float64) for kind in (bn.BatchNorm1d, nn.BatchNorm1d)]
+    for layer in layers:
+        layer(X.double())
+        layer.num_batches_tracked = None
+    for training in (True, True, False):
+        x = torch.randn(5, 3, dtype=torch.float64) + 1
+        assert_close(*(layer.train(training)(x) for layer in layers))
+    assert_close(*(layer.state_dict() for layer in layers))
+
+
+@pytest.mark.parametrize("tracking", [True, False])
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_buffers_registered_by_hand(momentum, counted, tracking):
+    # A layer built with track_running_stats=False has all buffers, as None.
+    layers = [
+        kind(3, momentum=momentum, track_running_stats=False, dtype=torch.float64)
+        for kind in (bn.BatchNorm1d, nn.BatchNorm1d)
+    ]
+    for layer in layers:
+        layer.track_running_stats = tracking
+        layer.register_buffer("running_mean", torch.full((3,), 0.5, dtype=torch.float64))
+        layer.register_buffer("running_var", torch.full((3,), 2.0, dtype=torch.float64))
+        if counted:
+            layer.register_buffer("num_batches_tracked", torch.tensor(0))
+    for training in (True, True, False):
+        x = torch.randn(5, 3, dtype=torch.float64) + 1
+        assert_close(*(layer.train(training)(x) for layer in layers))
+    assert_close(*(layer.state_dict() for layer in layers))
 
 
 # --- state
@@ -184,6 +230,62 @@ def test_made_on_meta_and_materialised():
     layer.reset_parameters()
     exactly(layer.state_dict(), bn.BatchNorm1d(3, dtype=torch.float16).state_dict())
     assert layer.num_batches_skipped == 0
+
+
+def test_stored_in_float8_its_statistics_stay():
+    # torch converts such a layer too; only its forward refuses, until it is converted back.
+    layer = used(bn.BatchNorm1d)
+    before = {name: layer.get_buffer(name).clone() for name in STATISTICS}
+    layer.to(torch.float8_e4m3fn)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    exactly({name: layer.get_buffer(name) for name in STATISTICS}, before)
+    made = bn.BatchNorm1d(3, dtype=torch.float8_e5m2)
+    assert {made.get_buffer(name).dtype for name in STATISTICS} == {torch.float32}
+
+
+THEN = {
+    "as it is": lambda model: model,
+    "double": lambda model: model.double(),
+    "to the same device": lambda model: model.to("cpu"),
+    "half": lambda model: model.half(),
+    "copied": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("then", THEN)
+def test_made_on_meta_and_a_checkpoint_assigned(then):
+    # The counter is not in the checkpoint, so that nothing is assigned to it: it must not stay on meta.
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Identity(), bn.BatchNorm1d(3))
+    checkpoint = nn.Sequential(nn.Identity(), nn.BatchNorm1d(3)).state_dict()
+    assert model.load_state_dict(checkpoint, assign=True) == ([], [])
+    model = THEN[then](model)
+    layer = model[1]
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert layer.num_batches_skipped == 0
+    with pytest.warns(RuntimeWarning, match="'1': BatchNorm1d.* inf or nan"):
+        model(torch.full((4, 3), torch.nan, dtype=layer.weight.dtype))
+    model(torch.randn(4, 3).to(layer.weight.dtype))
+    assert (layer.num_batches_skipped, layer.num_batches_tracked) == (1, 1)
+
+
+@pytest.mark.parametrize("way", ["to_empty", "skip_init", "within a model"])
+def test_what_is_materialised_empty_has_skipped_nothing(way, monkeypatch):
+    # What an empty tensor holds is arbitrary; here it is 7.
+    monkeypatch.setattr(torch, "empty_like", lambda t, **options: torch.full_like(t, 7, **options))
+    if way == "skip_init":
+        layer = nn.utils.skip_init(bn.BatchNorm1d, 3)
+    else:
+        layer = bn.BatchNorm1d(3, device="meta")
+        (nn.Sequential(layer) if way == "within a model" else layer).to_empty(device="cpu")
+    assert (layer.weight == 7).all()
+    assert layer.num_batches_skipped == 0
+    counter = layer.num_batches_skipped
+    assert layer.load_state_dict(nn.BatchNorm1d(3).state_dict()) == ([], [])
+    assert layer.num_batches_skipped is counter
+    with pytest.warns(RuntimeWarning, match="inf or nan"):
+        layer(X * torch.nan)
+    assert counter == 1
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -288,6 +390,72 @@ def test_fx_keeps_the_layer_as_one_node():
     exactly(traced.eval()(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("constant", ["a buffer", "a tensor"])
+def test_fx_keeps_the_layer_as_one_node_when_only_the_residual_is_traced(constant):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = bn.BatchNorm1d(3, activation="relu")
+            self.register_buffer("start", X.clone())
+
+        def forward(self, x):
+            return self.norm(self.start if constant == "a buffer" else X, x)
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    called = [node for node in traced.graph.nodes if node.op.startswith("call")]
+    assert [(node.op, node.target, len(node.args)) for node in called] == [("call_module", "norm", 2)]
+    x = torch.randn(4, 3)
+    exactly(traced.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_trains_on_fake_tensors(momentum):
+    # as tools do that ask for shapes and memory alone: there is no value to ask for
+    with FakeTensorMode():
+        layer = bn.BatchNorm2d(3, momentum=momentum)
+        y = layer(torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2))
+        y.sum().backward()
+        layer.eval().train()
+    assert y.shape == (4, 3, 2, 2)
+    assert layer.weight.grad is not None and layer.weight.grad.shape == (3,)
+
+
+@pytest.mark.parametrize("tracing_mode", ["fake", "symbolic", "real"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_traced_to_operators_in_training_it_gives_the_same(momentum, tracing_mode):
+    layer = used(bn.BatchNorm1d, momentum=momentum)
+
+    def call(state, x):
+        return torch.func.functional_call(layer, state, (x,))
+
+    def state():
+        return {name: t.detach().clone() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+
+    traced = make_fx(call, tracing_mode=tracing_mode)(state(), torch.randn(4, 3))
+    for x in (torch.randn(4, 3), torch.full((4, 3), torch.nan)):
+        given = state()
+        y = traced(given, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = layer(x)
+        assert_close(y, expected, equal_nan=True)
+        assert_close(given, state())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0)])
+def test_compiled_as_one_graph_it_takes_an_empty_batch(shape, training):
+    layer = used(bn.BatchNorm1d).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.empty(shape, requires_grad=True)
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    y.sum().backward()
+    assert y.shape == shape
+    assert not layer.weight.grad.any()
+    exactly(layer.state_dict(), before)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_compiled_as_one_graph_it_gives_the_same(training):
     model = Residual().double().train(training)
@@ -312,6 +480,38 @@ def test_exports():
 def test_converts_to_torch_s_sync_batch_norm():
     layer = used(bn.BatchNorm1d)
     exactly(nn.SyncBatchNorm.convert_sync_batchnorm(layer).state_dict(), layer.state_dict())
+
+
+# --- torchvision's models
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_model_of_torchvision_trains_as_with_torch_s_layers(name):
+    make = getattr(pytest.importorskip("torchvision").models, name)
+    models = [make(num_classes=5, norm_layer=layer).double() for layer in (bn.BatchNorm2d, nn.BatchNorm2d)]
+    ours, torch_s = models
+    assert sum(type(module) is bn.BatchNorm2d for module in ours.modules()) == sum(
+        type(module) is nn.BatchNorm2d for module in torch_s.modules()
+    )
+    assert torch_s.load_state_dict(ours.state_dict()) == ([], [])
+    optimisers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in models]
+
+    def near(a, b):
+        assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+    for _ in range(2):
+        x, target, losses = torch.randn(8, 3, 32, 32).double(), torch.randint(5, (8,)), []
+        for model, optimiser in zip(models, optimisers, strict=True):
+            with torch.random.fork_rng():  # mobilenet_v2 drops out
+                losses.append(nn.functional.cross_entropy(model(x), target))
+            optimiser.zero_grad()
+            losses[-1].backward()
+            optimiser.step()
+        near(*losses)
+    near(ours.state_dict(), torch_s.state_dict())
+    near(ours.eval()(x), torch_s.eval()(x))
+    assert ours.load_state_dict(torch_s.state_dict()) == ([], [])
+    near(ours(x), torch_s(x))
 
 
 # --- torch's own module tests

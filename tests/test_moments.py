@@ -72,9 +72,72 @@ def test_a_mask_that_keeps_nothing_has_count_zero():
     assert moments.variance().isnan().all()
 
 
-def test_a_mask_must_be_bool():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.long])
+def test_a_mask_must_be_bool(dtype):
     with pytest.raises(TypeError, match="bool"):
-        Moments.of(torch.randn(4, 3), mask=torch.ones(4, 1))
+        Moments.of(torch.randn(4, 3), mask=torch.ones(4, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "of_mask"),
+    [
+        ((4, 3), (4,)),
+        ((4, 3), (4, 3)),
+        ((4, 3), (2, 1)),
+        ((4, 3), (1, 4, 1)),
+        ((4, 3, 5), (4, 5)),  # the usual one, of a padded sequence: its channel dimension is missing
+        ((4, 3, 5), (4, 3, 5)),
+        ((4, 3, 5), (4, 1, 4)),
+    ],
+)
+def test_a_mask_of_another_shape_is_refused(shape, of_mask):
+    with pytest.raises(ValueError, match=r"mask must broadcast to \(N, 1, \*S\) .*mask\.unsqueeze\(1\)"):
+        Moments.of(torch.randn(shape), mask=torch.ones(of_mask, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("under", [math.nan, math.inf, -math.inf, 1e308])
+@pytest.mark.parametrize("some", [True, False], ids=["some", "all"])
+def test_what_is_under_the_mask_reaches_no_gradient(under, some):
+    # 0 times nan is nan: a value that is not counted must be replaced before anything is computed from it.
+    keep = torch.tensor([some, False, some, some]).reshape(4, 1, 1)
+    values = torch.randn(4, 3, 2, dtype=torch.float64)
+
+    def asked(filler):
+        x = torch.where(keep, values, filler).requires_grad_()
+        moments = Moments.of(x, mask=keep)
+        (first,) = torch.autograd.grad((moments.mean.exp() + moments.m2.square()).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        return moments.mean, moments.m2, first, second
+
+    found = asked(under)
+    assert all(t.isfinite().all() for t in found)
+    assert_close(found, asked(0.5), rtol=0, atol=0)
+    for gradient in found[2:]:
+        assert (gradient[~keep.flatten()] == 0).all()
+        assert gradient[keep.flatten()].all()
+
+
+def test_a_large_mean_does_not_overflow_under_the_mask():
+    # (0 - mean)² is inf there in float32, and inf times 0 would be nan
+    x, keep = torch.full((4, 3), 2.0**100), torch.tensor([True, False, True, False]).reshape(4, 1)
+    x[1] = torch.nan
+    moments = Moments.of(x, mask=keep)
+    assert_close(moments.mean, x[0].double(), rtol=0, atol=0)
+    assert_close(moments.m2, torch.zeros(3).double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 1, dtype=torch.bool)], ids=["plain", "masked"])
+@pytest.mark.parametrize("shape", [(4, 3), (0, 3)])
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_moments_of_what_is_not_a_real_number_are_refused(dtype, shape, mask):
+    with pytest.raises(NotImplementedError, match=rf"{dtype}: .*input\.float\(\)"):
+        Moments.of(torch.ones(shape).to(dtype), mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_moments_need_channels(shape):
+    with pytest.raises(IndexError, match=r"expected \(N, C, \.\.\.\), got shape \(.*unsqueeze"):
+        Moments.of(torch.randn(shape))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (2, 3, 0)])
@@ -230,6 +293,13 @@ def test_a_map_that_is_not_finite_shows(scale, shift):
     y = Affine(vector(scale, 1.0), vector(shift, 0.0))(torch.ones(3, 2))
     assert not y[:, 0].isfinite().any()
     assert y[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float8_e4m3fn])
+def test_a_map_is_not_applied_to_integers(dtype):
+    # the output has x's dtype: it would be cut off
+    with pytest.raises(NotImplementedError, match=rf"{dtype}: .*input\.float\(\)"):
+        Affine(torch.ones(3), torch.ones(3))(torch.ones(4, 3).to(dtype))
 
 
 # --- gradients

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from batchnorm import BatchNorm1d, BatchNorm2d, batch_norm
 
 BAD = [math.inf, -math.inf, math.nan]
-SAYS = "inf or nan"
+SAYS = "mean or variance is inf or nan"
 
 
 def trained(layer, xs):
@@ -74,6 +74,69 @@ def test_what_overflows_does_not_enter(x):
     assert_close(state(layer), before, rtol=0, atol=0)
 
 
+def test_finite_values_whose_variance_overflows_do_not_enter():
+    # The warning must not speak of inf in the batch or the output: there is none.
+    layer, x = warm(), good() * 1e20
+    before = state(layer)
+    assert x.isfinite().all()
+    with pytest.warns(RuntimeWarning, match=SAYS):
+        y = layer(x)
+    assert y.isfinite().all()
+    assert_close(state(layer), before, rtol=0, atol=0)
+    assert layer.num_batches_skipped == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("bad_value", [math.nan, math.inf, 1e30])
+def test_a_skipped_batch_leaves_the_buffers_bit_for_bit(bad_value, momentum):
+    # Moving them by 0 is not enough: -0.0 + 0 is 0.0, and inf moved towards itself is nan.
+    layer = BatchNorm2d(3, momentum=momentum)
+    layer.get_buffer("running_mean").copy_(torch.tensor([-0.0, math.inf, 1e-45]))
+    layer.get_buffer("running_var").copy_(torch.tensor([math.inf, math.nan, -0.0]))
+    before = {name: t.view(torch.uint8) if t.dim() else t for name, t in state(layer).items()}
+    with pytest.warns(RuntimeWarning, match=SAYS):
+        layer(bad(bad_value))
+    for name, bits in before.items():
+        after = layer.get_buffer(name) if name in layer._buffers else layer.get_parameter(name)
+        assert torch.equal(after.detach().view(torch.uint8) if after.dim() else after, bits), name
+
+
+def compiled(*layers):
+    model = nn.Sequential(*layers)
+    return model, torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train()", "eval()"])
+def test_compiled_code_counts_and_the_warning_comes_with_the_next_change_of_mode(mode):
+    model, call = compiled(BatchNorm2d(3), nn.Sequential(nn.ReLU(), BatchNorm2d(3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (good(), bad(), good(), bad()):
+            call(x)
+    for layer in (model[0], model[1][1]):
+        assert layer.num_batches_skipped == 2
+        assert layer.num_batches_tracked == 2
+        assert layer.running_mean.isfinite().all()
+    with pytest.warns(RuntimeWarning, match=SAYS) as caught:
+        model.train(mode)
+    said = [str(warning.message).split(":")[0] for warning in caught]
+    assert said == ["layer '0'", "layer '1.1'"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()
+        call(bad())
+        model.eval().train()
+
+
+def test_a_warning_given_does_not_compile_again():
+    model, call = compiled(BatchNorm2d(3))
+    call(bad())
+    with pytest.warns(RuntimeWarning, match=SAYS):
+        model.train()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        call(good())
+
+
 def test_large_float16_values_that_fit_do_enter():
     # Their squares are far beyond float16, in which nothing is summed.
     layer = BatchNorm2d(3, momentum=1.0).half()
@@ -116,6 +179,27 @@ def test_training_goes_on_as_if_the_batch_had_not_been(momentum):
         assert_close(disturbed(x), undisturbed(x), rtol=0, atol=0)
     assert_close(state(disturbed), state(undisturbed), rtol=0, atol=0)
     assert_close(disturbed.eval()(x), undisturbed.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_checkpoint_forgets_them_in_place_and_warns_again(assign):
+    # They are not in the checkpoint, and those of the run before say nothing of the run that is loaded.
+    layer = warm()
+    counter, checkpoint = layer.num_batches_skipped, nn.BatchNorm2d(3).state_dict()
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=SAYS):
+            layer(bad())
+        layer.load_state_dict(checkpoint, assign=assign)
+        assert layer.num_batches_skipped is counter
+        assert counter == 0
+
+
+def test_loading_parameters_alone_does_not_forget_them():
+    layer = warm()
+    with pytest.warns(RuntimeWarning, match=SAYS):
+        layer(bad())
+    layer.load_state_dict({"weight": torch.ones(3)}, strict=False)
+    assert layer.num_batches_skipped == 1
 
 
 def test_in_evaluation_nothing_is_counted():

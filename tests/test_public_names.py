@@ -1,5 +1,7 @@
 """The public surface is a contract: a name or an argument that comes, goes or moves must be meant."""
 
+import subprocess
+import sys
 from inspect import Parameter, signature
 
 import pytest
@@ -21,6 +23,19 @@ def arguments(function, kind):
 
 def test_dir_is_the_checked_list():
     assert set(dir(bn)) == NAMES
+
+
+def test_a_star_imports_them_all_and_nothing_else():
+    # in a fresh interpreter, where none has been asked for yet
+    script = """
+before = {*globals(), "before"}
+from batchnorm import *
+print(*sorted(set(globals()) - before))
+assert batch_norm.__module__ == "batchnorm.functional"
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == sorted(NAMES - {"__version__"})
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from batchnorm.experiments.claim import Settings
 
 app = typer.Typer(
@@ -99,7 +102,8 @@ def mnist(
         "seeds": seeds,
         "rate": rate,
         "init_std": init_std,
-        "claims": None if claims is None else claim_names() if claims == "all" else tuple(claims.split(",")),
+        "claims": claims
+        and (claim_names() if claims == "all" else tuple(claims.replace(" ", "").split(","))),
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     folder = _newest_run(out) if resume else out or _RUNS / f"mnist-{datetime.now():%Y%m%d-%H%M%S}"
@@ -122,21 +126,36 @@ def _reproduce(folder: Path, chosen: dict[str, Any], resume: bool, workers: int 
     go_on = f"batchnorm reproduce mnist --out {shlex.quote(str(folder))} --resume"
     with _in_one_line(DataError, RecordError, CheckpointError):
         settings = _settings(folder, chosen, resume)
-        Digits.load(settings.data)  # say what is wrong with the data here, in one line, not from a worker
-        experiment = mnist_experiment(settings)
-        console.print(f"run folder  {folder}", highlight=False)
+        # what is wrong with the data is said here, in one line, and not by a worker
+        experiment = mnist_experiment(settings, Digits.load(settings.data))
+        with _in_one_line(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        _print(console, f"run folder  {folder}")
         try:
             with Display(console) as display:
-                command = shlex.join(["batchnorm", *sys.argv[1:]])
-                verdicts = experiment.run(settings, folder, command, display, workers)
-        except Stopped:
-            console.print(f"\nStopped. What there is:  {folder / 'report.html'}", highlight=False)
-            console.print(f"Go on with:  [bold]{go_on}[/]", highlight=False, soft_wrap=True)
+                verdicts = experiment.run(settings, folder, _command(folder), display, workers)
+        except (Stopped, KeyboardInterrupt):
+            if (folder / "report.html").exists():
+                _print(console, f"\nStopped. What there is:  {folder / 'report.html'}")
+            _print(console, f"Go on with:  {go_on}")
             raise typer.Exit(130) from None
         except (WorkerDied, OSError) as error:
             raise Failure(f"{error}; nothing that was saved is lost, go on with: {go_on}") from None
     console.print(summary(verdicts))
-    console.print(f"report  [bold]{folder / 'report.html'}[/]", highlight=False, soft_wrap=True)
+    _print(console, f"report  {folder / 'report.html'}")
+
+
+def _print(console: Console, text: str) -> None:
+    """Print `text` as it is: a path may hold what rich would take for markup, or for a line to break."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _command(folder: Path) -> str:
+    """The command line for the record, with the run's folder, so that --resume can be added to it."""
+    command = shlex.join(["batchnorm", *sys.argv[1:]])
+    if not any(word == "--out" or word.startswith("--out=") for word in sys.argv):
+        command += f" --out {shlex.quote(str(folder))}"
+    return command.encode(errors="surrogateescape").decode(errors="replace")  # a path need not be text
 
 
 def _settings(folder: Path, chosen: dict[str, Any], resume: bool) -> Settings:
@@ -176,10 +195,21 @@ def _settings(folder: Path, chosen: dict[str, Any], resume: bool) -> Settings:
 def _newest_run(out: Path | None) -> Path:
     if out is not None:
         return out
-    runs = sorted(_RUNS.glob("mnist-*/records.jsonl"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(_RUNS.glob("mnist-*/records.jsonl"), key=lambda path: -path.stat().st_mtime)
     if not runs:
         raise Failure(f"no run to continue in {_RUNS}/: name its folder with --out")
-    return runs[-1].parent
+    return next((path for path in runs if not _complete(path)), runs[0]).parent
+
+
+def _complete(path: Path) -> bool:
+    """Whether a run came to its end: its last record is a verdict, and not that it is incomplete."""
+    from batchnorm.records import RecordError, Verdict, read
+
+    try:
+        *_, last = read(path)
+    except (RecordError, ValueError):  # broken, or empty
+        return False
+    return isinstance(last, Verdict) and last.outcome != "incomplete"
 
 
 @app.command("report")
@@ -190,7 +220,7 @@ def report_command(
     from batchnorm import report
     from batchnorm.records import RecordError
 
-    with _in_one_line(RecordError):
+    with _in_one_line(RecordError, OSError):
         typer.echo(report.build(run))
 
 
@@ -220,6 +250,9 @@ def _in_one_line(*expected: type[Exception]) -> Iterator[None]:
 
 def main() -> None:
     """The `batchnorm` command."""
+    for stream in (sys.stdout, sys.stderr):  # a locale that has no × shall not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except Failure as failure:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from batchnorm import functional
 from batchnorm.functional import Activation
-from batchnorm.moments import Moments, accumulator
+from batchnorm.moments import Moments
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -127,7 +127,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _warn_of_skipped(self, skipped: Tensor) -> None:
         """Warn, once, if `skipped` is not 0, and if its value can be asked for: not compiled, traced or mapped."""
-        if self._warned_of_skipped or torch.compiler.is_compiling() or skipped.is_meta:
+        # compiling first: compiled code that had read the flag would be compiled again once it is set
+        if torch.compiler.is_compiling() or self._warned_of_skipped or skipped.is_meta:
             return
         try:
             self._warned_of_skipped = bool(skipped)
@@ -159,7 +160,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         for name in _STATISTICS:
             values = self._buffers[name]
             if values is not None:
-                self._buffers[name] = values.to(accumulator(values.dtype))
+                self._buffers[name] = values.to(_wide(values.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .half() and .bfloat16() arrive here: running statistics follow to the device, not to the dtype,
@@ -171,8 +172,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._forget_skipped()  # what was materialised is arbitrary, and no checkpoint brings a value
         for name, values in before.items():
             after = self._buffers[name]
-            if values is not None and after is not None and after.dtype != accumulator(after.dtype):
-                self._buffers[name] = values.to(after.device, accumulator(after.dtype))
+            if values is not None and after is not None and after.dtype != _wide(after.dtype):
+                self._buffers[name] = values.to(after.device, _wide(after.dtype))
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -219,6 +220,11 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 
 
 _STATISTICS = ("running_mean", "running_var")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the statistics of a layer converted to `dtype`, even one it can only be stored in (float8)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _advice(dims: int) -> str:

@@ -91,15 +91,17 @@ class Moments:
             TypeError or ValueError for a mask that is not bool or not of that shape.
         """
         if x.dim() < 2:
-            raise IndexError(f"expected (N, C, ...), got shape {tuple(x.shape)}: it has no channels")
+            raise IndexError(
+                f"expected (N, C, ...), got shape {tuple(x.shape)}: add the missing dimension with unsqueeze"
+            )
         if mask is not None:
             return cls._of_masked(x, mask)
         wide, dims = statistics_dtype(x.device), batch_dims(x)
         count = count_per_channel(x)
+        x = x.to(accumulator(x.dtype))
         if count == 0:
             empty = x.sum(dims).to(wide)  # a sum over nothing: zeros that are still part of x's graph
             return cls(0, empty, empty.clone())
-        x = x.to(accumulator(x.dtype))
         shift = x.detach().mean(dims)  # any constant near the mean will do, so no gradient flows through it
         centred = x - channelwise(shift, x)
         delta = centred.mean(dims)
@@ -110,21 +112,24 @@ class Moments:
     def _of_masked(cls, x: Tensor, mask: Tensor) -> Moments:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor (True = counted), got {mask.dtype}")
-        if mask.dim() != x.dim() or mask.size(1) != 1:
+        per_position = (x.size(0), 1, *x.shape[2:])
+        if mask.dim() != x.dim() or any(
+            m not in (1, n) for m, n in zip(mask.shape, per_position, strict=True)
+        ):
             raise ValueError(
                 f"mask must broadcast to (N, 1, *S) of the input {tuple(x.shape)}, got {tuple(mask.shape)}: "
                 "give it a channel dimension of 1, e.g. with mask.unsqueeze(1)"
             )
-        mask = mask.expand(x.size(0), 1, *x.shape[2:])
+        mask = mask.expand(per_position)
         wide, dims = statistics_dtype(x.device), batch_dims(x)
         count = mask.sum()
         share = 1 / count.clamp(min=1)
 
         def total(values: Tensor) -> Tensor:
-            # where, not a product: a nan under the mask must not be counted either
+            # where, not a product: under the mask the square of a large mean may be inf
             return torch.where(mask, values, 0).sum(dims)
 
-        x = torch.where(mask, x.to(accumulator(x.dtype)), 0)  # nor may it reach the gradient
+        x = torch.where(mask, x.to(accumulator(x.dtype)), 0)  # a nan may not reach the gradient
         shift = total(x.detach()) * share
         centred = x - channelwise(shift, x)
         delta = total(centred) * share

@@ -13,6 +13,7 @@ Knows nothing of torch: a page can be rebuilt from these lines years later.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -43,6 +44,7 @@ class Run(_Record):
     seeds: list[int]
     versions: dict[str, str]
     machine: str
+    data: str = Field("", description="the data set in words: name, numbers and sizes of its images")
     started: str = Field(description="ISO 8601, UTC")
 
 
@@ -164,25 +166,33 @@ class RecordFile:
     """A record file open for appending, a context manager. A line cut off by a crash is dropped on opening.
 
     An evaluation or result that is in the file already is not written again, so a network may be
-    replayed from a checkpoint that is older than its last line.
+    replayed from a checkpoint that is older than its last line; nor is a chart that is the same.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_torn_line()
-        self.records = list(read(path)) if path.exists() and path.stat().st_size else []
-        self._written = {_identity(record) for record in self.records}
         self._file = path.open("a", encoding="utf-8")
+        try:
+            self._lock()
+            self._drop_torn_line()
+            self.records = list(read(path))
+        except BaseException:
+            self._file.close()
+            raise
+        self._last = {_identity(record): record for record in self.records}
 
     def append(self, record: Record) -> bool:
         """Write `record` and flush it; return whether it was new."""
         identity = _identity(record)
-        if identity is not None and identity in self._written:
+        before = self._last.get(identity)
+        if isinstance(record, Evaluation | Result) and before is not None:
+            return False
+        if isinstance(record, Chart) and record == before:
             return False
         self._file.write(record.model_dump_json() + "\n")
         self._file.flush()
-        self._written.add(identity)
+        self._last[identity] = record
         self.records.append(record)
         return True
 
@@ -194,9 +204,18 @@ class RecordFile:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _drop_torn_line(self) -> None:
-        if not self.path.exists():
+    def _lock(self) -> None:
+        """Two processes that write one file would write everything twice. Released when the file is closed."""
+        if sys.platform == "win32":
             return
+        import fcntl
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecordError(f"{self.path} is being written by another process") from None
+
+    def _drop_torn_line(self) -> None:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -224,10 +243,16 @@ def read(path: Path) -> Iterator[Record]:
             ) from None
 
 
-def _identity(record: Record) -> tuple[object, ...] | None:
-    """What makes a record the same as another; None when it may be repeated."""
-    if isinstance(record, Evaluation):
-        return ("evaluation", record.job, record.step)
-    if isinstance(record, Result):
-        return ("result", record.job)
-    return None
+def _identity(record: Record) -> tuple[object, ...]:
+    """What a record is about; of two that are about the same, the later one counts."""
+    match record:
+        case Run():
+            return ("run",)
+        case Evaluation():
+            return ("evaluation", record.job, record.step)
+        case Result():
+            return ("result", record.job)
+        case Chart():
+            return ("chart", record.name)
+        case Verdict():
+            return ("verdict", record.claim)

@@ -50,7 +50,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sums in the input's dtype", "moments.py",
-        "return _ACCUMULATORS.get(dtype, dtype)", "return dtype",
+        "return _ACCUMULATORS[dtype]", "return dtype",
         "a bfloat16 sum stops at 256", GRID,
     ),
     Mutation(
@@ -59,9 +59,9 @@ MUTATIONS = [
         "padding counted", MOMENTS,
     ),
     Mutation(
-        "nan under the mask counted", "moments.py",
+        "product with the mask", "moments.py",
         "return torch.where(mask, values, 0).sum(dims)", "return (values * mask).sum(dims)",
-        "nan times 0 is nan", MOMENTS,
+        "a square that overflows under the mask, times 0, is nan", MOMENTS,
     ),
     Mutation(
         "count ignored in merge", "moments.py",
@@ -77,6 +77,21 @@ MUTATIONS = [
         "empty parts not masked", "moments.py",
         "mean, m2 = torch.where(weight > 0, mean, 0), torch.where(weight > 0, m2, 0)", "pass",
         "what stands in an empty part leaks", MOMENTS,
+    ),
+    Mutation(
+        "mask not applied before centring", "moments.py",
+        "x = torch.where(mask, x.to(accumulator(x.dtype)), 0)", "x = x.to(accumulator(x.dtype))",
+        "0 times nan in the gradient is nan", MOMENTS,
+    ),
+    Mutation(
+        "mask of any shape", "moments.py",
+        "if mask.dim() != x.dim() or any(", "if False and any(",
+        "a missing channel dimension is torch's riddle of an error", MOMENTS,
+    ),
+    Mutation(
+        "one tensor returned twice", "moments.py",
+        "return cls(0, empty, empty.clone())", "return cls(0, empty, empty)",
+        "an op's two outputs must be two tensors when it is compiled", LAYERS,
     ),
     # --- affine
     Mutation(
@@ -101,24 +116,24 @@ MUTATIONS = [
     ),
     Mutation(
         "applied without centring", "moments.py",
-        "                about = -self.shift / self.scale\n", "                about = torch.zeros_like(self.shift)\n",
+        "about = torch.nan_to_num((-self.shift / self.scale).to(dtype), nan=0, posinf=0, neginf=0)", "about = torch.zeros_like(self.shift)",
         "scale·x and shift cancel in evaluation at large means", GRID,
     ),
     Mutation(
         "a decayed weight", "moments.py",
-        "about = torch.nan_to_num(about.to(dtype), nan=0, posinf=0, neginf=0)", "about = about.to(dtype)",
+        "about = torch.nan_to_num((-self.shift / self.scale).to(dtype), nan=0, posinf=0, neginf=0)", "about = (-self.shift / self.scale).to(dtype)",
         "-shift/scale beyond float32 makes nan", MOMENTS,
     ),
     # --- kernels
-    *(
-        Mutation(
-            f"backward without {term}", "kernels/reference.py", f" - {old}", "",
-            "a term of dx dropped", GRID,
-        )
-        for term, old in (
-            ("the mean's term", "channelwise(dbias * share, x)"),
-            ("the variance's term", "standardised * channelwise(dweight * share, x)"),
-        )
+    Mutation(
+        "backward without the mean's term", "kernels/reference.py",
+        "dy - channelwise(dbias * share, x)", "dy",
+        "a term of dx dropped", GRID,
+    ),
+    Mutation(
+        "backward without the variance's term", "kernels/reference.py",
+        "torch.addcmul(dy - channelwise(dbias * share, x), standardised, channelwise(dweight * -share, x))", "dy - channelwise(dbias * share, x)",
+        "a term of dx dropped", GRID,
     ),
     Mutation(
         "backward without the scale", "kernels/reference.py",
@@ -148,7 +163,7 @@ MUTATIONS = [
     # --- functional
     Mutation(
         "momentum swapped", "functional.py",
-        "running.lerp_(torch.where(entered, batch, running), rate)", "running.lerp_(torch.where(entered, batch, running), 1 - rate)",
+        "running.lerp(batch, rate)", "running.lerp(batch, 1 - rate)",
         "Keras's convention", RUNNING,
     ),
     Mutation(
@@ -158,22 +173,22 @@ MUTATIONS = [
     ),
     Mutation(
         "inf and nan enter", "functional.py",
-        "entered = (mean.isfinite() & variance.isfinite()).all()", "entered = torch.ones((), dtype=torch.bool)",
+        "entered = (mean + variance).isfinite().all()", "entered = torch.ones((), dtype=torch.bool)",
         "one bad batch ruins the statistics for good", NONFINITE,
     ),
     Mutation(
         "finite in float64 only", "functional.py",
-        "entered = (mean.isfinite() & variance.isfinite()).all()", "entered = (moments.mean + moments.m2).sum().isfinite()",
+        "entered = (mean + variance).isfinite().all()", "entered = (moments.mean + moments.m2).sum().isfinite()",
         "asked before the values are narrowed", NONFINITE,
     ),
     Mutation(
         "running statistics rebound", "functional.py",
-        "running.lerp_(torch.where(entered, batch, running), rate)", "running.set_(running.lerp(torch.where(entered, batch, running), rate))",
+        "running.copy_(torch.where(", "running.set_(torch.where(",
         "whoever holds the storage sees no change", LAYERS,
     ),
     Mutation(
         "residual after the activation", "functional.py",
-        "        output = output + residual\n    function = activation_function(activation)\n    return output if function is None else function(output)",
+        "        output = (output + residual).to(output.dtype)\n    function = activation_function(activation)\n    return output if function is None else function(output)",
         "    else:\n        residual = torch.zeros_like(output)\n    function = activation_function(activation)\n    return residual + (output if function is None else function(output))",
         "activation(bn(x)) + residual", GRID,
     ),
@@ -193,15 +208,30 @@ MUTATIONS = [
         "values.shape != input.shape[1:2]", "values.numel() != input.size(1)",
         "a weight of (1, C, 1, 1) gives an output of another rank", FUNCTIONAL,
     ),
+    Mutation(
+        "buffers moved by nothing", "functional.py",
+        "torch.where(entered, running.lerp(batch, rate), running)", "running.lerp(torch.where(entered, batch, running), rate)",
+        "moved towards themselves, -0.0 becomes 0.0 and inf nan", NONFINITE,
+    ),
+    Mutation(
+        "the running mean itself kept for backward", "functional.py",
+        "running_mean.clone()", "running_mean",
+        "training before the backward pass of an evaluation fails", FUNCTIONAL,
+    ),
+    Mutation(
+        "the residual's dtype leaks", "functional.py",
+        "output = (output + residual).to(output.dtype)", "output = output + residual",
+        "a bfloat16 network turns float32", FUNCTIONAL,
+    ),
     # --- layers
     Mutation(
         "running statistics used in training", "layers.py",
-        "by_batch = self.training or self.running_mean is None", "by_batch = self.running_mean is None",
+        "by_batch = self.training or (", "by_batch = (",
         "training as evaluation", RUNNING,
     ),
     Mutation(
         "batch statistics used in evaluation", "layers.py",
-        "by_batch = self.training or self.running_mean is None", "by_batch = True",
+        "by_batch = self.training or (", "by_batch = True or (",
         "evaluation as training", RUNNING,
     ),
     Mutation(
@@ -231,22 +261,88 @@ MUTATIONS = [
     ),
     Mutation(
         "a warning each time", "layers.py",
-        "            self._warned_of_skipped = True\n", "",
+        "if torch.compiler.is_compiling() or self._warned_of_skipped or skipped.is_meta:", "if torch.compiler.is_compiling() or skipped.is_meta:",
         "a hundred equal lines", NONFINITE,
     ),
     Mutation(
+        "no warning with a change of mode", "layers.py",
+        "            self._warn_of_skipped(self.num_batches_skipped)\n", "            pass\n",
+        "compiled code never warns", NONFINITE,
+    ),
+    Mutation(
+        "compiled code reads whether it was warned", "layers.py",
+        "if torch.compiler.is_compiling() or self._warned_of_skipped or", "if self._warned_of_skipped or torch.compiler.is_compiling() or",
+        "compiled again after the warning", NONFINITE,
+    ),
+    Mutation(
+        "the value that nobody knows asked for", "layers.py",
+        "except RuntimeError:", "except ZeroDivisionError:",
+        "vmap, fake tensors and tracers refuse bool()", FUNCTIONAL,
+    ),
+    Mutation(
+        "counter not reset on load", "layers.py",
+        """if f"{prefix}running_mean" in state_dict:""", "if False:",
+        "it speaks of the run before", NONFINITE,
+    ),
+    Mutation(
+        "counter reset by loading anything", "layers.py",
+        """if f"{prefix}running_mean" in state_dict:""", "if True:",
+        "the statistics are still those of the run", NONFINITE,
+    ),
+    Mutation(
+        "counter left on meta", "layers.py",
+        "if skipped.device != self.running_mean.device:", "if False:",
+        "load_state_dict(assign=True) brings everything but the counter", LAYERS,
+    ),
+    Mutation(
+        "counter materialised with what memory held", "layers.py",
+        "if skipped is not None and skipped.is_meta:", "if False:",
+        "to_empty and skip_init", LAYERS,
+    ),
+    Mutation(
+        "an average without a count", "layers.py",
+        "rate = 0.0  # as torch", "rate = 1.0  # as torch",
+        "num_batches_tracked = None with momentum=None", LAYERS,
+    ),
+    Mutation(
+        "evaluation with half of the statistics", "layers.py",
+        "(self.running_mean is None and self.running_var is None)", "(self.running_mean is None)",
+        "torch's error is another one", LAYERS,
+    ),
+    Mutation(
+        "a traced residual not seen", "layers.py",
+        "for value in (input, residual):", "for value in (input,):",
+        "torch.fx walks into the layer", LAYERS,
+    ),
+    Mutation(
+        "float64 statistics narrowed", "layers.py",
+        "return torch.float64 if dtype == torch.float64 else torch.float32", "return torch.float32",
+        "a float64 layer is compared to 1e-9", LAYERS,
+    ),
+    Mutation(
+        "statistics stored in float8", "layers.py",
+        "return torch.float64 if dtype == torch.float64 else torch.float32", "return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype",
+        "lost for good when the layer is converted back", LAYERS,
+    ),
+    Mutation(
         "statistics follow .half()", "layers.py",
-        "if values is not None and after is not None and after.dtype != accumulator(after.dtype):", "if False:",
+        "if values is not None and after is not None and after.dtype != _wide(after.dtype):", "if False:",
         "in bfloat16 they stop moving", LAYERS,
     ),
     Mutation(
         "statistics rounded on the way through .half()", "layers.py",
-        "self._buffers[name] = values.to(after.device, accumulator(after.dtype))", "self._buffers[name] = after.to(accumulator(after.dtype))",
+        "self._buffers[name] = values.to(after.device, _wide(after.dtype))", "self._buffers[name] = after.to(_wide(after.dtype))",
         "float32 again, but with a half type's digits", LAYERS,
     ),
     Mutation(
         "assigned checkpoints not widened", "layers.py",
         "        self._widen_statistics()  # load_state_dict", "        # load_state_dict",
         "the buffers become the checkpoint's bfloat16", LAYERS,
+    ),
+    # --- the package
+    Mutation(
+        "no list of public names", "__init__.py",
+        "__all__ = [*_HOME]", "__all_names__ = [*_HOME]",
+        "from batchnorm import * gives import_module instead", ("test_public_names.py",),
     ),
 ]  # fmt: skip

@@ -121,7 +121,12 @@ def test_inference_uses_the_statistics_of_algorithm_2():
     inference = trainer._inference_model()
     before = copy.deepcopy(trainer.model.state_dict())
     first = next(m for m in trainer.model.modules() if isinstance(m, nn.Linear))
-    batches = [trainer.images[i * 60 : (i + 1) * 60] for i in range(POPULATION_BATCHES)]
+    batches = [trainer.images[chosen] for chosen in trainer._population]
+    assert len(batches) == POPULATION_BATCHES
+    assert all(len(batch) == 60 for batch in batches)
+    labels = trainer.labels[torch.cat(trainer._population)]
+    assert len(labels.unique()) == 10  # drawn at random: the files may be sorted by class
+    assert not torch.equal(torch.cat(trainer._population), torch.arange(len(labels)))
     u = [first(batch).detach().double() for batch in batches]
     norm = next(m for m in inference.modules() if isinstance(m, nn.BatchNorm1d))
     mean = torch.stack([x.mean(0) for x in u]).mean(0)

@@ -59,6 +59,7 @@ def test_two_networks_train_in_two_processes_and_a_killed_one_is_reported(tmp_pa
                     processes = list(workers._pool._processes)
                     assert len(processes) == 2
                     os.kill(processes[0], signal.SIGKILL)
+                    running.add("one is killed")
 
         with pytest.raises(WorkerDied, match="killed"):
             kill_one_when_both_run()

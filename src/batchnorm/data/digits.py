@@ -30,6 +30,12 @@ class Digits:
     test_images: Tensor
     test_labels: Tensor
 
+    def describe(self, source: str) -> str:
+        """The data set in words, e.g. 'mnist-10k: 8,000 training and 2,000 test images of 28×28'."""
+        height, width = self.train_images.shape[1:]
+        train, test = len(self.train_images), len(self.test_images)
+        return f"{source}: {train:,} training and {test:,} test images of {height}×{width}"
+
     @classmethod
     def load(cls, source: str = SHIPPED) -> Digits:
         """Load a data set.
@@ -66,8 +72,13 @@ class Digits:
 
     @classmethod
     def _from_torchvision(cls, name: str) -> Digits:
-        from torchvision import datasets
-
+        try:
+            from torchvision import datasets
+        except ImportError:
+            raise DataError(
+                f"{name} comes through torchvision, which is not installed: pip install 'batchnorm[train]', "
+                f"or use the digits in this package with --data {SHIPPED}"
+            ) from None
         root = _DOWNLOADS.expanduser()
         try:
             train, test = (

@@ -17,7 +17,7 @@ from batchnorm.training.config import Training
 class Settings(BaseModel):
     """What a user may choose; with the data it decides every number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str = "mnist-10k"
     steps: int = Field(50_000, ge=1, description="of the longest run; no run is longer")

@@ -46,7 +46,7 @@ class InitialWeights(Claim):
                 claim=self.name,
                 name="initial-weights",
                 title=f"Test accuracy after {min(settings.steps, STEPS):,} steps against the scale of initial weights",
-                caption=f"Line: median over {settings.seeds} seeds; band: all seeds.",
+                caption="Line: median over the seeds; band: all of them.",
                 panels=[_sweep(settings).panel(settings, curves)],
             )
         ]

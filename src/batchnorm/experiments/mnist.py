@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from batchnorm.data.digits import Digits
+from batchnorm.data.idx import DataError
 from batchnorm.experiments.claim import Claim, Settings
 from batchnorm.experiments.figure_1 import Figure1
 from batchnorm.experiments.higher_rates import HigherRates
@@ -9,11 +11,13 @@ from batchnorm.experiments.initial_weights import InitialWeights
 from batchnorm.experiments.regularization import Regularization
 from batchnorm.experiments.run import Experiment
 from batchnorm.experiments.saturation import Saturation
+from batchnorm.training.config import Training
 
 # Figure 1 comes last: its verdict is the headline, and the last record.
 _CLAIMS: dict[str, type[Claim]] = {
     claim.name: claim for claim in (HigherRates, InitialWeights, Saturation, Regularization, Figure1)
 }
+_TITLES = {"mnist-10k": "handwritten digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 
 
 def claim_names() -> tuple[str, ...]:
@@ -26,7 +30,17 @@ def claim_title(name: str) -> str:
     return _CLAIMS[name].title
 
 
-def mnist_experiment(settings: Settings) -> Experiment:
-    """Section 4.1 with the claims of `settings`."""
+def mnist_experiment(settings: Settings, data: Digits) -> Experiment:
+    """Section 4.1 with the claims of `settings`, on `data`.
+
+    Raises: DataError when the data do not fill one batch.
+    """
+    batch = Training.model_fields["batch_size"].default
+    if len(data.train_images) < batch:
+        raise DataError(
+            f"{settings.data}: {len(data.train_images)} training images do not fill a batch of {batch}"
+        )
+    title = f"Batch normalization on {_TITLES.get(settings.data, settings.data)}"
     claims = [_CLAIMS[name]() for name in _CLAIMS if name in settings.claims]
-    return Experiment("mnist", "Batch normalization on handwritten digits", claims)
+    described = f"{data.describe(settings.data)}, made binary: 1 where a pixel is above 127 of 255"
+    return Experiment("mnist", title, claims, described)

@@ -16,7 +16,7 @@ from batchnorm.experiments.machine import machine, versions
 from batchnorm.experiments.tensorboard import EventFiles
 from batchnorm.records import Evaluation, RecordFile, Result, Run, Verdict
 from batchnorm.training.config import Training
-from batchnorm.training.workers import Outcome, Progress, Workers
+from batchnorm.training.workers import Outcome, Progress, WorkerDied, Workers
 
 
 class Stopped(Exception):
@@ -44,15 +44,23 @@ class Experiment:
 
     title: what the page is called.
     claims: judged in this order, so that the last verdict is the last record.
+    data: the data set in words.
     """
 
-    def __init__(self, name: str, title: str, claims: Sequence[Claim]) -> None:
-        self.name, self.title, self.claims = name, title, claims
+    def __init__(self, name: str, title: str, claims: Sequence[Claim], data: str) -> None:
+        self.name, self.title, self.claims, self.data = name, title, claims, data
 
     def run(
-        self, settings: Settings, folder: Path, command: str, watcher: Watcher, workers: int | None = None
+        self,
+        settings: Settings,
+        folder: Path,
+        command: str,
+        watcher: Watcher,
+        workers: int | None = None,
     ) -> list[Verdict]:
         """Run, or continue, in `folder`; return the verdicts, which are also the last records.
+
+        command: the command line, for the record.
 
         Raises: Stopped after Ctrl-C or SIGTERM, when records, page and checkpoints have been written.
         """
@@ -69,16 +77,21 @@ class Experiment:
                 if not jobs:
                     break
                 watcher.planned(jobs)
-                self._train(jobs, curves, pool, records, events, watcher)
+                try:
+                    self._train(jobs, curves, pool, records, events, watcher)
+                except WorkerDied:  # whoever stopped us may have stopped them too
+                    if not interrupted.seen:
+                        raise
             for claim in self.claims:
                 for chart in claim.charts(settings, curves):
                     records.append(chart)
             verdicts = [claim.verdict(settings, curves) for claim in self.claims]
-            for verdict in verdicts:
-                records.append(verdict)
-        report.build(folder)
-        if interrupted.seen:
-            raise Stopped
+            if records.records[-len(verdicts) :] != verdicts:
+                for verdict in verdicts:
+                    records.append(verdict)
+            report.build(folder)
+            if any(verdict.outcome == "incomplete" for verdict in verdicts):
+                raise Stopped
         return verdicts
 
     def _jobs(self, settings: Settings, curves: dict[str, Curve]) -> dict[str, Training]:
@@ -131,6 +144,7 @@ class Experiment:
             seeds=list(range(settings.seeds)),
             versions=versions(),
             machine=machine(),
+            data=self.data,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

@@ -52,7 +52,7 @@ class Saturation(Claim):
                 claim=self.name,
                 name="saturation",
                 title=f"{LAYERS} layers of sigmoids: test accuracy after {min(settings.steps, STEPS):,} steps",
-                caption=f"Line: median over {settings.seeds} seeds; band: all seeds. Chance is about 10 %.",
+                caption="Line: median over the seeds; band: all of them. Chance is about 10 %.",
                 panels=[sweep.panel(settings, curves) for sweep in _sweeps(settings)],
             )
         ]

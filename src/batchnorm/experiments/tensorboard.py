@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -18,6 +19,7 @@ class EventFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writers: dict[str, SummaryWriter] = {}
+        self._warned = False
 
     def __enter__(self) -> Self:
         return self
@@ -32,7 +34,10 @@ class EventFiles:
         """Write one evaluation."""
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # an extra: pip install 'batchnorm[train]'
+        except ImportError:
+            if not self._warned:
+                warnings.warn("no TensorBoard events: pip install 'batchnorm[train]'", stacklevel=2)
+            self._warned = True
             return
         if evaluation.job not in self._writers:
             self._writers[evaluation.job] = SummaryWriter(str(self._folder / evaluation.job))

@@ -28,7 +28,7 @@ _PERCENTILES = torch.tensor([0.15, 0.50, 0.85])
 
 
 def evaluation_steps(steps: int) -> Iterator[int]:
-    """Where a run of `steps` steps is evaluated: at most 10 % apart, every 10 steps at first, and at the end."""
+    """Where a run of `steps` steps is evaluated: every 10 steps, from 200 on at most 10 % apart, and at the end."""
     step = 0
     while step < steps:
         step += max(gap for gap in (10, 20, 50, 100, 200, 500, 1000, 2500) if gap <= max(10, step // 10))
@@ -70,6 +70,10 @@ class Trainer:
         self.evaluations: list[Evaluation] = []
         self.watched: list[Tensor] = []  # (3, units) percentiles, an entry for each evaluation
         self._epoch, self._order = -1, torch.empty(0)
+        # full batches of random training images, the same at every evaluation: the files may be sorted by class
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
+        full = order[: len(order) // config.batch_size * config.batch_size]
+        self._population = full.split(config.batch_size)[:POPULATION_BATCHES]
 
     def run(self) -> Iterator[Evaluation | Result | None]:
         """Train; yield what is worth recording, and None after every other step, a good moment to stop."""
@@ -150,9 +154,8 @@ class Trainer:
             norm.train()
         if norms:
             with torch.no_grad():
-                for batch in self.images.split(self.config.batch_size)[:POPULATION_BATCHES]:
-                    if len(batch) == self.config.batch_size:
-                        model(batch)
+                for chosen in self._population:
+                    model(self.images.index_select(0, chosen))
         return model.eval()
 
     def _accuracy_moving(self) -> float | None:
@@ -184,7 +187,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. Raises: CheckpointError if that was another run."""
-        if state["config"] != self.config.model_dump(mode="json"):
+        if state.get("config") != self.config.model_dump(mode="json"):
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from threading import Thread, Timer
 from typing import Any, Self
 
 import torch
@@ -24,6 +26,8 @@ from batchnorm.training.config import Training
 from batchnorm.training.trainer import Trainer
 
 _CHECKPOINT_SECONDS = 10.0
+_LAST_WORDS_SECONDS = 10.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerDied(Exception):
@@ -61,9 +65,7 @@ class Workers:
         self.count = count or available_cores()
         self._checkpoints = checkpoints
         self._stop, self._messages = context.Event(), context.Queue()
-        self._pool = ProcessPoolExecutor(
-            self.count, context, _start, (data, self._messages, self._stop, os.getpid())
-        )
+        self._pool = ProcessPoolExecutor(self.count, context, _start, (data, self._messages, self._stop))
 
     def __enter__(self) -> Self:
         return self
@@ -83,10 +85,11 @@ class Workers:
 
         Raises: WorkerDied when a process was killed; whatever a worker raised.
         """
-        pending: set[Future[Outcome]] = {
-            self._pool.submit(_train, name, config, self._checkpoints / f"{name}.pt")
-            for name, config in jobs.items()
-        }
+        with _signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
+            pending: set[Future[Outcome]] = {
+                self._pool.submit(_train, name, config, self._checkpoints / f"{name}.pt")
+                for name, config in jobs.items()
+            }
         while pending:
             yield from self._progress()
             for future in [future for future in pending if future.done()]:
@@ -111,41 +114,80 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Here:
-    """What a worker process was started with."""
+    """What a worker process was started with, and whether it was told to go."""
 
     data: Digits
     messages: multiprocessing.Queue[Progress]
     stop: Event
-    parent: int
+    training = False
+    terminated = False
 
 
-def _start(data: str, messages: Any, stop: Event, parent: int) -> None:
+def _start(data: str, messages: Any, stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, _terminate)
+    Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the networks are small: a core each, and sums that never depend on the machine
-    _Here.data, _Here.messages, _Here.stop, _Here.parent = Digits.load(data), messages, stop, parent
+    _Here.data, _Here.messages, _Here.stop = Digits.load(data), messages, stop
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+def _terminate(*_: object) -> None:
+    """On SIGTERM: go at once if idle, else after the checkpoint; the parent may be stopping politely too."""
+    if not _Here.training:
+        os._exit(0)
+    _Here.terminated = True
+    timer = Timer(_LAST_WORDS_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def _leave_with_parent() -> None:
+    """Do not outlive a parent that was killed; a checkpoint is whole at any moment."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train(job: str, config: Training, path: Path) -> Outcome:
-    trainer = Trainer(config, _Here.data, job)
-    state = checkpoint.load(path)
-    if state is not None:
-        trainer.load_state_dict(state)
-    if _Here.stop.is_set():
-        return Outcome(job, list(trainer.evaluations), finished=False)
+    _Here.training = True
+    try:
+        trainer = Trainer(config, _Here.data, job)
+        state = checkpoint.load(path)
+        if state is not None:
+            trainer.load_state_dict(state)
+        if _Here.stop.is_set():
+            return Outcome(job, list(trainer.evaluations), finished=False)
+        return _run(trainer, path)
+    finally:
+        _Here.training = False
+
+
+def _run(trainer: Trainer, path: Path) -> Outcome:
     saved = told = time.monotonic()
     for record in trainer.run():
         if isinstance(record, Result):
             checkpoint.save(trainer.state_dict(), path)
-            return Outcome(job, [*trainer.evaluations, record], finished=True)
+            return Outcome(trainer.job, [*trainer.evaluations, record], finished=True)
         now = time.monotonic()
         if record is not None or now - told > 0.2:
-            _Here.messages.put(Progress(job, trainer.step, record))
+            _Here.messages.put(Progress(trainer.job, trainer.step, record))
             told = now
-        if _Here.stop.is_set() or os.getppid() != _Here.parent:
+        if _Here.stop.is_set() or _Here.terminated:
             break
         if now - saved > _CHECKPOINT_SECONDS:
             checkpoint.save(trainer.state_dict(), path)
             saved = now
     checkpoint.save(trainer.state_dict(), path)
-    return Outcome(job, list(trainer.evaluations), finished=False)
+    return Outcome(trainer.job, list(trainer.evaluations), finished=False)
