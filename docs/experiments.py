@@ -32,7 +32,10 @@ def take(run: Path) -> None:
     """Copy the run's head, its last verdict of every claim and the pictures of the documentation."""
     records = list(read(run / "records.jsonl"))
     verdicts = {record.claim: record for record in records if isinstance(record, Verdict)}
-    kept = [record for record in records if isinstance(record, Run)] + list(verdicts.values())
+    (head,) = (record for record in records if isinstance(record, Run))
+    # where it was written to is nobody's business
+    head = head.model_copy(update={"command": head.command.split(" --out")[0]})
+    kept = [head, *verdicts.values()]
     MEASURED.write_text("".join(record.model_dump_json() + "\n" for record in kept))
     for picture in (
         "figure-1a.png",
@@ -49,8 +52,7 @@ def page() -> str:
     head, *verdicts = read(MEASURED)
     assert isinstance(head, Run)
     versions = ", ".join(f"{name} {version}" for name, version in head.versions.items())
-    command = head.command.split(" --out")[0]  # where it was written to is nobody's business
-    parts = [INTRODUCTION.format(command=command, machine=head.machine, versions=versions)]
+    parts = [INTRODUCTION.format(command=head.command, machine=head.machine, versions=versions)]
     order = sorted(
         (v for v in verdicts if isinstance(v, Verdict)), key=lambda verdict: verdict.steps_ratio is None
     )

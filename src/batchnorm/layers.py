@@ -228,7 +228,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _advice(dims: int) -> str:
-    if dims in (4, 5) or dims == 3:
+    if 3 <= dims <= 5:
         return f"use BatchNorm{dims - 2}d, or add the missing dimension with unsqueeze"
     return "use BatchNorm1d" if dims == 2 else "reshape it: the batch comes first, the channels second"
 

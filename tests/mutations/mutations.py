@@ -18,7 +18,11 @@ class Mutation:
 
 
 MOMENTS, RUNNING, GRID = ("test_moments.py",), ("test_running_statistics.py",), ("grid",)
-FUNCTIONAL, LAYERS, NONFINITE = ("test_functional.py",), ("test_layers.py",), ("test_nonfinite.py",)
+FUNCTIONAL, LAYERS, NONFINITE = (
+    ("test_functional.py",),
+    ("test_layers.py", "test_with_torch.py"),
+    ("test_nonfinite.py",),
+)
 CHECKPOINTING, PAPER = ("test_checkpointing.py",), ("test_paper_properties.py",)
 
 MUTATIONS = [

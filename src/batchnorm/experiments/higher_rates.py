@@ -10,10 +10,9 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, percent
-from batchnorm.experiments.sweep import Sweep
+from batchnorm.experiments.claim import Curves, Finding, Settings, percent
+from batchnorm.experiments.sweep import Sweep, SweepClaim
 from batchnorm.models.mlp import Nonlinearity
-from batchnorm.records import Chart
 from batchnorm.training.config import Training
 
 RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
@@ -22,7 +21,7 @@ TRAINS = 0.80
 FACTOR = 5
 
 
-class HigherRates(Claim):
+class HigherRates(SweepClaim):
     """A sweep over learning rates, for ReLU (Inception's nonlinearity) and for figure 1's sigmoid."""
 
     name = "higher-rates"
@@ -38,26 +37,34 @@ class HigherRates(Claim):
             f"network ends at {percent(TRAINS, 0)} or more (median over seeds).",
         ]
 
-    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
-        """Every rate, with and without BN, for every seed and both nonlinearities."""
-        return {name: job for sweep in _sweeps(settings) for name, job in sweep.jobs(settings).items()}
+    def sweeps(self, settings: Settings) -> list[Sweep]:
+        """See `SweepClaim.sweeps`."""
 
-    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
-        """Final accuracy against the learning rate."""
-        return [
-            Chart(
-                claim=self.name,
-                name="higher-rates",
-                title=f"Test accuracy after {min(settings.steps, STEPS):,} steps against the learning rate",
-                caption="Line: median over the seeds; band: all of them. A network whose loss became "
-                "inf or nan counts with its accuracy then, about 10 %.",
-                panels=[sweep.panel(settings, curves) for sweep in _sweeps(settings)],
+        def sweep(nonlinearity: Nonlinearity, title: str) -> Sweep:
+            return Sweep(
+                name=f"rates-{nonlinearity}",
+                title=title,
+                setting="learning rate",
+                values=RATES,
+                training=lambda bn, rate, seed: Training(
+                    batch_norm=bn,
+                    rate=rate,
+                    steps=min(settings.steps, STEPS),
+                    seed=seed,
+                    init_std=settings.init_std,
+                    nonlinearity=nonlinearity,
+                ),
             )
-        ]
+
+        return [sweep("relu", "ReLU network"), sweep("sigmoid", "sigmoid network")]
+
+    def picture(self, settings: Settings) -> str:
+        """See `SweepClaim.picture`."""
+        return f"Test accuracy after {min(settings.steps, STEPS):,} steps against the learning rate"
 
     def find(self, settings: Settings, curves: Curves) -> Finding:
         """The highest rate that still trains, with and without BN, and their ratio."""
-        relu, sigmoid = _sweeps(settings)
+        relu, sigmoid = self.sweeps(settings)
         highest = {
             sweep.name: {bn: _highest(sweep, settings, curves, bn) for bn in (True, False)}
             for sweep in (relu, sigmoid)
@@ -73,26 +80,6 @@ class HigherRates(Claim):
             f"Final test accuracy, {sweep.title}": sweep.table(settings, curves) for sweep in (relu, sigmoid)
         }
         return Finding(seen, f"Highest rate that still trains. {measured}", tables)
-
-
-def _sweeps(settings: Settings) -> tuple[Sweep, Sweep]:
-    def sweep(nonlinearity: Nonlinearity, title: str) -> Sweep:
-        return Sweep(
-            name=f"rates-{nonlinearity}",
-            title=title,
-            setting="learning rate",
-            values=RATES,
-            training=lambda bn, rate, seed: Training(
-                batch_norm=bn,
-                rate=rate,
-                steps=min(settings.steps, STEPS),
-                seed=seed,
-                init_std=settings.init_std,
-                nonlinearity=nonlinearity,
-            ),
-        )
-
-    return sweep("relu", "ReLU network"), sweep("sigmoid", "sigmoid network")
 
 
 def _highest(sweep: Sweep, settings: Settings, curves: Curves, bn: bool) -> float:

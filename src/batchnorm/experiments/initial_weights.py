@@ -9,9 +9,8 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, percent
-from batchnorm.experiments.sweep import Sweep
-from batchnorm.records import Chart
+from batchnorm.experiments.claim import Curves, Finding, Settings, percent
+from batchnorm.experiments.sweep import Sweep, SweepClaim
 from batchnorm.training.config import Training
 
 STDS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
@@ -20,7 +19,7 @@ RATE = 0.3
 TRAINS = 0.80
 
 
-class InitialWeights(Claim):
+class InitialWeights(SweepClaim):
     """A sweep over five decades of the initial weights' standard deviation."""
 
     name = "initial-weights"
@@ -35,25 +34,28 @@ class InitialWeights(Claim):
             "The scale is that of the hidden layers, those that BN follows; the output layer keeps 0.1.",
         ]
 
-    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
-        """Every scale, with and without BN, for every seed."""
-        return _sweep(settings).jobs(settings)
+    def sweeps(self, settings: Settings) -> list[Sweep]:
+        """See `SweepClaim.sweeps`."""
+        sweep = Sweep(
+            name="scale",
+            title="",
+            setting="standard deviation of the initial weights",
+            values=STDS,
+            training=lambda bn, std, seed: Training(
+                batch_norm=bn, rate=RATE, steps=min(settings.steps, STEPS), seed=seed, init_std=std
+            ),
+        )
+        return [sweep]
 
-    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
-        """Final accuracy against the scale."""
-        return [
-            Chart(
-                claim=self.name,
-                name="initial-weights",
-                title=f"Test accuracy after {min(settings.steps, STEPS):,} steps against the scale of initial weights",
-                caption="Line: median over the seeds; band: all of them.",
-                panels=[_sweep(settings).panel(settings, curves)],
-            )
-        ]
+    def picture(self, settings: Settings) -> str:
+        """See `SweepClaim.picture`."""
+        return (
+            f"Test accuracy after {min(settings.steps, STEPS):,} steps against the scale of initial weights"
+        )
 
     def find(self, settings: Settings, curves: Curves) -> Finding:
         """At how many of the scales each network trains."""
-        sweep = _sweep(settings)
+        (sweep,) = self.sweeps(settings)
         trains = {
             bn: [s for s in sweep.values if sweep.median(settings, curves, bn, s) >= TRAINS]
             for bn in (True, False)
@@ -65,15 +67,3 @@ class InitialWeights(Claim):
             f"(worst {percent(worst[True])}), without {len(trains[False])} (worst {percent(worst[False])}).",
             {"Final test accuracy": sweep.table(settings, curves)},
         )
-
-
-def _sweep(settings: Settings) -> Sweep:
-    return Sweep(
-        name="scale",
-        title="",
-        setting="standard deviation of the initial weights",
-        values=STDS,
-        training=lambda bn, std, seed: Training(
-            batch_norm=bn, rate=RATE, steps=min(settings.steps, STEPS), seed=seed, init_std=std
-        ),
-    )

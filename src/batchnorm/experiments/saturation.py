@@ -11,9 +11,8 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, label, percent
-from batchnorm.experiments.sweep import Sweep
-from batchnorm.records import Chart
+from batchnorm.experiments.claim import Curves, Finding, Settings, label, percent
+from batchnorm.experiments.sweep import Sweep, SweepClaim
 from batchnorm.training.config import Training
 
 LAYERS = 8
@@ -23,7 +22,7 @@ STDS = (0.1, 0.3)
 CHANCE, TRAINS = 0.15, 0.85
 
 
-class Saturation(Claim):
+class Saturation(SweepClaim):
     """A stack of eight sigmoid layers, at several rates and scales so that the baseline has its chance."""
 
     name = "saturation"
@@ -41,25 +40,34 @@ class Saturation(Claim):
             f"{' and '.join(f'{std:g}' for std in STDS)} (0.3 keeps the variance of a signal through small sigmoids).",
         ]
 
-    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
-        """Every rate and scale, with and without BN, for every seed."""
-        return {name: job for sweep in _sweeps(settings) for name, job in sweep.jobs(settings).items()}
+    def sweeps(self, settings: Settings) -> list[Sweep]:
+        """See `SweepClaim.sweeps`."""
 
-    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
-        """Final accuracy against the learning rate, a panel for every scale of the initial weights."""
-        return [
-            Chart(
-                claim=self.name,
-                name="saturation",
-                title=f"{LAYERS} layers of sigmoids: test accuracy after {min(settings.steps, STEPS):,} steps",
-                caption="Line: median over the seeds; band: all of them. Chance is about 10 %.",
-                panels=[sweep.panel(settings, curves) for sweep in _sweeps(settings)],
+        def sweep(std: float) -> Sweep:
+            return Sweep(
+                name=f"deep-std{std:g}",
+                title=f"initial weights {std:g}",
+                setting="learning rate",
+                values=RATES,
+                training=lambda bn, rate, seed: Training(
+                    batch_norm=bn,
+                    rate=rate,
+                    steps=min(settings.steps, STEPS),
+                    seed=seed,
+                    init_std=std,
+                    hidden=(100,) * LAYERS,
+                ),
             )
-        ]
+
+        return [sweep(std) for std in STDS]
+
+    def picture(self, settings: Settings) -> str:
+        """See `SweepClaim.picture`."""
+        return f"{LAYERS} layers of sigmoids: test accuracy after {min(settings.steps, STEPS):,} steps"
 
     def find(self, settings: Settings, curves: Curves) -> Finding:
         """The best of all settings, with and without BN."""
-        sweeps = _sweeps(settings)
+        sweeps = self.sweeps(settings)
         best = {
             bn: max((s.median(settings, curves, bn, rate), s.title, rate) for s in sweeps for rate in RATES)
             for bn in (True, False)
@@ -78,23 +86,3 @@ class Saturation(Claim):
             f"Best of all settings: {measured}.",
             {f"Final test accuracy, {sweep.title}": sweep.table(settings, curves) for sweep in sweeps},
         )
-
-
-def _sweeps(settings: Settings) -> list[Sweep]:
-    def sweep(std: float) -> Sweep:
-        return Sweep(
-            name=f"deep-std{std:g}",
-            title=f"initial weights {std:g}",
-            setting="learning rate",
-            values=RATES,
-            training=lambda bn, rate, seed: Training(
-                batch_norm=bn,
-                rate=rate,
-                steps=min(settings.steps, STEPS),
-                seed=seed,
-                init_std=std,
-                hidden=(100,) * LAYERS,
-            ),
-        )
-
-    return [sweep(std) for std in STDS]

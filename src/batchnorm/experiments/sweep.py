@@ -1,13 +1,14 @@
-"""A sweep: both networks over the values of one setting and several seeds, as jobs, picture and table."""
+"""A sweep: both networks over the values of one setting and several seeds; and claims that are judged by sweeps."""
 
 from __future__ import annotations
 
 import statistics
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from batchnorm.experiments.claim import Curves, Settings, label, net, spread
-from batchnorm.records import Line, Panel, Table
+from batchnorm.experiments.claim import Claim, Curves, Settings, label, net, spread
+from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.config import Training
 
 
@@ -89,3 +90,31 @@ class Sweep:
 
     def _job(self, bn: bool, value: float, seed: int) -> str:
         return f"{self.name}-{net(bn)}-{value:g}-seed{seed}"
+
+
+class SweepClaim(Claim):
+    """A claim that is judged by one or more sweeps, drawn side by side."""
+
+    @abstractmethod
+    def sweeps(self, settings: Settings) -> list[Sweep]:
+        """The sweeps."""
+
+    @abstractmethod
+    def picture(self, settings: Settings) -> str:
+        """What the picture shows, in one sentence."""
+
+    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
+        """Every value, with and without BN, for every seed."""
+        return {name: job for sweep in self.sweeps(settings) for name, job in sweep.jobs(settings).items()}
+
+    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
+        """Final accuracy against the setting, a panel a sweep."""
+        return [
+            Chart(
+                claim=self.name,
+                name=self.name,
+                title=self.picture(settings),
+                caption="Line: median over the seeds; band: all of them. Chance is about 10 %.",
+                panels=[sweep.panel(settings, curves) for sweep in self.sweeps(settings)],
+            )
+        ]
