@@ -13,7 +13,7 @@ install: $(INSTALLED) ## build .venv with the library and the tools, at the vers
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "building $(VENV): about two minutes, most of it for torch"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot build it: on Debian, apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
 	@touch $@
 

@@ -4,6 +4,7 @@ python docs/experiments.py RUN     take the verdicts and pictures of a run, then
 python docs/experiments.py         write the page again from docs/measured.jsonl
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +25,6 @@ package (8,000 to train on, 2,000 to test). A verdict may be "not seen here". Th
 ```
 
 {machine}; {versions}. On the same machine the same command gives the same numbers.
-Figure 1 alone, `batchnorm reproduce mnist`, takes about two and a half minutes there, all claims about ten.
 """
 
 
@@ -34,7 +34,8 @@ def take(run: Path) -> None:
     verdicts = {record.claim: record for record in records if isinstance(record, Verdict)}
     (head,) = (record for record in records if isinstance(record, Run))
     # where it was written to is nobody's business
-    head = head.model_copy(update={"command": head.command.split(" --out")[0]})
+    command = re.sub(r" --out(?:=| )(?:'[^']*'|\S+)", "", head.command)
+    head = head.model_copy(update={"command": command})
     kept = [head, *verdicts.values()]
     MEASURED.write_text("".join(record.model_dump_json() + "\n" for record in kept))
     for picture in (
@@ -65,9 +66,9 @@ def page() -> str:
         parts.append(
             f"Expected: {verdict.expected}.\n\nMeasured: **{verdict.outcome}**. {verdict.measured}\n"
         )
-        name = "figure-1a" if verdict.claim == "figure-1" else verdict.claim
-        if (DOCS / "images" / f"{name}.png").exists():
-            parts.append(f"![{verdict.title}](images/{name}.png)\n")
+        for name in ("figure-1a", "figure-1bc") if verdict.claim == "figure-1" else (verdict.claim,):
+            if (DOCS / "images" / f"{name}.png").exists():
+                parts.append(f"![{verdict.title}](images/{name}.png)\n")
         for title, table in verdict.tables.items():
             parts.append(f"{title}:\n\n{markdown(table)}" + (f"\n{table.note}\n" if table.note else ""))
         parts.append(

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from batchnorm.data.digits import Digits
+from batchnorm.experiments.claim import Settings
+from batchnorm.experiments.mnist import mnist_experiment
+from batchnorm.records import Run, Verdict, read
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
@@ -121,4 +126,27 @@ def test_every_test_that_is_named_is_there(page):
 def test_the_page_of_experiments_is_what_its_records_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     experiments = importlib.import_module("experiments")
-    assert (ROOT / "docs" / "experiments.md").read_text() == experiments.page()
+    page = experiments.page()
+    assert (ROOT / "docs" / "experiments.md").read_text() == page
+    measured = re.search(r"Measured there: (.*?)\. What else", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert measured
+    numbers = re.findall(r"[\d.]+ ± [\d.]+", measured[1])
+    assert len(numbers) == 2
+    assert all(number in page for number in numbers)
+
+
+def test_the_records_of_the_documentation_are_those_of_this_code():
+    head, *verdicts = read(ROOT / "docs" / "measured.jsonl")
+    assert isinstance(head, Run)
+    settings = Settings.model_validate(head.config)
+    claims = {claim.name: claim for claim in mnist_experiment(settings, Digits.load()).claims}
+    assert [verdict.claim for verdict in verdicts if isinstance(verdict, Verdict)] == list(claims)
+    for verdict in verdicts:
+        assert isinstance(verdict, Verdict)
+        claim = claims[verdict.claim]
+        assert (verdict.title, verdict.source, verdict.expected) == (
+            claim.title,
+            claim.source,
+            claim.expected,
+        )
+        assert verdict.choices == claim.choices(settings)

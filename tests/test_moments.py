@@ -66,6 +66,13 @@ def test_a_mask_is_broadcast_over_positions():
     assert_close((masked.mean, masked.m2), (picked.mean, picked.m2), rtol=1e-6, atol=1e-6)
 
 
+def test_the_gradient_of_a_masked_mean_is_exact_in_float64():
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    keep = torch.tensor([[True], [True], [False], [True]])
+    Moments.of(x, mask=keep).mean.sum().backward()
+    assert_close(x.grad, keep.expand(4, 2).double() / 3, rtol=1e-15, atol=0)
+
+
 def test_a_mask_that_keeps_nothing_has_count_zero():
     moments = Moments.of(torch.randn(4, 3), mask=torch.zeros(4, 1, dtype=torch.bool))
     assert moments.count == 0

@@ -106,6 +106,13 @@ def test_a_wrong_line_is_named(tmp_path, line, says):
     assert str(path) in str(caught.value)
 
 
+def test_a_file_of_a_newer_version_says_so(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(RUN.model_copy(update={"schema_version": 2}).model_dump_json() + "\n")
+    with pytest.raises(RecordError, match="newer version"):
+        list(read(path))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecordError, match=r"cannot read .*nowhere"):
         list(read(tmp_path / "nowhere.jsonl"))

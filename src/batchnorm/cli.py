@@ -62,14 +62,19 @@ def mnist(
         typer.Option(min=1, help="Steps of the longest run; no run is longer.", show_default="50000"),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many seeds the verdict averages over.", show_default="3")
+        int | None,
+        typer.Option(min=1, help="How many seeds, 0, 1, ..., the verdict averages over.", show_default="3"),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="The learning rate that both networks share.", show_default="0.1")
+        float | None,
+        typer.Option(help="The learning rate that both networks of figure 1 share.", show_default="0.1"),
     ] = None,
     init_std: Annotated[
         float | None,
-        typer.Option(help="Standard deviation of the Gaussian initial weights.", show_default="0.1"),
+        typer.Option(
+            help="Standard deviation of the hidden layers' initial weights (not for the claims that vary it).",
+            show_default="0.1",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -184,7 +189,12 @@ def _settings(folder: Path, chosen: dict[str, Any], resume: bool) -> Settings:
     head = next(read(path), None)
     if not isinstance(head, Run):
         raise Failure(f"{path} does not begin with a run record: it is not a run that can be continued")
-    settings = Settings.model_validate(head.config)
+    try:
+        settings = Settings.model_validate(head.config)
+    except ValidationError as error:
+        raise Failure(
+            f"{path} was written by another version: {error.errors()[0]['msg']}; start a new run"
+        ) from None
     changed = [name for name, value in chosen.items() if getattr(settings, name) != value]
     if changed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)

@@ -21,8 +21,9 @@ from batchnorm.functional import Activation
 from batchnorm.moments import Moments
 
 
+# What the three layers share; they differ in the ranks they accept, which torch's classes check.
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What the three layers share; they differ in the ranks they accept, which torch's classes check.
+    """Batch normalization by the batch when training, by running statistics in evaluation.
 
     In training the output is activation(weight·x̂ + bias + residual), x̂ normalised by the batch's moments, and
     the running statistics follow the batch (Ioffe & Szegedy 2015, alg. 1 and 2). In evaluation x̂ is normalised by

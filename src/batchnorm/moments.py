@@ -123,7 +123,7 @@ class Moments:
         mask = mask.expand(per_position)
         wide, dims = statistics_dtype(x.device), batch_dims(x)
         count = mask.sum()
-        share = 1 / count.clamp(min=1)
+        share = 1 / count.clamp(min=1).to(accumulator(x.dtype))
 
         def total(values: Tensor) -> Tensor:
             # where, not a product: under the mask the square of a large mean may be inf

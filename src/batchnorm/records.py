@@ -234,13 +234,18 @@ def read(path: Path) -> Iterator[Record]:
         raise RecordError(f"cannot read {path}: {error.strerror}") from None
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            yield _RECORD.validate_json(line)
+            record = _RECORD.validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RecordError(
                 f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}"
             ) from None
+        if isinstance(record, Run) and record.schema_version > SCHEMA:
+            raise RecordError(
+                f"{path} was written by a newer version of batchnorm: update it to read this run"
+            )
+        yield record
 
 
 def _identity(record: Record) -> tuple[object, ...]:

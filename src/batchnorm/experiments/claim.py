@@ -23,7 +23,7 @@ class Settings(BaseModel):
     steps: int = Field(50_000, ge=1, description="of the longest run; no run is longer")
     seeds: int = Field(3, ge=1, description="networks are trained from seeds 0, 1, ...")
     rate: float = Field(0.1, gt=0, description="the learning rate that both networks share")
-    init_std: float = Field(0.1, gt=0, description="standard deviation of the initial weights")
+    init_std: float = Field(0.1, gt=0, description="standard deviation of the hidden layers' initial weights")
     claims: tuple[str, ...] = ("figure-1",)
 
 

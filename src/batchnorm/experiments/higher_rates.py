@@ -32,7 +32,7 @@ class HigherRates(SweepClaim):
     def choices(self, settings: Settings) -> list[str]:
         """See `Claim.choices`."""
         return [
-            f"Network of figure 1, with ReLU and with sigmoids; {STEPS:,} steps of plain SGD.",
+            f"Network of figure 1, with ReLU and with sigmoids; {min(settings.steps, STEPS):,} steps of plain SGD.",
             f"The highest rate that 'still trains' is found going up from the most accurate one, as long as the "
             f"network ends at {percent(TRAINS, 0)} or more (median over seeds).",
         ]

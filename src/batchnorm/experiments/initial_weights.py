@@ -30,7 +30,7 @@ class InitialWeights(SweepClaim):
     def choices(self, settings: Settings) -> list[str]:
         """See `Claim.choices`."""
         return [
-            f"Sigmoid network of figure 1, learning rate {RATE:g}, {STEPS:,} steps.",
+            f"Sigmoid network of figure 1, learning rate {RATE:g}, {min(settings.steps, STEPS):,} steps.",
             "The scale is that of the hidden layers, those that BN follows; the output layer keeps 0.1.",
         ]
 

@@ -16,9 +16,6 @@ from batchnorm.records import Result, Verdict
 from batchnorm.training.config import Training
 from batchnorm.training.workers import Progress as Step
 
-# A step with BN costs about this many steps without; only the estimate of the time left depends on it.
-_BN_COST = 2
-
 
 class Display:
     """Progress bars on `console`; where that is not a terminal, a line for every network that has ended."""
@@ -86,11 +83,11 @@ class Display:
 
     def _refresh(self) -> None:
         assert self._all is not None
-        cost = {job: _BN_COST if config.batch_norm else 1 for job, config in self._jobs.items()}
+        done = sum(self._jobs[job].cost * step / self._jobs[job].steps for job, step in self._steps.items())
         self._bars.update(
             self._all,
-            total=sum(config.steps * cost[job] for job, config in self._jobs.items()),
-            completed=sum(step * cost[job] for job, step in self._steps.items()),
+            total=sum(config.cost for config in self._jobs.values()),
+            completed=done,
             step=f"{self._ended} of {len(self._jobs)}",
         )
 

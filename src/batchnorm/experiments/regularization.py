@@ -40,7 +40,7 @@ class Regularization(Claim):
     def choices(self, settings: Settings) -> list[str]:
         """See `Claim.choices`."""
         return [
-            f"Sigmoid network of figure 1, learning rate {RATE:g}, {STEPS:,} steps.",
+            f"Sigmoid network of figure 1, learning rate {RATE:g}, {min(settings.steps, STEPS):,} steps.",
             f"Dropout of {DROPOUT:g} after every hidden layer.",
         ]
 

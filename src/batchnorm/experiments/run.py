@@ -100,7 +100,7 @@ class Experiment:
         for claim in self.claims:
             wanted |= claim.jobs(settings, curves)
         missing = [(name, config) for name, config in wanted.items() if name not in curves]
-        return dict(sorted(missing, key=lambda job: -job[1].steps * (2 if job[1].batch_norm else 1)))
+        return dict(sorted(missing, key=lambda job: -job[1].cost))
 
     def _train(
         self,

@@ -35,7 +35,7 @@ class Saturation(SweepClaim):
     def choices(self, settings: Settings) -> list[str]:
         """See `Claim.choices`."""
         return [
-            f"{LAYERS} hidden layers of 100 sigmoids, {STEPS:,} steps of plain SGD.",
+            f"{LAYERS} hidden layers of 100 sigmoids, {min(settings.steps, STEPS):,} steps of plain SGD.",
             f"Learning rates {', '.join(f'{rate:g}' for rate in RATES)} and initial weights of standard deviation "
             f"{' and '.join(f'{std:g}' for std in STDS)} (0.3 keeps the variance of a signal through small sigmoids).",
         ]

@@ -1,7 +1,7 @@
 """The op: batch normalization by the batch's own moments, as one node of the autograd graph.
 
 A node of its own, and not torch's record of the reference's steps, because it saves x and 2·C numbers
-for the backward pass where the record would keep four tensors of x's size.
+for the backward pass, where the record would keep two tensors of x's size in float32.
 """
 
 from __future__ import annotations

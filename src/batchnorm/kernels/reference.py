@@ -45,7 +45,7 @@ def backward(
     return (dx * channelwise(scale.to(dtype), x)).to(x.dtype), dweight, dbias
 
 
-# The activations that a layer may fuse, by torch's names; each takes and returns a tensor.
+# What may follow the normalisation, by torch's names; each takes and returns a tensor.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "leaky_relu": torch.nn.functional.leaky_relu,  # slope 0.01, torch's default

@@ -25,3 +25,8 @@ class Training(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1)
     batch_size: int = Field(60, ge=2)
     watch: bool = Field(False, description="record what the last hidden layer's nonlinearities see")
+
+    @property
+    def cost(self) -> int:
+        """How long it takes, in steps without BN; a step with BN takes about two of them."""
+        return self.steps * (2 if self.batch_norm else 1)
