@@ -66,6 +66,18 @@ def test_a_mask_is_broadcast_over_positions():
     assert_close((masked.mean, masked.m2), (picked.mean, picked.m2), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 2, 2)])
+def test_moments_of_any_shape_merge(shape):
+    values = torch.randn(7, *shape, dtype=torch.float64)
+
+    def of(part):
+        return Moments(len(part), part.mean(0), (part - part.mean(0)).square().sum(0))
+
+    merged, whole = of(values[:2]).merge(of(values[2:3]), of(values[3:])), of(values)
+    assert merged.count == 7
+    assert_close((merged.mean, merged.m2), (whole.mean, whole.m2))
+
+
 def test_the_gradient_of_a_masked_mean_is_exact_in_float64():
     x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     keep = torch.tensor([[True], [True], [False], [True]])

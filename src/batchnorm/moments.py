@@ -151,10 +151,10 @@ class Moments:
             raise ValueError(f"cannot merge moments of different channels: the means have shapes {shapes}")
         mean, m2 = torch.stack([p.mean for p in parts]), torch.stack([p.m2 for p in parts])
         counts = torch.stack([torch.as_tensor(p.count, device=mean.device) for p in parts])
-        weight = counts.to(mean.dtype).unsqueeze(1)
+        weight = counts.to(mean.dtype).reshape(-1, *[1] * (mean.dim() - 1))
         mean, m2 = torch.where(weight > 0, mean, 0), torch.where(weight > 0, m2, 0)
         # deviations from one of the means: the means may all be large and close
-        origin = mean[weight.squeeze(1).argmax()]
+        origin = mean[counts.argmax()]
         total = origin + ((mean - origin) * weight).sum(0) / weight.sum().clamp(min=1)
         spread = torch.where(weight > 0, mean - total, 0).square() * weight
         count = sum(p.count for p in parts) if all(isinstance(p.count, int) for p in parts) else counts.sum()

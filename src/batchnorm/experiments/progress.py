@@ -109,7 +109,7 @@ def summary(verdicts: Sequence[Verdict]) -> RenderableType:
     for title, table in verdicts[-1].tables.items() if verdicts else ():
         grid = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
         for index, column in enumerate(table.columns):
-            grid.add_column(column, justify="left" if index == 0 else "right")
+            grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
         for row in table.rows:
             grid.add_row(*row)
         parts += [Text(), grid]
