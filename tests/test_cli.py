@@ -286,11 +286,12 @@ def broken_folder(tmp_path: Path) -> Path:
         (["reproduce", "mnist", "--out", "RUN", "--resume", "--rate", "0.2"], "--rate cannot change"),
         (["reproduce", "mnist", "--rate", "inf"], "--rate: Input should be a finite number"),
         (["report", "nowhere"], "nowhere"),
+        (["report", "RUN/report.html"], "it is a file, name its folder"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(run, tmp_path, arguments, says):
     places = {"BROKEN": str(broken_folder(tmp_path)), "RUN": str(run)}
-    done = batchnorm(*[places.get(a, a) for a in arguments], cwd=tmp_path)
+    done = batchnorm(*[places.get(a, a).replace("RUN/", f"{run}/") for a in arguments], cwd=tmp_path)
     assert done.returncode == 1
     assert says in done.stderr
     assert done.stderr.startswith("error: ")

@@ -314,6 +314,14 @@ def test_an_activation_that_is_a_module_is_a_submodule():
     assert "activation.weight" in dict(layer.named_parameters())
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, ["relu"], 3])
+def test_what_is_no_activation_is_refused_at_once(activation):
+    with pytest.raises(ValueError, match=r"activation .*(ReLU\(\)|use \"relu\")"):
+        bn.BatchNorm1d(3, activation=activation)
+    with pytest.raises(ValueError, match="activation"):
+        bn.batch_norm(X, None, None, training=True, activation=activation)
+
+
 def test_an_unknown_activation_is_refused_at_once():
     with pytest.raises(ValueError, match=r"unknown activation 'rleu': use \"relu\""):
         bn.BatchNorm1d(3, activation="rleu")

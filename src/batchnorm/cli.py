@@ -37,10 +37,10 @@ _RUNS = Path("runs")
 @reproduce.command(
     "mnist",
     epilog="[bold]Examples[/]\n\n"
-    "batchnorm reproduce mnist                              figure 1, about 2.5 minutes on two cores\n\n"
-    "batchnorm reproduce mnist --claims all                 every claim, about 12 minutes\n\n"
-    "batchnorm reproduce mnist --data fashion-mnist         the same on clothes\n\n"
-    "batchnorm reproduce mnist --resume                     go on with the newest run that was stopped",
+    "batchnorm reproduce mnist                       figure 1, 2.5 min on 2 cores\n\n"
+    "batchnorm reproduce mnist --claims all          every claim, about 12 min\n\n"
+    "batchnorm reproduce mnist --data fashion-mnist  the same on clothes\n\n"
+    "batchnorm reproduce mnist --resume              go on with a stopped run",
 )
 def mnist(
     data: Annotated[

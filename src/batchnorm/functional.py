@@ -123,9 +123,13 @@ def activate(output: Tensor, activation: Activation = None, residual: Tensor | N
 
 def activation_function(activation: Activation) -> Callable[[Tensor], Tensor] | None:
     """The function that `activation` names, itself if it is one already, None for None; or ValueError."""
+    if isinstance(activation, type):  # a class is callable, but what it returns is no tensor
+        raise ValueError(
+            f"activation is the class {activation.__name__}: pass an instance, {activation.__name__}()"
+        )
     if activation is None or callable(activation):
         return activation
-    if activation not in reference.ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         names = ", ".join(f'"{name}"' for name in reference.ACTIVATIONS)
         raise ValueError(f"unknown activation {activation!r}: use {names}, None, or a module")
     return reference.ACTIVATIONS[activation]

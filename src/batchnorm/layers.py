@@ -33,7 +33,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     `num_batches_skipped` counts such batches and the first one warns. A forward pass that recomputes
     activations during the backward pass (torch.utils.checkpoint) does not enter them a second time.
 
-    torch's converters (SyncBatchNorm, fusion) know nothing of `activation`: they drop it.
+    torch's converters (SyncBatchNorm, fusion) know nothing of `activation`, which they drop, and of `residual`.
 
     Args:
         num_features: C, the number of channels of an input (N, C, *S).

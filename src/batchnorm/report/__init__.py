@@ -20,6 +20,10 @@ def build(run: Path) -> Path:
 
     Raises: RecordError when there is no such folder, or its records are missing or wrong.
     """
+    if run.is_file():
+        raise records.RecordError(
+            f"{run} is not the folder of a run: it is a file, name its folder {run.parent}"
+        )
     if not run.is_dir():
         raise records.RecordError(f"{run} is not the folder of a run: there is no such folder")
     file = run / "records.jsonl"
