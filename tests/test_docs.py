@@ -4,7 +4,6 @@ import importlib
 import re
 import shlex
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from batchnorm.data.digits import Digits
 from batchnorm.experiments.claim import Settings
 from batchnorm.experiments.mnist import mnist_experiment
 from batchnorm.records import Run, Verdict, read
+from tests.test_cli import batchnorm
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -65,42 +65,15 @@ def test_reproduce_commands_run(command, tmp_path):
     arguments = shlex.split(command)[1:]
     if "fashion-mnist" in arguments:
         arguments += ["--claims", "list"]  # parsed, and nothing downloaded
-    done = subprocess.run(
-        [sys.executable, "-m", "batchnorm.cli", *arguments, *QUICK],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = batchnorm(*arguments, *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for run in (tmp_path / "runs").glob("*"):
-        again = [sys.executable, "-m", "batchnorm.cli", "report", str(run)]
-        assert subprocess.run(again, capture_output=True, timeout=60, check=False).returncode == 0
+        assert batchnorm("report", run.resolve()).returncode == 0
 
 
 def test_all_claims_run(tmp_path):
     assert any("--claims all" in command for command in commands("batchnorm"))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "batchnorm.cli",
-            "reproduce",
-            "mnist",
-            "--claims",
-            "all",
-            "--steps",
-            "1",
-            "--seeds",
-            "1",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = batchnorm("reproduce", "mnist", "--claims", "all", "--steps", 1, "--seeds", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -36,6 +36,11 @@ class Digits:
         train, test = len(self.train_images), len(self.test_images)
         return f"{source}: {train:,} training and {test:,} test images of {height}×{width}"
 
+    def expect_batch(self, size: int) -> None:
+        """Raise DataError unless the training images fill a batch of `size`."""
+        if len(self.train_images) < size:
+            raise DataError(f"{len(self.train_images)} training images do not fill one batch of {size}")
+
     @classmethod
     def load(cls, source: str = SHIPPED) -> Digits:
         """Load a data set.

@@ -127,8 +127,8 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def net(batch_norm: bool) -> str:
-    """The name of a network with or without batch normalization in jobs."""
+def net(batch_norm: bool) -> Literal["bn", "plain"]:
+    """The name of a network with or without batch normalization in jobs, and its role in a chart."""
     return "bn" if batch_norm else "plain"
 
 

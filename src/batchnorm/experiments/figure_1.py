@@ -246,7 +246,7 @@ def _accuracy_chart(name: str, title: str, caption: str, curves: dict[bool, list
         lines.append(
             Line(
                 label=label(bn),
-                role="bn" if bn else "plain",
+                role=net(bn),
                 x=[float(step) for step in steps],
                 y=[at[0][step] for step in steps],
                 low=[min(values) if values else None for values in everyone],
@@ -282,7 +282,7 @@ def _percentile_chart(curves: dict[bool, Curve | None]) -> Chart:
                 lines=[
                     Line(
                         label="median, and 15th to 85th percentile",
-                        role="bn" if bn else "plain",
+                        role=net(bn),
                         x=[float(e.step) for e in watched],
                         y=list(median),
                         low=list(low),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from batchnorm.data.digits import Digits
-from batchnorm.data.idx import DataError
 from batchnorm.experiments.claim import Claim, Settings
 from batchnorm.experiments.figure_1 import Figure1
 from batchnorm.experiments.higher_rates import HigherRates
@@ -35,11 +34,7 @@ def mnist_experiment(settings: Settings, data: Digits) -> Experiment:
 
     Raises: DataError when the data do not fill one batch.
     """
-    batch = Training.model_fields["batch_size"].default
-    if len(data.train_images) < batch:
-        raise DataError(
-            f"{settings.data}: {len(data.train_images)} training images do not fill a batch of {batch}"
-        )
+    data.expect_batch(Training.model_fields["batch_size"].default)
     title = f"Batch normalization on {_TITLES.get(settings.data, settings.data)}"
     claims = [_CLAIMS[name]() for name in _CLAIMS if name in settings.claims]
     described = f"{data.describe(settings.data)}, made binary: 1 where a pixel is above 127 of 255"

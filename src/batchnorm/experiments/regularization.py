@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, percent, spread
+from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, net, percent, spread
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.config import Training
 
@@ -74,7 +74,7 @@ class Regularization(Claim):
                 lines=[
                     Line(
                         label=KINDS[kind][0],
-                        role="bn" if KINDS[kind][1] else "plain",
+                        role=net(KINDS[kind][1]),
                         dashed=KINDS[kind][3],
                         x=[float(e.step) for e in curve.evaluations],
                         y=[getattr(e, key) for e in curve.evaluations],

@@ -65,12 +65,13 @@ class Experiment:
         Raises: Stopped after Ctrl-C or SIGTERM, when records, page and checkpoints have been written.
         """
         with ExitStack() as stack:
+            interrupted = stack.enter_context(_Interruption(watcher))
             records = stack.enter_context(RecordFile(folder / "records.jsonl"))
             if not records.records:
                 records.append(self._head(settings, command))
             events = stack.enter_context(EventFiles(folder / "tensorboard"))
             pool = stack.enter_context(Workers(settings.data, folder / "checkpoints", workers))
-            interrupted = stack.enter_context(_Interruption(pool, watcher))
+            interrupted.pool = pool
             curves: dict[str, Curve] = {}
             while not interrupted.seen:
                 jobs = self._jobs(settings, curves)
@@ -158,9 +159,10 @@ def _result(outcome: Outcome) -> Result:
 class _Interruption:
     """Turns Ctrl-C and SIGTERM into a polite stop; a second one is as rude as ever."""
 
-    def __init__(self, pool: Workers, watcher: Watcher) -> None:
+    def __init__(self, watcher: Watcher) -> None:
         self.seen = False
-        self._pool, self._watcher = pool, watcher
+        self.pool: Workers | None = None  # once there is one; before, nothing is in training
+        self._watcher = watcher
 
     def __enter__(self) -> _Interruption:
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -174,5 +176,6 @@ class _Interruption:
         if self.seen:
             raise KeyboardInterrupt
         self.seen = True
-        self._pool.stop()
+        if self.pool is not None:
+            self.pool.stop()
         self._watcher.stopping()

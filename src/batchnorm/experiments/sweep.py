@@ -56,7 +56,7 @@ class Sweep:
             lines.append(
                 Line(
                     label=label(bn),
-                    role="bn" if bn else "plain",
+                    role=net(bn),
                     x=list(there),
                     y=[statistics.median(found) for found in there.values()],
                     low=[min(found) for found in there.values()],

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.data.digits import Digits
-from batchnorm.data.idx import DataError
 from batchnorm.models.mlp import MLP
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
@@ -47,10 +46,7 @@ class Trainer:
         self.config, self.job = config, job
         self.images, self.labels = _binary(data.train_images), data.train_labels.long()
         self.test_images, self.test_labels = _binary(data.test_images), data.test_labels.long()
-        if len(self.images) < config.batch_size:
-            raise DataError(
-                f"{len(self.images)} training images do not fill one batch of {config.batch_size}"
-            )
+        data.expect_batch(config.batch_size)
         torch.manual_seed(config.seed)  # dropout; everything else has a generator of its own
         self.model = MLP(
             self.images.size(1),

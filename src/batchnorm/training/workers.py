@@ -63,7 +63,7 @@ class Workers:
     def __init__(self, data: str, checkpoints: Path, count: int | None = None) -> None:
         context = multiprocessing.get_context("spawn")  # torch does not survive a fork with its threads
         self.count = count or available_cores()
-        self._checkpoints = checkpoints
+        self._checkpoints, self._stopping = checkpoints, False
         self._stop, self._messages = context.Event(), context.Queue()
         self._pool = ProcessPoolExecutor(self.count, context, _start, (data, self._messages, self._stop))
 
@@ -76,7 +76,9 @@ class Workers:
 
     def stop(self) -> None:
         """Ask every network in training to save its checkpoint and stop; returns at once."""
-        self._stop.set()
+        if not self._stopping:  # an event may not be set again by a signal that arrives while it is being set
+            self._stopping = True
+            self._stop.set()
 
     def train(self, jobs: Mapping[str, Training]) -> Iterator[Progress | Outcome]:
         """Train `jobs`, by name; yield their progress as it comes and an outcome each, until all have ended.
