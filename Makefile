@@ -11,8 +11,8 @@ help: ## show this list
 
 install: $(INSTALLED) ## build .venv with the library and the tools, at the versions of constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@echo "building $(VENV): about two minutes, most of it for torch"
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard native/*)
+	@echo "building $(VENV): about three minutes, for torch and the C++ kernels"
 	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot build it: on Debian, apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
 	@touch $@

@@ -8,7 +8,7 @@ from torch.nn.functional import batch_norm as torch_batch_norm
 from torch.testing import assert_close
 
 from batchnorm import BatchNorm1d, batch_norm
-from batchnorm.functional import activation_function
+from batchnorm.kernels.reference import activation_function
 
 # torch scripts its own forward-mode formulas when they are first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")

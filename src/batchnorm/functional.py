@@ -1,20 +1,15 @@
-"""Batch normalization as functions: `batch_norm` with torch's signature, and the three steps it is made of.
+"""Batch normalization as functions: `batch_norm` with torch's signature, and the two steps it is made of.
 
-normalise by the batch's moments  →  track them in the running statistics  →  activate
+normalise, add the residual and activate  →  track the batch's moments in the running statistics
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from batchnorm.kernels import ops, reference
-from batchnorm.moments import Affine, Moments, accumulator
-
-Activation = str | Callable[[Tensor], Tensor] | None
+from batchnorm.kernels import ops
+from batchnorm.kernels.reference import Activation
+from batchnorm.moments import Moments, accumulator, count_per_channel
 
 
 def batch_norm(
@@ -63,8 +58,9 @@ def batch_norm(
             an input of less than 2 dimensions (an IndexError, as torch's, when training without running statistics).
         NotImplementedError: an input that is not floating point.
     """
-    output, moments = normalise(input, running_mean, running_var, weight, bias, training, eps)
-    output = activate(output, activation, residual)
+    output, moments = normalise(
+        input, running_mean, running_var, weight, bias, training, eps, activation, residual
+    )
     if moments is not None and running_mean is not None and running_var is not None:
         track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing
     return output
@@ -78,61 +74,35 @@ def normalise(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    activation: Activation = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """Normalise by the batch's moments when training, and return them too (detached); else by the running ones.
+    """The output, and the batch's moments (detached) when training; the running statistics are only read.
 
-    Arguments and errors are those of `batch_norm`; the running statistics are only read.
+    Arguments and errors are those of `batch_norm`.
     """
-    _check(input, running_mean, running_var, weight, bias, training, eps)
+    _check(input, running_mean, running_var, weight, bias, training, eps, residual)
     if training:
-        return ops.normalise(input, weight, bias, eps)
+        return ops.normalise(input, weight, bias, eps, activation, residual)
     assert running_mean is not None and running_var is not None  # _check saw to it
-    # a copy, for autograd may keep it and a later batch moves the buffer
-    return Affine.normalising(running_mean.clone(), running_var, weight, bias, eps)(input), None
+    return ops.normalise(input, weight, bias, eps, activation, residual, (running_mean, running_var))
 
 
-@torch.no_grad()
-def track(moments: Moments, running_mean: Tensor, running_var: Tensor, rate: float | Tensor) -> Tensor:
+def track(
+    moments: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: float | Tensor,
+    batches: Tensor | None = None,
+) -> bool | Tensor:
     """Move the running statistics towards `moments`, in place, by `rate`: the weight of the new batch.
 
-    The variance enters unbiased. Moments that are not all finite, or of fewer than two values, do not enter.
+    The variance enters unbiased. Moments that are not all finite, or of fewer than two values, do not enter; the
+    batches that do are counted in `batches`, int64 and 0-dimensional.
 
-    Returns: bool, 0-dimensional: whether the moments entered. A tensor, so that no device has to wait for it.
+    Returns: whether the moments entered; a 0-dimensional bool tensor where a device would have to be waited for.
     """
-    # asked of the values as they would be stored: a finite float64 may be beyond float32
-    mean = moments.mean.to(running_mean.dtype)
-    variance = moments.variance(unbiased=True).to(running_var.dtype)
-    entered = (mean + variance).isfinite().all()
-    for running, batch in ((running_mean, mean), (running_var, variance)):
-        running.copy_(torch.where(entered, running.lerp(batch, rate), running))
-    return entered
-
-
-def activate(output: Tensor, activation: Activation = None, residual: Tensor | None = None) -> Tensor:
-    """activation(output + residual); see `batch_norm` for what `activation` may be."""
-    if residual is not None:
-        if residual.shape != output.shape:
-            raise ValueError(
-                f"the residual has shape {tuple(residual.shape)} but is added to {tuple(output.shape)}: "
-                "project or pad it first, it is not broadcast"
-            )
-        output = (output + residual).to(output.dtype)
-    function = activation_function(activation)
-    return output if function is None else function(output)
-
-
-def activation_function(activation: Activation) -> Callable[[Tensor], Tensor] | None:
-    """The function that `activation` names, itself if it is one already, None for None; or ValueError."""
-    if isinstance(activation, type):  # a class is callable, but what it returns is no tensor
-        raise ValueError(
-            f"activation is the class {activation.__name__}: pass an instance, {activation.__name__}()"
-        )
-    if activation is None or callable(activation):
-        return activation
-    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
-        names = ", ".join(f'"{name}"' for name in reference.ACTIVATIONS)
-        raise ValueError(f"unknown activation {activation!r}: use {names}, None, or a module")
-    return reference.ACTIVATIONS[activation]
+    return ops.track(moments, running_mean, running_var, rate, batches)
 
 
 def _check(
@@ -143,6 +113,7 @@ def _check(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    residual: Tensor | None,
 ) -> None:
     """Raise torch's errors for what cannot be normalised, and say what to do about it."""
     if input.dim() < 2:
@@ -159,16 +130,11 @@ def _check(
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, values in named.items():
-        if values is not None and values.shape != input.shape[1:2]:
-            given = values.numel() if values.dim() == 1 else f"a shape of {tuple(values.shape)}"
-            raise RuntimeError(
-                f"{name} should contain {input.size(1)} elements not {given}: the input of shape "
-                f"{tuple(input.shape)} has {input.size(1)} channels in dimension 1; set num_features to that, "
-                "or move the channels to dimension 1"
-            )
-    if training and math.prod((input.size(0), *input.shape[2:])) == 1:
+    channels = input.size(1)
+    for values in (running_mean, running_var, weight, bias):
+        if values is not None and (values.dim() != 1 or values.size(0) != channels):
+            raise _of_another_size(input, running_mean, running_var, weight, bias)
+    if training and count_per_channel(input) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.size()}: "
             "use a larger batch (a DataLoader with drop_last=True), or .eval() to use running statistics"
@@ -177,3 +143,23 @@ def _check(
         raise ValueError(
             f"batch_norm eps must be {'positive' if training else 'non-negative'}, but got {eps}"
         )
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f"the residual has shape {tuple(residual.shape)} but is added to {tuple(input.shape)}: "
+            "project or pad it first, it is not broadcast"
+        )
+
+
+def _of_another_size(input: Tensor, *per_channel: Tensor | None) -> RuntimeError:
+    names = ("running_mean", "running_var", "weight", "bias")
+    name, values = next(
+        (name, values)
+        for name, values in zip(names, per_channel, strict=True)
+        if values is not None and values.shape != input.shape[1:2]
+    )
+    given = values.numel() if values.dim() == 1 else f"a shape of {tuple(values.shape)}"
+    return RuntimeError(
+        f"{name} should contain {input.size(1)} elements not {given}: the input of shape "
+        f"{tuple(input.shape)} has {input.size(1)} channels in dimension 1; set num_features to that, "
+        "or move the channels to dimension 1"
+    )

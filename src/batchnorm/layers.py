@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import functional
-from batchnorm.functional import Activation
+from batchnorm.kernels.reference import Activation, activation_function
 from batchnorm.moments import Moments
 
 
@@ -49,6 +49,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     num_batches_skipped: Tensor | None
     _shapes: str
+    _ranks: tuple[int, ...]
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         activation: Activation = None,
     ) -> None:
-        functional.activation_function(activation)  # an unknown name fails here, not in the first forward
+        activation_function(activation)  # an unknown name fails here, not in the first forward
         without_bias = {} if bias else {"bias": False}
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias
@@ -82,18 +83,18 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             shape; RuntimeError for a wrong number of channels; NotImplementedError for an input that
             is not floating point. A note on the error names the layer.
         """
-        for value in (input, residual):
-            if isinstance(cast(object, value), torch.fx.Proxy):  # stay one node, as torch's own layers do
+        for value in (input, residual):  # stay one node of an fx graph, as torch's own layers do
+            if type(value) is not Tensor and isinstance(cast(object, value), torch.fx.Proxy):
                 return self._as_fx_node(value, input, residual)
-        by_batch = self.training or (self.running_mean is None and self.running_var is None)
-        ignored = self.training and not self.track_running_stats  # it may be switched off after construction
-        mean, var = (None, None) if ignored else (self.running_mean, self.running_var)
+        mean, var = self.running_mean, self.running_var
+        by_batch = self.training or (mean is None and var is None)
+        if self.training and not self.track_running_stats:  # it may be switched off after construction
+            mean = var = None
         try:
             self._check_input_dim(input)
             output, moments = functional.normalise(
-                input, mean, var, self.weight, self.bias, by_batch, self.eps
+                input, mean, var, self.weight, self.bias, by_batch, self.eps, self.activation, residual
             )
-            output = functional.activate(output, self.activation, residual)
             if moments is not None and mean is not None and var is not None:
                 self._track(moments, mean, var)  # last: a call that fails moves nothing
             return output
@@ -112,9 +113,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             rate = 1 / (self.num_batches_tracked + 1).to(mean.dtype)
         else:
             rate = 0.0  # as torch: without a count there is no average
-        entered = functional.track(moments, mean, var, rate)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(entered)
+        entered = functional.track(moments, mean, var, rate, self.num_batches_tracked)
+        if entered is True:  # known at once, on a CPU
+            return
+        entered = torch.as_tensor(entered)
         if self.num_batches_skipped is not None:
             self.num_batches_skipped.add_(~entered)
             if entered.device.type == "cpu":
@@ -185,6 +187,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._forget_skipped()
 
     def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() in self._ranks:
+            return
         try:
             super()._check_input_dim(input)  # type: ignore[no-untyped-call]
         except ValueError as error:
@@ -208,16 +212,19 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     __doc__ = f"Batch normalization of (N, C) or (N, C, L) inputs.\n\n    {_BatchNorm.__doc__}"
     _shapes = "(N, C) or (N, C, L)"
+    _ranks = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     __doc__ = f"Batch normalization of (N, C, H, W) inputs.\n\n    {_BatchNorm.__doc__}"
     _shapes = "(N, C, H, W)"
+    _ranks = (4,)
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     __doc__ = f"Batch normalization of (N, C, D, H, W) inputs.\n\n    {_BatchNorm.__doc__}"
     _shapes = "(N, C, D, H, W)"
+    _ranks = (5,)
 
 
 _STATISTICS = ("running_mean", "running_var")

@@ -1,1 +1,4 @@
-"""The arithmetic: reference kernels in plain torch, and the op that autograd sees."""
+"""The arithmetic: native kernels, torch's and a reference; what autograd sees of them; the choice among them."""
+
+from batchnorm.kernels.choice import active as active
+from batchnorm.kernels.choice import use as use

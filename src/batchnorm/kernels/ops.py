@@ -1,56 +1,174 @@
-"""The op: batch normalization by the batch's own moments, as one node of the autograd graph.
+"""Batch normalization as one differentiable step, by whichever kernels are in use and can.
 
-A node of its own, and not torch's record of the reference's steps, because it saves x and 2·C numbers
-for the backward pass, where the record would keep two tensors of x's size in float32.
+native     on a CPU: one node of the autograd graph, which saves x and 2·C numbers
+the same   as operators of torch's dispatcher, where a compiler or another observer has to see them
+torch      its own kernels, on every other device
+reference  plain torch operations: for torch.func's transforms, forward-mode gradients, gradients of gradients
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchnorm.kernels import reference
-from batchnorm.moments import Moments, count_per_channel
+from batchnorm.kernels import choice, reference
+from batchnorm.kernels.reference import Activation, activate
+from batchnorm.moments import Affine, Moments, accumulator, count_per_channel, statistics_dtype
+
+if choice.built():
+    from batchnorm.kernels import native, node, operators
+
+Given = tuple[Tensor, Tensor]  # a mean and a variance, (C,) each
 
 
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
-    """Normalise `x`, (N, C, *S), by its own moments; return the output and those moments (detached)."""
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    given: Given | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """activation(bn(x) + residual) of `x`, (N, C, *S), and the moments it was normalised by, detached.
+
+    By the batch's own moments, or by the mean and variance `given`, which are constants; then None is returned.
+    """
+    kernels = _kernels_for(x)
+    if kernels == "native":
+        fused = _fused(x, activation, residual)
+        if fused is not None:
+            return _native(x, weight, bias, residual, eps, fused, given)
+        y, moments = _native(x, weight, bias, None, eps, native.NONE, given)
+    elif kernels == "torch":
+        y, moments = _by_torch(x, weight, bias, eps, given)
+    else:
+        y, moments = _by_reference(x, weight, bias, eps, given)
+    return activate(y, activation, residual), moments
+
+
+def _kernels_for(x: Tensor) -> choice.Name:
     # torch.func's transforms and forward-mode gradients need every step, not one node
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        moments = reference.moments(x)
-        y = reference.normalise(x, moments, weight, bias, eps)
-        return y, Moments(moments.count, moments.mean.detach(), moments.m2.detach())
-    y, mean, m2 = _Normalise.apply(x, weight, bias, eps)
-    return y, Moments(count_per_channel(x), mean, m2)
+        return "reference"
+    kernels = choice.active()
+    if x.numel() == 0:
+        return "reference"
+    if kernels == "native" and x.device.type != "cpu":
+        return "torch"
+    return kernels
 
 
-class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        moments = reference.moments(x)
-        y = reference.normalise(x, moments, weight, bias, eps)
-        ctx.eps = eps
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(moments.mean, moments.m2)
-        ctx.save_for_backward(x, weight, moments.mean, moments.m2)
-        return y, moments.mean, moments.m2
+def _fused(x: Tensor, activation: Activation, residual: Tensor | None) -> native.Fused | None:
+    """What the native kernels call `activation`, if they can do all that follows the normalisation."""
+    if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
+        return None
+    if activation is None:
+        return native.NONE
+    if isinstance(activation, nn.Module):
+        return _fused_module(activation)
+    return native.FUSED.get(activation) if isinstance(activation, str) else None
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, m2 = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # A gradient of this gradient is wanted: the moments depend on x, so let autograd see how.
-            moments = reference.moments(x)
-        else:
-            moments = Moments(count_per_channel(x), mean, m2)
-        dx, dweight, dbias = reference.backward(dy, x, moments, weight, ctx.eps)
-        return (
-            dx if ctx.needs_input_grad[0] else None,
-            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
-            None,
-        )
+
+def _fused_module(module: nn.Module) -> native.Fused | None:
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return None
+    if type(module) is nn.ReLU:
+        return native.FUSED["relu"]
+    if type(module) is nn.ReLU6:
+        return native.FUSED["relu6"]
+    if (
+        type(module) is nn.LeakyReLU and module.negative_slope >= 0
+    ):  # else y's sign does not tell that of its input
+        return native.LEAKY_RELU, module.negative_slope
+    return None
+
+
+def _by_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: Given | None
+) -> tuple[Tensor, Moments | None]:
+    if given is not None:
+        # a copy, for autograd may keep it and a later batch moves the buffer
+        mean = given[0].clone()
+        return Affine.normalising(mean, given[1], weight, bias, eps)(x, about=mean), None
+    moments = reference.moments(x)
+    detached = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
+    if count_per_channel(x) == 0:  # nothing to normalise, by anything; and no nan for a gradient to meet
+        anything = torch.ones_like(detached.mean)
+        return Affine.normalising(anything, anything, weight, bias, eps)(x), detached
+    return reference.normalise(x, moments, weight, bias, eps), detached
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: Given | None
+) -> tuple[Tensor, Moments | None]:
+    dtype = accumulator(x.dtype)
+    weight, bias = (None if values is None else values.to(dtype) for values in (weight, bias))
+    if given is not None:
+        mean, variance = (values.to(dtype, copy=True) for values in given)
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, True), None
+    channels, count = x.size(1), count_per_channel(x)
+    # with a momentum of 1 the "running" statistics become this batch's own, the variance unbiased
+    mean, variance = (torch.zeros(channels, dtype=dtype, device=x.device) for _ in range(2))
+    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, True)
+    wide = statistics_dtype(x.device)
+    return y, Moments(count, mean.to(wide), variance.to(wide) * (count - 1))
+
+
+def _native(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: native.Fused,
+    given: Given | None,
+) -> tuple[Tensor, Moments | None]:
+    if _observed(x):
+        y, mean, m2 = operators.forward(x, weight, bias, residual, eps, activation, given)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        y, mean, m2 = node.forward(x, weight, bias, residual, eps, activation, given)
+    else:
+        y, mean, m2 = native.forward(x, weight, bias, residual, eps, activation, given)
+    return y, None if given is not None else Moments(count_per_channel(x), mean, m2)
+
+
+def _observed(x: Tensor) -> bool:
+    """Whether somebody must see the call itself: a compiler, a dispatch mode, a tensor that is more than its memory."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not (type(x) is Tensor or type(x) is nn.Parameter)
+    )
+
+
+def track(
+    moments: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: float | Tensor,
+    batches: Tensor | None = None,
+) -> bool | Tensor:
+    """See functional.track."""
+    mean = moments.mean
+    if (
+        choice.active() == "native"
+        and mean.device.type == "cpu"
+        and mean.dtype == torch.float64
+        and isinstance(moments.count, int)
+        and not _observed(running_mean)
+        and not torch._C._are_functorch_transforms_active()
+        and native.trackable(running_mean, running_var, batches)
+    ):
+        return native.track(moments.count, mean, moments.m2, running_mean, running_var, float(rate), batches)
+    return reference.track(moments, running_mean, running_var, rate, batches)

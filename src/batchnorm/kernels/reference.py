@@ -45,6 +45,28 @@ def backward(
     return (dx * channelwise(scale.to(dtype), x)).to(x.dtype), dweight, dbias
 
 
+@torch.no_grad()
+def track(
+    moments: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: float | Tensor,
+    batches: Tensor | None = None,
+) -> Tensor:
+    """See functional.track; no branch, so that no device has to be waited for."""
+    # asked of the values as they would be stored: a finite float64 may be beyond float32
+    mean = moments.mean.to(running_mean.dtype)
+    variance = moments.variance(unbiased=True).to(running_var.dtype)
+    entered = (mean + variance).isfinite().all()
+    for running, batch in ((running_mean, mean), (running_var, variance)):
+        running.copy_(torch.where(entered, running.lerp(batch, rate), running))
+    if batches is not None:
+        batches.add_(entered)
+    return entered
+
+
+Activation = str | Callable[[Tensor], Tensor] | None
+
 # What may follow the normalisation, by torch's names; each takes and returns a tensor.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -54,3 +76,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+
+
+def activate(output: Tensor, activation: Activation = None, residual: Tensor | None = None) -> Tensor:
+    """activation(output + residual), in output's dtype before the activation."""
+    if residual is not None:
+        output = (output + residual).to(output.dtype)
+    function = activation_function(activation)
+    return output if function is None else function(output)
+
+
+def activation_function(activation: Activation) -> Callable[[Tensor], Tensor] | None:
+    """The function that `activation` names, itself if it is one already, None for None; or ValueError."""
+    if isinstance(activation, type):  # a class is callable, but what it returns is no tensor
+        raise ValueError(
+            f"activation is the class {activation.__name__}: pass an instance, {activation.__name__}()"
+        )
+    if activation is None or callable(activation):
+        return activation
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: use {names}, None, or a module")
+    return ACTIVATIONS[activation]

@@ -1,0 +1,79 @@
+// What Python sees: tensors as addresses with sizes and strides, so that no version of torch is compiled in.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace batchnorm;
+
+namespace {
+
+using Address = uintptr_t;
+using Sizes = std::tuple<int64_t, int64_t, int64_t>;
+using Strided = std::tuple<Address, int64_t, int64_t>;
+using PerChannel = std::tuple<Address, int>;
+
+Shape shape(const Sizes& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
+Tensor tensor(const Strided& t) { return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+Values values(const PerChannel& v) { return {reinterpret_cast<void*>(std::get<0>(v)), static_cast<Number>(std::get<1>(v))}; }
+
+Layer layer(const Sizes& sizes, int number, const PerChannel& weight, const PerChannel& bias, double eps, int activation,
+            double slope, int threads) {
+  return {shape(sizes), static_cast<Number>(number), values(weight), values(bias), eps, static_cast<Activation>(activation),
+          slope, threads};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Batch normalization on (outer, channels, inner) views; see native/kernels.h.";
+  m.def(
+      "forward",
+      [](const Sizes& sizes, int number, const Strided& x, const Strided& residual, const Strided& y,
+         const PerChannel& weight, const PerChannel& bias, double eps, int activation, double slope,
+         const PerChannel& mean, const PerChannel& m2, double count, bool given, int threads) {
+        const Layer l = layer(sizes, number, weight, bias, eps, activation, slope, threads);
+        const Forward call{tensor(x), tensor(residual), tensor(y), {values(mean), values(m2), count}, given};
+        nb::gil_scoped_release released;
+        kernels().forward(l, call);
+      },
+      nb::arg("sizes"), nb::arg("number"), nb::arg("x"), nb::arg("residual"), nb::arg("y"), nb::arg("weight"),
+      nb::arg("bias"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("mean"), nb::arg("m2"),
+      nb::arg("count"), nb::arg("given"), nb::arg("threads"),
+      "The moments of x, unless they are given, and y = activation(bn(x) + residual), unless y is null.");
+  m.def(
+      "backward",
+      [](const Sizes& sizes, int number, const Strided& dy, const Strided& x, const Strided& y,
+         const PerChannel& weight, const PerChannel& bias, double eps, int activation, double slope,
+         const PerChannel& mean, const PerChannel& m2, double count, bool given, const Strided& dx,
+         const Strided& dresidual, const PerChannel& dweight, const PerChannel& dbias, int threads) {
+        const Layer l = layer(sizes, number, weight, bias, eps, activation, slope, threads);
+        const Backward call{tensor(dy), tensor(x),  tensor(y),         {values(mean), values(m2), count},
+                            given,      tensor(dx), tensor(dresidual), values(dweight),
+                            values(dbias)};
+        nb::gil_scoped_release released;
+        kernels().backward(l, call);
+      },
+      nb::arg("sizes"), nb::arg("number"), nb::arg("dy"), nb::arg("x"), nb::arg("y"), nb::arg("weight"),
+      nb::arg("bias"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("mean"), nb::arg("m2"),
+      nb::arg("count"), nb::arg("given"), nb::arg("dx"), nb::arg("dresidual"), nb::arg("dweight"), nb::arg("dbias"),
+      nb::arg("threads"), "The gradients of `forward`; y is read where a residual was added before an activation.");
+  m.def(
+      "track",
+      [](int64_t channels, double count, Address mean, Address m2, const PerChannel& running_mean,
+         const PerChannel& running_var, double rate, Address batches) {
+        return track(channels, count, reinterpret_cast<const double*>(mean), reinterpret_cast<const double*>(m2),
+                     values(running_mean), values(running_var), rate, reinterpret_cast<int64_t*>(batches));
+      },
+      nb::arg("channels"), nb::arg("count"), nb::arg("mean"), nb::arg("m2"), nb::arg("running_mean"),
+      nb::arg("running_var"), nb::arg("rate"), nb::arg("batches"),
+      "Move the running statistics and count the batch; False, and nothing done, when the moments are not all finite.");
+  m.def("instruction_set", [] { return kernels().name; }, "That of the kernels in use: avx512, avx2 or baseline.");
+  m.def(
+      "use_instruction_set",
+      [](const char* name) {
+        if (!choose(name)) throw nb::value_error("no such instruction set on this machine");
+      },
+      nb::arg("name"), "For tests: use the kernels of another one. ValueError where it cannot run.");
+}

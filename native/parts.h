@@ -1,0 +1,135 @@
+// How a tensor is divided among threads and walked through.
+//
+// Two ways to walk. By rows: all columns (channel, position) of a row at once, an accumulator for each column; for
+// channels-last and (N, C), where a column is a channel, and for planes too small to be worth a loop. By planes: the
+// `inner` values of a channel in one loop. Either way a part is small enough that its second pass finds it in the cache,
+// where the layout allows.
+//
+// The division depends on the shape alone, never on the number of threads, and parts are merged in their order: that is
+// why results are the same bit for bit.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+namespace batchnorm {
+namespace {
+
+constexpr int64_t max_width = 2048;  // accumulators of a part: a few arrays of as many floats stay in L1
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Part {
+  int64_t chunk;
+  int64_t first_channel, channels;
+  int64_t first_outer, outer;
+};
+
+struct Grid {
+  bool by_rows;
+  int64_t most_threads;  // that have enough to do
+  int64_t channels_per_group, groups;
+  int64_t outer_per_chunk, chunks;
+
+  Part part(const Shape& shape, int64_t group, int64_t chunk) const {
+    const int64_t c = group * channels_per_group, n = chunk * outer_per_chunk;
+    return {chunk, c, min(channels_per_group, shape.channels - c), n, min(outer_per_chunk, shape.outer - n)};
+  }
+};
+
+constexpr int64_t l2_share = 512 << 10;     // bytes of a part that a second pass may hope to find in L2
+constexpr int64_t chunk_bytes = 256 << 10;  // of a part that it will not: long enough for streams
+
+// `bytes` of a value in all the tensors that are read twice; `dense`: every tensor has its channels side by side.
+inline Grid divide(const Shape& shape, bool dense, int64_t bytes) {
+  Grid grid;
+  const int64_t whole = shape.outer * shape.channels * shape.inner * bytes;
+  grid.by_rows = dense && shape.inner <= 256;
+  grid.most_threads = 1 + whole / (64 << 10);
+  if (grid.by_rows && shape.inner == 1) {
+    // wide parts, for memory is read best in long runs; what L2 holds anyway is divided by columns, which need no merging
+    grid.channels_per_group = whole <= l2_share ? max(64, shape.channels / 8 / 16 * 16) : max_width * 4 / bytes;
+  } else if (grid.by_rows) {
+    grid.channels_per_group = min(max_width * 2 / bytes / shape.inner, l2_share / (shape.outer * shape.inner * bytes));
+  } else {
+    grid.channels_per_group = l2_share / (shape.outer * shape.inner * bytes);
+  }
+  grid.channels_per_group = max(1, min(min(grid.channels_per_group, shape.channels), max_width));
+  grid.groups = ceil_div(shape.channels, grid.channels_per_group);
+  // Where no cache holds a group until the second pass, or groups are too few for many threads, they are cut along `outer`.
+  int64_t chunks = 1;
+  if (grid.by_rows && shape.inner == 1 && whole > l2_share) {
+    chunks = min(64, ceil_div(whole, grid.groups * chunk_bytes));
+  } else if (whole > l2_share / 4) {
+    chunks = ceil_div(16, grid.groups);
+  }
+  grid.outer_per_chunk = ceil_div(shape.outer, chunks);
+  grid.chunks = ceil_div(shape.outer, grid.outer_per_chunk);
+  return grid;
+}
+
+template <class F>
+void parallel_for(int64_t count, int64_t threads, const F& f) {
+#ifdef _OPENMP
+  if (threads > 1 && count > 1 && !forked()) {
+#pragma omp parallel for num_threads(static_cast<int>(min(threads, count))) schedule(static)
+    for (int64_t i = 0; i < count; i++) f(i);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; i++) f(i);
+}
+
+// reduce, finish and apply, part by part where a part is a whole group: apply finds it in the cache. Else each for all parts
+// before the next; finish then merges the chunks of a group and is given the first.
+template <class Reduce, class Finish, class Apply>
+void in_parts(const Layer& layer, const Grid& grid, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+  const int64_t threads = min(layer.threads, grid.most_threads);
+  if (grid.chunks == 1) {
+    parallel_for(grid.groups, threads, [&](int64_t group) {
+      const Part part = grid.part(layer.shape, group, 0);
+      reduce(part);
+      finish(part);
+      apply(part);
+    });
+    return;
+  }
+  const int64_t parts = grid.groups * grid.chunks;
+  const auto at = [&](int64_t i) { return grid.part(layer.shape, i % grid.groups, i / grid.groups); };
+  parallel_for(parts, threads, [&](int64_t i) { reduce(at(i)); });
+  for (int64_t group = 0; group < grid.groups; group++) finish(grid.part(layer.shape, group, 0));
+  parallel_for(parts, threads, [&](int64_t i) { apply(at(i)); });
+}
+
+template <class T>
+struct Scratch {
+  T* const data;
+
+  explicit Scratch(int64_t count) : data(static_cast<T*>(std::malloc(max(1, count) * sizeof(T)))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// A pair of float64 for each channel and chunk: what the parts say, before it is merged.
+class Partials {
+ public:
+  Partials(const Shape& shape, const Grid& grid) : channels_(shape.channels), pairs_(2 * grid.chunks * channels_) {}
+
+  double* first(int64_t chunk) const { return pairs_.data + 2 * chunk * channels_; }
+  double* second(int64_t chunk) const { return first(chunk) + channels_; }
+
+ private:
+  int64_t channels_;
+  Scratch<double> pairs_;
+};
+
+}  // namespace
+}  // namespace batchnorm

@@ -1,0 +1,28 @@
+"""
+Batch normalization on (outer, channels, inner) views; see native/kernels.h.
+"""
+
+
+
+def forward(sizes: tuple[int, int, int], number: int, x: tuple[int, int, int], residual: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], count: float, given: bool, threads: int) -> None:
+    """
+    The moments of x, unless they are given, and y = activation(bn(x) + residual), unless y is null.
+    """
+
+def backward(sizes: tuple[int, int, int], number: int, dy: tuple[int, int, int], x: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], count: float, given: bool, dx: tuple[int, int, int], dresidual: tuple[int, int, int], dweight: tuple[int, int], dbias: tuple[int, int], threads: int) -> None:
+    """
+    The gradients of `forward`; y is read where a residual was added before an activation.
+    """
+
+def track(channels: int, count: float, mean: int, m2: int, running_mean: tuple[int, int], running_var: tuple[int, int], rate: float, batches: int) -> bool:
+    """
+    Move the running statistics and count the batch; False, and nothing done, when the moments are not all finite.
+    """
+
+def instruction_set() -> str:
+    """That of the kernels in use: avx512, avx2 or baseline."""
+
+def use_instruction_set(name: str) -> None:
+    """
+    For tests: use the kernels of another one. ValueError where it cannot run.
+    """

@@ -1,0 +1,85 @@
+"""Which kernels compute: the native ones, torch's own, or the reference."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import TracebackType
+from typing import Literal, cast, get_args
+
+Name = Literal["native", "torch", "reference"]
+NAMES: tuple[Name, ...] = get_args(Name)
+_VARIABLE = "BATCHNORM_KERNELS"
+
+_chosen: Name | None = None
+
+
+class use:  # called as a function, and used as a context manager
+    """Compute with the kernels called `name`, from now on or inside a `with` block; process-wide.
+
+    native: this library's C++ kernels, for tensors on a CPU; those elsewhere are left to torch's kernels.
+    torch: torch's own kernels, as accurate and as fast as `torch.nn.BatchNorm2d`.
+    reference: plain torch operations that can be read beside the paper; slow.
+
+    The environment variable BATCHNORM_KERNELS sets what a process starts with; without it that is native.
+
+    Raises: ValueError for another name; RuntimeError for "native" where the package was installed without them.
+    """
+
+    def __init__(self, name: Name) -> None:
+        global _chosen
+        _check(name)
+        if name == "native" and not built():
+            raise RuntimeError(f"there are no native kernels here: {_REMEDY}")
+        self._before = _chosen
+        _chosen = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._before
+
+
+def active() -> Name:
+    """The kernels that compute for tensors on a CPU; see `use`."""
+    return _chosen or _first()
+
+
+def built() -> bool:
+    """Whether the package was installed with its native kernels."""
+    try:
+        from batchnorm.kernels import _native  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+_REMEDY = (
+    "install a C++17 compiler (on Debian: apt install g++) and install the package again; "
+    f"until then {_VARIABLE}=torch silences this"
+)
+
+
+def _first() -> Name:
+    global _chosen
+    name = os.environ.get(_VARIABLE) or "native"
+    _check(name, f"{_VARIABLE}: ")
+    if name == "native" and not built():
+        warnings.warn(
+            "batchnorm was installed without its native kernels and computes with torch's, which are slower on "
+            f"a CPU and lose digits where the mean is large: {_REMEDY}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        name = "torch"
+    _chosen = cast(Name, name)
+    return _chosen
+
+
+def _check(name: str, where: str = "") -> None:
+    if name not in NAMES:
+        raise ValueError(f"{where}unknown kernels {name!r}: use one of {', '.join(NAMES)}")

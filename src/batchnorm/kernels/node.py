@@ -1,0 +1,122 @@
+"""The native kernels as one node of the autograd graph, which saves x and 2·C numbers for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import native, reference
+from batchnorm.kernels.native import Fused
+from batchnorm.moments import Affine
+
+Given = tuple[Tensor, Tensor]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Fused,
+    given: Given | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As native.forward, differentiable."""
+    if given is not None:  # a copy, for the node keeps it and a later batch moves the buffer
+        given = given[0].clone(), given[1].clone()
+    call = _Call(eps, activation, given)
+    y: Tensor = _Normalise.apply(x, weight, bias, residual, call)
+    return y, call.mean, call.m2
+
+
+class _Call:
+    """What a call is beside its tensors, and the moments that come back."""
+
+    __slots__ = ("activation", "eps", "given", "m2", "mean")
+
+    mean: Tensor
+    m2: Tensor
+
+    def __init__(self, eps: float, activation: Fused, given: Given | None) -> None:
+        self.eps, self.activation, self.given = eps, activation, given
+
+
+# forward(ctx, ...) and not setup_context, which costs 60 µs a call
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: _Call
+    ) -> Tensor:
+        y, call.mean, call.m2 = native.forward(
+            x, weight, bias, residual, call.eps, call.activation, call.given
+        )
+        ctx.call = call
+        ctx.save_for_backward(x, weight, bias, *saved_of(y, residual, call.activation))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        x, weight, bias, residual, y = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return *again(
+                dy, x, weight, bias, residual, call.eps, call.activation, call.given, needed[:4]
+            ), None
+        dx, dweight, dbias, dresidual = native.backward(
+            dy, x, y, weight, bias, call.mean, call.m2, call.given is not None, call.eps, call.activation
+        )
+        return (
+            dx if needed[0] else None,
+            dweight if needed[1] else None,
+            dbias if needed[2] else None,
+            (dy if dresidual is None else dresidual) if needed[3] else None,
+            None,
+        )
+
+
+def saved_of(y: Tensor, residual: Tensor | None, activation: Fused) -> tuple[Tensor | None, Tensor | None]:
+    """(residual, y) where the backward pass needs them, else None for both.
+
+    With a residual, what the activation was given cannot be computed again from x; y tells as much.
+    """
+    return (None, None) if residual is None or activation == native.NONE else (residual, y)
+
+
+def again(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Fused,
+    given: Given | None,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and residual as a graph, for a gradient of these gradients is asked for.
+
+    `residual` is None where none was added before an activation; then dy is its gradient.
+    """
+    with torch.enable_grad():
+        if given is None:
+            y = reference.normalise(x, reference.moments(x), weight, bias, eps)
+        else:
+            y = Affine.normalising(given[0], given[1], weight, bias, eps)(x, about=given[0])
+        y = reference.activate(y, _ACTIVATIONS[activation[0]](activation[1]), residual)
+        inputs = [v if asked else None for v, asked in zip((x, weight, bias, residual), wanted, strict=True)]
+        found = iter(torch.autograd.grad(y, [v for v in inputs if v is not None], dy, create_graph=True))
+    gradients = [None if v is None else next(found) for v in inputs]
+    if residual is None and wanted[3]:
+        gradients[3] = dy
+    return tuple(gradients)
+
+
+_ACTIVATIONS = (
+    lambda _: None,
+    lambda _: torch.relu,
+    lambda slope: lambda y: torch.nn.functional.leaky_relu(y, slope),
+    lambda _: torch.nn.functional.relu6,
+)

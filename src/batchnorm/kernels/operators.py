@@ -1,0 +1,126 @@
+"""The native kernels as operators of torch's dispatcher, for torch.compile and whoever else must see each call.
+
+An operator costs twice what a node does; it may not write to its arguments, so running statistics are moved outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import native
+from batchnorm.kernels.native import Fused
+from batchnorm.kernels.node import Given, again, saved_of
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Fused,
+    given: Given | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As native.forward, as an operator."""
+    # copies, as in a node
+    mean, variance = (None, None) if given is None else (given[0].clone(), given[1].clone())
+    y, stats = _forward(x, weight, bias, residual, mean, variance, eps, *activation)
+    return y, stats[0], stats[1]
+
+
+@torch.library.custom_op("batchnorm::forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    given = None if mean is None or variance is None else (mean, variance)
+    y, *stats = native.forward(x, weight, bias, residual, eps, (activation, slope), given)
+    return y, torch.stack([values.double() for values in stats])
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2, x.size(1)), dtype=torch.float64)
+
+
+@torch.library.custom_op("batchnorm::backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    given: bool,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dbias, dresidual = native.backward(
+        dy, x, y, weight, bias, stats[0], stats[1], given, eps, (activation, slope)
+    )
+    return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    given: bool,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dweight, dbias = (
+        x.new_empty(x.size(1), dtype=torch.float64) if values is None else torch.empty_like(values)
+        for values in (weight, bias)
+    )
+    return torch.empty_like(x), dweight, dbias, x.new_empty(0) if y is None else torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, residual, mean, variance, ctx.eps, *activation = inputs
+    y, stats = output
+    ctx.activation, ctx.given = (activation[0], activation[1]), mean is not None
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(x, weight, bias, *saved_of(y, residual, ctx.activation), mean, variance, stats)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, residual, y, mean, variance, stats = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled():
+        given = (mean, variance) if ctx.given else None
+        return *again(dy, x, weight, bias, residual, ctx.eps, ctx.activation, given, wanted), *[None] * 5
+    *gradients, dresidual = _backward(dy, x, y, weight, bias, stats, ctx.given, ctx.eps, *ctx.activation)
+    gradients.append(dy if y is None else dresidual)
+    return *[values if needed else None for values, needed in zip(gradients, wanted, strict=True)], *[
+        None
+    ] * 5
+
+
+torch.library.register_autograd("batchnorm::forward", _differentiate, setup_context=_save)
