@@ -9,7 +9,12 @@ import torch
 
 import batchnorm as bn
 
-NAMES = {"Affine", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__", "batch_norm"}
+NAMES = {"Affine", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__", "batch_norm"} | {
+    "kernels",
+    "keep_memory",
+    "return_memory",
+    "upgrade",
+}
 LAYERS = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d]
 
 

@@ -14,21 +14,29 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from batchnorm import kernels as kernels
     from batchnorm.functional import batch_norm as batch_norm
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
     from batchnorm.layers import BatchNorm2d as BatchNorm2d
     from batchnorm.layers import BatchNorm3d as BatchNorm3d
+    from batchnorm.memory import keep_memory as keep_memory
+    from batchnorm.memory import return_memory as return_memory
     from batchnorm.moments import Affine as Affine
     from batchnorm.moments import Moments as Moments
+    from batchnorm.passes.upgrade import upgrade as upgrade
 
 # Names are imported when first used: `batchnorm --help` and `batchnorm report` must not wait for torch.
 _HOME = {
+    "kernels": "kernels",
     "Moments": "moments",
     "Affine": "moments",
     "batch_norm": "functional",
     "BatchNorm1d": "layers",
     "BatchNorm2d": "layers",
     "BatchNorm3d": "layers",
+    "upgrade": "passes.upgrade",
+    "keep_memory": "memory",
+    "return_memory": "memory",
 }
 
 __all__ = [*_HOME]
@@ -37,7 +45,8 @@ __all__ = [*_HOME]
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    value = module if name == _HOME[name] else getattr(module, name)
     globals()[name] = value
     return value
 

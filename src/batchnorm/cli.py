@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from batchnorm.bench.options import Options
+    from batchnorm.bench.rows import Command
     from batchnorm.experiments.claim import Settings
 
 app = typer.Typer(
@@ -30,6 +33,17 @@ reproduce = typer.Typer(
     help="Reproduce an experiment of the paper (Ioffe & Szegedy 2015).", no_args_is_help=True
 )
 app.add_typer(reproduce, name="reproduce")
+bench = typer.Typer(
+    help="Measure speed here: our layers, torch's, and a copy, taking turns.",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm bench kernels         layers, forward and backward, 3 min\n\n"
+    "batchnorm bench step            training steps of known networks, 8 min\n\n"
+    "batchnorm bench infer           layers and networks in evaluation, 3 min\n\n"
+    "batchnorm bench all --quick     does all of it run, in seconds",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(bench, name="bench")
 
 _RUNS = Path("runs")
 
@@ -220,6 +234,213 @@ def _complete(path: Path) -> bool:
     except (RecordError, ValueError):  # broken, or empty
         return False
     return isinstance(last, Verdict) and last.outcome != "incomplete"
+
+
+_Seconds = Annotated[
+    float | None, typer.Option(min=0, help="How long the rounds of one row take.", show_default="SEC")
+]
+_Dtypes = Annotated[str, typer.Option(help="Of the layers' inputs, separated by commas.")]
+_Networks = Annotated[
+    str | None,
+    typer.Option(
+        help="Separated by commas.", show_default="mlp,resnet18,resnet50,googlenet,densenet121,mobilenet_v2"
+    ),
+]
+_Size = Annotated[int, typer.Option(min=32, help="Height and width of the networks' images.")]
+_Batch = Annotated[int, typer.Option(min=2, help="Images in a batch; the MLP has the paper's 60.")]
+_Full = Annotated[bool, typer.Option("--full", help="BN alone, and BN with a residual and ReLU, too.")]
+_Compile = Annotated[
+    bool, typer.Option("--compile", help="Let torch.compile take part; compiling takes minutes.")
+]
+_Threads = Annotated[
+    int | None, typer.Option(min=1, help="torch's threads.", show_default="as torch has them")
+]
+_Quick = Annotated[
+    bool, typer.Option("--quick", help="Tiny shapes, three rounds: does it run, not how fast.")
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="The folder of results.", show_default="runs/bench-DATE-TIME"),
+]
+
+
+@bench.command(
+    "kernels",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm bench kernels                           BN+ReLU, 3 min\n\n"
+    "batchnorm bench kernels --full --dtypes float32   BN and BN+add+ReLU too\n\n"
+    "batchnorm bench kernels --threads 1               on one core",
+)
+def bench_kernels(
+    dtypes: _Dtypes = "float32,bfloat16",
+    full: _Full = False,
+    compile: _Compile = False,
+    seconds: _Seconds = None,
+    threads: _Threads = None,
+    quick: _Quick = False,
+    out: _Out = None,
+) -> None:
+    """BN+ReLU in training, forward and backward, in milliseconds and in copies of the input.
+
+    Inputs are cold: they come from more than 300 MB of buffers. Contenders
+    take turns in every round, so a ratio compares times of the same moment.
+    Writes tables, a picture and the numbers into a folder; Ctrl-C keeps what
+    was measured.
+    """
+    _bench(
+        ("kernels",), out, threads, dtypes=dtypes, full=full, compile=compile, seconds=seconds, quick=quick
+    )
+
+
+@bench.command(
+    "step",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm bench step                                 all networks, 8 min\n\n"
+    "batchnorm bench step --networks resnet18 --size 96   one, on larger images",
+)
+def bench_step(
+    networks: _Networks = None,
+    size: _Size = 64,
+    batch: _Batch = 32,
+    compile: _Compile = False,
+    seconds: _Seconds = None,
+    threads: _Threads = None,
+    quick: _Quick = False,
+    out: _Out = None,
+) -> None:
+    """Whole training steps: forward, loss, backward, SGD.
+
+    Ours is `bn.upgrade` of torch's network; the same network without BN shows
+    what there is to win. At the end each network is trained as we would,
+    channels-last and with memory kept, against torch as it comes, each in a
+    process of its own.
+    """
+    _bench(
+        ("step",),
+        out,
+        threads,
+        networks=networks,
+        size=size,
+        batch=batch,
+        compile=compile,
+        seconds=seconds,
+        quick=quick,
+    )
+
+
+@bench.command(
+    "infer",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm bench infer                       layers and networks, 3 min\n\n"
+    "batchnorm bench infer --networks resnet50   the layers, and one network",
+)
+def bench_infer(
+    dtypes: _Dtypes = "float32,bfloat16",
+    networks: _Networks = None,
+    size: _Size = 64,
+    batch: _Batch = 32,
+    compile: _Compile = False,
+    seconds: _Seconds = None,
+    threads: _Threads = None,
+    quick: _Quick = False,
+    out: _Out = None,
+) -> None:
+    """Evaluation: BN+ReLU in one pass over memory, and whole networks."""
+    _bench(
+        ("infer",),
+        out,
+        threads,
+        dtypes=dtypes,
+        networks=networks,
+        size=size,
+        batch=batch,
+        compile=compile,
+        seconds=seconds,
+        quick=quick,
+    )
+
+
+@bench.command(
+    "all",
+    epilog="[bold]Example[/]\n\nbatchnorm bench all --out benchmarks   writes benchmarks/RESULTS.md, 15 min",
+)
+def bench_all(
+    full: _Full = False,
+    compile: _Compile = False,
+    seconds: _Seconds = None,
+    threads: _Threads = None,
+    quick: _Quick = False,
+    out: _Out = None,
+) -> None:
+    """The three of them, one after the other, on one page."""
+    from batchnorm.bench.rows import COMMANDS
+
+    _bench(COMMANDS, out, threads, full=full, compile=compile, seconds=seconds, quick=quick)
+
+
+# How long a row takes unless told, in seconds: together a few minutes.
+_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5}
+
+
+def _bench(
+    commands: tuple[Command, ...], out: Path | None, threads: int | None, *, quick: bool, **chosen: Any
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from batchnorm.bench import page, table
+    from batchnorm.bench.display import Display
+    from batchnorm.bench.measure import measure
+    from batchnorm.bench.rows import ResultsError
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = out or _RUNS / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+    line = shlex.join(["batchnorm", *sys.argv[1:]])
+    console = Console()
+    with _in_one_line(ResultsError, OSError), Display(console) as display:
+        for command in commands:
+            options = _options(command, quick, chosen)
+            measured = measure(command, options, line, display)
+            written = page.write(measured, folder)
+            for grid in table.grids(measured):
+                console.print(table.drawn(grid), "")
+            for note in measured.notes:
+                _print(console, note)
+            if not measured.finished:
+                _print(console, f"Stopped. What there is:  {written}")
+                raise typer.Exit(130)
+    console.print(table.NOTE, style="dim")
+    _print(console, f"\nresults  {written}")
+
+
+def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
+    """Of one command; what was not chosen takes its default."""
+    from pydantic import ValidationError
+
+    from batchnorm.bench.networks import NETWORKS
+    from batchnorm.bench.options import Options
+
+    values = {name: value for name, value in chosen.items() if value is not None}
+    for name in {"dtypes", "networks"} & values.keys():
+        values[name] = tuple(values[name].replace(" ", "").split(","))
+    if command == "kernels":
+        values.pop("networks", None)
+    else:
+        values.setdefault("networks", ("mlp", "resnet18") if quick else tuple(NETWORKS))
+    unknown = set(values.get("networks", ())) - set(NETWORKS)
+    if unknown:
+        raise Failure(f"no network {', '.join(sorted(unknown))}: choose from {', '.join(NETWORKS)}")
+    if set(values.get("networks", ())) > {"mlp"} and not find_spec("torchvision"):
+        raise Failure("the networks are torchvision's: pip install 'batchnorm[train]', or --networks mlp")
+    if quick:
+        values = {"seconds": 0.0} | values | {"least": 3, "size": 32, "batch": 2, "quick": True}
+    values.setdefault("seconds", _ROW_SECONDS[command])
+    try:
+        return Options(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Failure(f"--{first['loc'][0]}: {first['msg']}") from None
 
 
 @app.command("report")

@@ -43,7 +43,7 @@ _NO_METADATA = {"Date": None, "Creator": None}
 
 def png(chart: Chart) -> bytes:
     """The chart on white paper, two pixels to a point."""
-    with _settings():
+    with settings():
         figure = _sheet(chart)
         FigureCanvasAgg(figure)
         return _saved(figure, "png", dpi=144, metadata={"Software": None})
@@ -51,7 +51,7 @@ def png(chart: Chart) -> bytes:
 
 def svg(chart: Chart) -> str:
     """The chart on white paper, as a file of its own."""
-    with _settings():
+    with settings():
         figure = _sheet(chart)
         FigureCanvasSVG(figure)
         return _saved(figure, "svg", metadata=_NO_METADATA).decode()
@@ -63,7 +63,7 @@ def inline_svg(panel: Panel, prefix: str, size: tuple[float, float], label: str)
     prefix: starts every id inside, so that several pictures can share a page.
     label: what a screen reader says in place of the picture.
     """
-    with _settings():
+    with settings():
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
         figure.patch.set_visible(False)
         FigureCanvasSVG(figure)
@@ -91,7 +91,7 @@ def _sheet(chart: Chart) -> Figure:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """Matplotlib as it comes plus what we need, whatever the user's matplotlibrc says; undone afterwards."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         # a label may be in any script: an empty box in a picture file is better than no report

@@ -1,0 +1,67 @@
+"""How a measurement looks in a terminal: a bar, and what is being measured."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from batchnorm.bench.rows import Command, Row
+from batchnorm.bench.table import RIVALS
+
+
+class Display:
+    """A progress bar on `console`; where that is not a terminal, a line for every case that has ended."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.fields[command]}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bar: TaskID | None = None
+        self._case = ""
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def planned(self, command: Command, cases: int) -> None:
+        """Begin with an empty bar."""
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
+        self._bar = self._bars.add_task("", total=cases, command=command)
+
+    def began(self, case: str) -> None:
+        """Name the case."""
+        assert self._bar is not None
+        self._case = case
+        self._bars.update(self._bar, description=case)
+
+    def ended(self, rows: list[Row]) -> None:
+        """Move the bar."""
+        assert self._bar is not None
+        self._bars.advance(self._bar)
+        if not self._console.is_terminal:
+            said = ", ".join(
+                f"{row.times[who].over_ours:.2f}× {row.part}"
+                for row in rows
+                for who in RIVALS
+                if who == "torch" and who in row.times
+            )
+            self._console.print(
+                f"{self._case}  torch/ours {said}", markup=False, highlight=False, soft_wrap=True
+            )

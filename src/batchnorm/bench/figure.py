@@ -1,0 +1,195 @@
+"""Results as a picture: a dot for each contender on a line for each case, in the ink of the reports."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from batchnorm.bench.case import sizes
+from batchnorm.bench.rows import Measured, Row
+from batchnorm.report.figures import settings
+from batchnorm.report.ink import LIGHT
+from batchnorm.report.lettering import SIZE, width, write
+from batchnorm.report.scale import human
+
+# Colour, marker and name of each contender, the one that is drawn last in front.
+_LOOKS = {
+    "without BN": (LIGHT.other_2, "D", "without BN"),
+    "compile": (LIGHT.other, "s", "torch.compile"),
+    "torch": (LIGHT.plain, "o", "torch"),
+    "ours": (LIGHT.bn, "o", "ours"),
+}
+
+_ROW = 19.0  # points from one case to the next
+_ACROSS = 250.0  # of the axes
+_HEAD = 34.0  # above the axes: the panel's title
+_FOOT = 46.0  # below: ticks and what they mean
+_MARGIN = 16.0
+_TOP = 58.0  # title and key
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One panel. `values` are by contender, then by label; None where there is none."""
+
+    title: str
+    x_label: str
+    labels: list[str]
+    values: dict[str, list[float | None]]
+
+    @property
+    def all(self) -> list[float]:
+        """Every value there is."""
+        return [value for values in self.values.values() for value in values if value is not None]
+
+
+def png(measured: Measured) -> bytes:
+    """The picture of one command's results, two pixels to a point."""
+    lines = _panels(measured.rows)
+    with settings():
+        # labels stand left of the first panel of a line, and hold for the others
+        left = _MARGIN + 10 + max((width(label) for line in lines for label in line[0].labels), default=0.0)
+        columns = max(map(len, lines), default=1)
+        heights = [_HEAD + _FOOT + _ROW * len(line[0].labels) for line in lines]
+        across = left + columns * (_ACROSS + _MARGIN) + _MARGIN
+        down = _TOP + sum(heights) + _MARGIN
+        figure = Figure(figsize=(across / 72, down / 72), dpi=72, facecolor="white")
+        FigureCanvasAgg(figure)
+        write(
+            figure,
+            _MARGIN,
+            down - _MARGIN - 12,
+            _TITLES[measured.command],
+            LIGHT.text,
+            size=14,
+            weight="bold",
+        )
+        _key(figure, down - _MARGIN - 34, {who for line in lines for panel in line for who in panel.values})
+        top = down - _TOP
+        for line, height in zip(lines, heights, strict=True):
+            for column, panel in enumerate(line):
+                x = left + column * (_ACROSS + _MARGIN)
+                axes = figure.add_axes(
+                    (
+                        x / across,
+                        (top - height + _FOOT) / down,
+                        _ACROSS / across,
+                        (height - _HEAD - _FOOT) / down,
+                    )
+                )
+                _draw(axes, panel, named=column == 0)
+                _across(axes, [value for panel in line for value in panel.all])
+                write(figure, x, top - _HEAD + 10, panel.title, LIGHT.text)
+                write(figure, x + _ACROSS / 2, top - height + 8, panel.x_label, LIGHT.muted, ha="center")
+            top -= height
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=144, metadata={"Software": None})
+        return file.getvalue()
+
+
+_TITLES = {
+    "kernels": "Layers in training: time in copies of the input",
+    "step": "A training step: time relative to ours",
+    "infer": "Evaluation",
+}
+
+
+def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
+    """Lines of panels: layers in copies, a line for each operation and dtype; networks relative to ours."""
+    lines = []
+    layers = [row for row in rows if "copy" in row.times]
+    for name, dtype in dict.fromkeys((row.name, row.dtype) for row in layers):
+        own = [row for row in layers if (row.name, row.dtype) == (name, dtype)]
+        parts = [part for part in dict.fromkeys(row.part for row in own) if part != "both"]
+        lines.append(
+            [
+                _dots(f"{name} {part}, {dtype}", "copies", [row for row in own if row.part == part], "copies")
+                for part in parts
+            ]
+        )
+    steps = [row for row in rows if "copy" not in row.times]
+    if steps:
+        lines.append([_dots("Networks", "time / our time", steps, "over_ours")])
+    return lines
+
+
+def _dots(title: str, x_label: str, rows: Sequence[Row], field: str) -> Dots:
+    labels = [f"{row.name if field == 'over_ours' else sizes(row.shape)}  {row.layout}" for row in rows]
+    values = {
+        who: [getattr(row.times[who], field) if who in row.times else None for row in rows]
+        for who in _LOOKS
+        if any(who in row.times for row in rows)
+    }
+    return Dots(title, x_label, labels, values)
+
+
+def _draw(axes: Axes, panel: Dots, *, named: bool) -> None:
+    places = [-number for number in range(len(panel.labels))]
+    for index, y in enumerate(places):
+        there = [value for values in panel.values.values() if (value := values[index]) is not None]
+        axes.plot(
+            [min(there), max(there)], [y, y], color=LIGHT.rule, linewidth=4, solid_capstyle="round", zorder=1
+        )
+    for order, (who, values) in enumerate(panel.values.items(), start=2):
+        colour, marker, _ = _LOOKS[who]
+        points = [(value, y) for value, y in zip(values, places, strict=True) if value is not None]
+        axes.plot(
+            *zip(*points, strict=True), linestyle="", marker=marker, markersize=6, color=colour,
+            markeredgecolor="white", markeredgewidth=0.6, zorder=order,
+        )  # fmt: skip
+    axes.axvline(1, color=LIGHT.muted, linewidth=0.8, zorder=0)
+    axes.set_ylim(places[-1] - 0.6, 0.6)
+    axes.set_yticks(places, panel.labels if named else [""] * len(places))
+    axes.set_facecolor("none")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set(color=LIGHT.muted, linewidth=0.8)
+    axes.grid(axis="x", color=LIGHT.rule, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="both", labelsize=SIZE, labelcolor=LIGHT.muted)
+    axes.tick_params(axis="y", length=0, pad=6)
+    axes.tick_params(axis="x", length=4, color=LIGHT.muted, width=0.8)
+    axes.tick_params(axis="x", which="minor", length=0)
+
+
+def _across(axes: Axes, values: list[float]) -> None:
+    """A linear axis, or a logarithmic one where the values are of different sizes."""
+    low, high = min([1.0, *values]), max([1.0, *values])
+    if high / low > 3:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.15, high * 1.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        low, high = min(low, 0.9), max(high, 1.1)  # a hundredth is noise, and shall look like it
+        axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+
+
+def _key(figure: Figure, y: float, there: set[str]) -> None:
+    """What the dots are, from the left, ours first."""
+    across, down = figure.get_size_inches() * 72
+    x = _MARGIN
+    for who in reversed(_LOOKS):
+        if who in there:
+            colour, marker, name = _LOOKS[who]
+            figure.add_artist(
+                Line2D(
+                    [(x + 4) / across],
+                    [(y + 4) / down],
+                    color=colour,
+                    marker=marker,
+                    markersize=6,
+                    linestyle="",
+                )
+            )
+            write(figure, x + 13, y, name, colour)
+            x += 13 + width(name) + 18

@@ -1,0 +1,81 @@
+"""Measure what a command measures, case by case, until the end or Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Protocol
+
+import torch
+
+from batchnorm.bench import infer, kernels, step
+from batchnorm.bench.case import Case
+from batchnorm.bench.options import Options
+from batchnorm.bench.rows import Command, Measured, Row
+from batchnorm.memory import keep_memory
+from batchnorm.training.machine import machine, versions
+
+_CASES: dict[Command, Callable[[Options], list[Case]]] = {
+    "kernels": kernels.training,
+    "step": step.cases,
+    "infer": infer.cases,
+}
+
+# Variables that change what is measured.
+_VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "TORCHINDUCTOR_", "BATCHNORM_")
+
+
+class Watcher(Protocol):
+    """Who is told how it goes; the command line shows a progress bar."""
+
+    def planned(self, command: Command, cases: int) -> None:
+        """So many cases are about to be measured."""
+
+    def began(self, case: str) -> None:
+        """A case has begun."""
+
+    def ended(self, rows: list[Row]) -> None:
+        """It has ended."""
+
+
+def measure(command: Command, options: Options, line: str, watcher: Watcher) -> Measured:
+    """Measure all cases of `command` with the threads torch has now; stopped by Ctrl-C, those before it.
+
+    line: the command line, for the record.
+    """
+    kept = keep_memory()
+    torch.manual_seed(0)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    rows: list[Row] = []
+    notes: list[str] = []
+    finished = False
+    try:
+        cases = _CASES[command](options)
+        watcher.planned(command, len(cases))
+        for case in cases:
+            watcher.began(case.title)
+            measured, said = case.measure(options.seconds, options.least)
+            rows += measured
+            notes += said
+            watcher.ended(measured)
+        finished = True
+    except KeyboardInterrupt:
+        pass
+    return Measured(
+        command=command,
+        line=line,
+        options=options,
+        threads=torch.get_num_threads(),
+        machine=machine(),
+        versions=versions() | ({"torchvision": version("torchvision")} if command != "kernels" else {}),
+        environment={
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
+        },
+        kept_memory=kept,
+        started=started,
+        finished=finished,
+        notes=notes,
+        rows=rows,
+    )

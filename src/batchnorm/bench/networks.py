@@ -1,0 +1,120 @@
+"""The networks that are timed, built of torch's layers, and the same without batch normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.bench.case import FORMATS
+
+
+def build(name: str) -> nn.Module:
+    """The network of this name, in training mode, its weights as they are initialised.
+
+    Raises: ImportError when torchvision is not installed and it is needed.
+    """
+    if name == "mlp":
+        return _mlp()
+    from torchvision import models
+
+    extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    return cast(nn.Module, getattr(models, name)(weights=None, **extra))
+
+
+# By name, how many steps make a sample: long enough for the clock and for the calls around it.
+NETWORKS = {
+    "mlp": 50,
+    "resnet18": 1,
+    "resnet50": 1,
+    "googlenet": 1,
+    "densenet121": 1,
+    "mobilenet_v2": 1,
+}
+
+
+def shape(name: str, size: int, images: int) -> tuple[int, ...]:
+    """Of the input: 60 digits for the MLP (Ioffe & Szegedy 2015, sec. 4.1), images for the others."""
+    return (60, 784) if name == "mlp" else (images, 3, size, size)
+
+
+def layouts(name: str) -> tuple[str, ...]:
+    """Those that make a difference."""
+    return ("(N, C)",) if name == "mlp" else tuple(FORMATS)
+
+
+def lay_out(model: nn.Module, x: Tensor, layout: str) -> tuple[nn.Module, Tensor]:
+    """The network and its input in `layout`."""
+    if layout not in FORMATS:
+        return model, x
+    return model.to(memory_format=FORMATS[layout]), x.contiguous(memory_format=FORMATS[layout])
+
+
+def without_norm(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy of `model` with every BN replaced by the identity.
+
+    Its weights are scaled so that each convolution and linear layer has outputs of standard deviation 1 on `x`:
+    as they are, activations would vanish or explode, and denormal numbers take many times as long.
+    """
+    bare = deepcopy(model)
+    for parent in list(bare.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, nn.Identity())
+    hooks = [
+        module.register_forward_hook(_to_unit_scale)
+        for module in bare.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    with torch.no_grad():
+        bare(x)
+    for hook in hooks:
+        hook.remove()
+    return bare
+
+
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Give every BN of `model` the statistics of the batch `x`, so that evaluation meets numbers of order 1."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """One training step: forward, loss, backward and SGD, at a rate that leaves the weights about where they are."""
+    target = torch.randint(10, (len(x),))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        if not loss.isfinite():
+            raise FloatingPointError("the loss is inf or nan: what is timed is no training")
+
+    return call
+
+
+def _mlp() -> nn.Module:
+    layers: list[nn.Module] = []
+    width = 784
+    for hidden in (100, 100, 100):
+        layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.Sigmoid()]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def _to_unit_scale(module: Any, arguments: Any, output: Tensor) -> Tensor:
+    scale = output.std().clamp_min(1e-12)
+    for parameter in module.parameters():
+        parameter.div_(scale)
+    return output / scale

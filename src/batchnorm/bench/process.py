@@ -1,0 +1,73 @@
+"""A network trained in a process of its own, a step when it is asked: how memory is kept is a process's setting."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import signal
+from contextlib import suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from batchnorm.bench import networks
+from batchnorm.bench.case import timed
+from batchnorm.bench.rounds import Sample
+from batchnorm.memory import keep_memory
+from batchnorm.passes.upgrade import upgrade
+
+
+class Process:
+    """A contender that lives elsewhere; a context manager.
+
+    tuned: our layers, channels-last, with memory kept; otherwise torch as it comes.
+    """
+
+    def __init__(self, name: str, size: int, batch: int, *, tuned: bool) -> None:
+        context = multiprocessing.get_context("spawn")  # what is forked inherits the memory and its settings
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, name, size, batch, tuned, torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        # Ctrl-C reaches the whole group, but only the parent decides what it means: its mask is inherited,
+        # unless the first process that is started brings up the tracker, which unblocks
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def __call__(self) -> Sample:
+        """One sample; it waits while the others have their turns."""
+        self._pipe.send(None)
+        sample: Sample = self._pipe.recv()
+        return sample
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()  # it ends when nobody can ask any more
+        self._process.join()
+
+
+def _serve(pipe: Connection, name: str, size: int, batch: int, tuned: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = networks.build(name)
+    x = torch.randn(networks.shape(name, size, batch))
+    if tuned:
+        keep_memory()
+        model, _ = upgrade(model)
+        model, x = networks.lay_out(model, x, "channels-last")
+    sample = timed("step", networks.step(model, x), networks.NETWORKS[name])
+    gc.disable()  # as for those in the parent
+    with suppress(EOFError, OSError):  # the parent has closed its end, or is gone
+        while True:
+            pipe.recv()
+            pipe.send(sample())

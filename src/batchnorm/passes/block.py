@@ -1,0 +1,241 @@
+"""A module whose forward is written anew: the same object, of a subclass of its class made for it.
+
+A subclass and not an attribute `forward`, for torch asks the class in many places (torch.fx traces type(model).forward,
+DataParallel copies the attributes), and what asked the class would run the old forward with the new layers.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+import inspect
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx, nn
+
+from batchnorm.kernels.reference import activate
+from batchnorm.layers import _BatchNorm
+
+_MARK = "_batchnorm_rewritten"
+
+
+class Unwritable(Exception):
+    """The graph cannot be written down; the message says why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A graph as code that can be stored: its text, and where to import each name it uses from."""
+
+    text: str
+    names: tuple[tuple[str, str, str], ...]  # as in: from module import path as name
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Source:
+        code = graph.python_code("self")
+        names = []
+        for name, value in sorted(code.globals.items()):
+            if name == "__builtins__":
+                continue
+            module, path = _home(value)
+            names.append((name, module, path))
+        return cls(code.src, tuple(names))
+
+    def function(self) -> Callable[..., Any]:
+        names = {name: _imported(module, path) for name, module, path in self.names}
+        exec(compile(self.text, f"<upgraded forward {hash(self) & 0xFFFFFFFF:08x}>", "exec"), names)
+        return names["forward"]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What a forward has become, and for which calls that holds; made of plain values, so that it can be stored."""
+
+    training: Source
+    evaluation: Source
+    inputs: tuple[tuple[str, str], ...]  # name and "Tensor" or "list"; all other arguments at their defaults
+    attributes: tuple[tuple[str, str, Any], ...]  # constants of the graph: of which module, name and value
+    children: tuple[tuple[str, tuple[str, ...]], ...]  # of the module itself, and of what was looked into
+    layers: tuple[str, ...]  # those that were fused
+
+    def arguments(
+        self, module: nn.Module, defaults: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any] | None:
+        """The inputs of the graph, or None where the forward as it was must run."""
+        given = {**dict(zip(defaults, args, strict=False)), **kwargs}
+        if len(args) + len(kwargs) != len(given):
+            return None
+        values = []
+        for name, kind in self.inputs:
+            value = given.pop(name, None)
+            if not isinstance(value, (list, tuple) if kind == "list" else (Tensor, fx.Proxy)):
+                return None
+            values.append(value)
+        for name, value in given.items():
+            if name not in defaults or value is not defaults[name]:
+                return None
+        for path, names in self.children:
+            if _children(_find(module, path)) != names:
+                return None
+        for path, name, value in self.attributes:
+            now = getattr(_find(module, path), name, _MARK)
+            if type(now) is not type(value) or now != value:
+                return None
+        for path in self.layers:
+            layer = _find(module, path)
+            if not isinstance(layer, _BatchNorm) or layer.activation is None:
+                return None  # converted, or set by hand
+        return values
+
+
+def rewrite(module: nn.Module, rewriting: Rewriting) -> None:
+    """Give `module` a forward that runs `rewriting`.
+
+    Raises: TypeError when its class cannot be extended.
+    """
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind, rewriting)
+
+
+def is_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether the forward of `module` is a graph already, of plain arguments: then that is what is changed."""
+    return (
+        isinstance(module, fx.GraphModule)
+        and type(module).__base__ is fx.GraphModule  # each has a class of its own
+        and type(module.graph._codegen) is fx.graph.CodeGen
+        and not any(node.op == "placeholder" and node.args for node in module.graph.nodes)
+    )
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    return hasattr(type(module), _MARK)
+
+
+def writable(module: nn.Module) -> None:
+    """Raises: Unwritable, where a subclass would change more than the forward."""
+    kind = type(module)
+    if is_graph(module):
+        return
+    if is_rewritten(module):
+        raise Unwritable(f"the forward of {kind.__name__} is rewritten already")
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        raise Unwritable(f"{kind.__name__} has a way of its own to be copied and stored")
+
+
+def children_of(module: nn.Module, inlined: dict[str, nn.Module]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return (("", _children(module)), *((path, _children(each)) for path, each in inlined.items()))
+
+
+def add_residual(layer: _BatchNorm, x: Tensor, residual: Any, in_place: bool) -> Tensor:
+    """layer(x, residual), where that is what the model's own addition and activation would give."""
+    if any(isinstance(value, fx.Proxy) for value in (x, residual)):
+        return layer(x, residual)  # type: ignore[no-any-return]
+    if isinstance(residual, Tensor):
+        if residual.shape == x.shape and (in_place or residual.dtype == x.dtype):
+            return layer(x, residual)  # type: ignore[no-any-return]
+        same_dtype = in_place or torch.promote_types(x.dtype, residual.dtype) == x.dtype
+        if same_dtype and torch.broadcast_shapes(x.shape, residual.shape) == x.shape:
+            return layer(x, residual.expand_as(x))  # type: ignore[no-any-return]
+    activation, layer.activation = layer.activation, None
+    try:
+        output = layer(x)
+    finally:
+        layer.activation = activation
+    return activate(output + residual, activation)
+
+
+def _find(module: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = module
+    for name in filter(None, path.split(".")):
+        found = None if found is None else found._modules.get(name)
+    return found
+
+
+def _children(module: nn.Module | None) -> tuple[str, ...]:
+    return (
+        () if module is None else tuple(name for name, child in module._modules.items() if child is not None)
+    )
+
+
+@functools.cache  # blocks that were written alike share their class, as they did before
+def _subclass(base: Any, rewriting: Rewriting) -> type[nn.Module]:
+    functions = {True: rewriting.training.function(), False: rewriting.evaluation.function()}
+    old: Callable[..., Any] = base.forward
+    _, *known = inspect.signature(old).parameters.values()
+    defaults = {each.name: each.default for each in known}
+
+    @functools.wraps(old)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        values = rewriting.arguments(self, defaults, args, kwargs)
+        if values is None:
+            _undo(self, base, rewriting)
+            return old(self, *args, **kwargs)
+        return functions[self.training](self, *values)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
+        made, (kind, *rest), *state = reduced
+        assert made is copyreg.__newobj__ and kind is type(self)  # type: ignore[attr-defined]
+        return _made, (base, rewriting, *rest), *state
+
+    names = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        _MARK: rewriting,
+    }
+    return types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(names))
+
+
+def _made(base: Any, rewriting: Rewriting, *args: Any) -> nn.Module:
+    kind = _subclass(base, rewriting)
+    return kind.__new__(kind, *args)
+
+
+def _undo(module: nn.Module, base: type[nn.Module], rewriting: Rewriting) -> None:
+    """Make `module` what it was, its layers without what was fused into them."""
+    for path in rewriting.layers:
+        layer = _find(module, path)
+        if isinstance(layer, _BatchNorm):
+            layer.activation = None
+    module.__class__ = base
+
+
+def _home(value: Any) -> tuple[str, str]:
+    """The module and the path that `value` can be imported by."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__, ""
+    if isinstance(value, float):
+        return "math", "nan" if math.isnan(value) else "inf"
+    found: list[tuple[str, str]] = []
+    if value is type(None):
+        found.append(("types", "NoneType"))
+    name = str(getattr(value, "__name__", ""))
+    found.append((str(getattr(value, "__module__", "")), str(getattr(value, "__qualname__", name))))
+    try:
+        module, _, path = fx.node._get_qualified_name(value).rpartition(".")
+        found.append((module, path))
+    except Exception:  # it knows functions only
+        pass
+    for module, path in found:
+        try:
+            if _imported(module, path) is value:
+                return module, path
+        except (ImportError, AttributeError, ValueError):
+            continue
+    raise Unwritable(f"it uses {name or value}, which cannot be imported by name")
+
+
+def _imported(module: str, path: str) -> Any:
+    value: Any = importlib.import_module(module)
+    for name in filter(None, path.split(".")):
+        value = getattr(value, name)
+    return value

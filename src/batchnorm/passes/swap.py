@@ -1,0 +1,120 @@
+"""A layer of torch's becomes ours without leaving its place: the same object, of our class.
+
+Whatever holds it goes on holding it: several parents, an optimizer (by its parameters), hooks and their handles,
+a list in the model's forward. torch.nn.utils.parametrize changes a module's class in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from batchnorm import layers
+from batchnorm.kernels.reference import Activation
+from batchnorm.layers import _BatchNorm
+
+OURS: dict[type[nn.Module], type[_BatchNorm]] = {
+    nn.BatchNorm1d: layers.BatchNorm1d,
+    nn.BatchNorm2d: layers.BatchNorm2d,
+    nn.BatchNorm3d: layers.BatchNorm3d,
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_ours(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(module, _BatchNorm)
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Whether the report has a line for `module`: batch normalization in any form we know to look for."""
+    name = str(
+        getattr(module, "original_name", type(module).__name__)
+    )  # what was scripted keeps its name there
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether calling `module` runs something that was put on the instance and not its class's forward."""
+    return "forward" in vars(module) or "_call_impl" in vars(module)
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why `layer` cannot become ours, or None."""
+    kind = type(layer)
+    if is_ours(layer):
+        return "is ours already"
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "is compiled by torch.jit: upgrade the model before it is scripted or traced"
+    if parametrize.is_parametrized(layer):
+        return "has parametrizations"
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return "is lazy: run a batch through the model first"
+    if kind not in OURS and not _is_timms(layer):
+        return f"is {kind.__name__} of {kind.__module__}, not exactly a layer of torch's"
+    if is_patched(layer):
+        return "its forward was replaced on the instance"
+    for table, names in ((layer._parameters, ("weight", "bias")), (layer._buffers, _STATISTICS)):
+        for name in names:
+            if name not in table:
+                return f"its {name} is not a plain one (weight_norm, pruning, ...)"
+    for name in ("activation", "num_batches_skipped"):
+        if hasattr(layer, name):
+            return f"has an attribute {name} of its own, a name that ours needs"
+    if _is_timms(layer):
+        if type(layer.drop) is not nn.Identity:
+            return f"drops between normalization and activation ({layer.drop})"
+        if has_hooks(layer.drop):
+            return "its drop has hooks"
+    return None
+
+
+def swap(layer: nn.Module) -> None:
+    """Make `layer`, to which there is no `obstacle`, one of ours."""
+    timms = _is_timms(layer)
+    kind = OURS[nn.BatchNorm2d if timms else type(layer)]
+    layer.__class__ = kind
+    assert isinstance(layer, _BatchNorm)
+    mean = layer.running_mean
+    skipped = None if mean is None else torch.zeros((), dtype=torch.long, device=mean.device)
+    layer.register_buffer("num_batches_skipped", skipped, persistent=False)
+    for name, value in vars(kind(1, affine=False, track_running_stats=False)).items():
+        vars(layer).setdefault(name, value)  # the attributes that only ours has
+    layer._widen_statistics()
+    act = layer._modules.get("act") if timms else None
+    if act is not None and (type(act) is not nn.Identity or has_hooks(act)):
+        named = None if has_hooks(act) else activation_of(act)
+        # beside the children: it is registered as `act` already, and the state_dict must not hold it twice
+        vars(layer)["activation"] = named if isinstance(named, str) else act
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """What `activation=` has to be to mean the same as `module`, or None where no kernel has it."""
+    if is_patched(module):
+        return None
+    match module:
+        case nn.Hardtanh(min_val=0.0, max_val=6.0) if type(module) in (nn.Hardtanh, nn.ReLU6):
+            return "relu6"
+        case nn.LeakyReLU(negative_slope=slope) if type(module) is nn.LeakyReLU:
+            return leaky_relu(slope)
+    return _NAMED.get(type(module))
+
+
+def leaky_relu(slope: float) -> Activation:
+    return "leaky_relu" if slope == 0.01 else nn.LeakyReLU(slope)
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_NAMED = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+
+
+def _is_timms(layer: nn.Module) -> bool:
+    """Whether `layer` is timm's batch normalization with an activation in it."""
+    kind = type(layer)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__.partition(".")[0] == "timm"

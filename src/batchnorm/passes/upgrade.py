@@ -1,0 +1,222 @@
+"""`model, report = upgrade(model)`: torch's layers become ours, and what follows them is fused into them."""
+
+from __future__ import annotations
+
+import operator
+from typing import TypeVar, cast
+
+from torch import fx, nn
+
+from batchnorm.kernels.reference import Activation
+from batchnorm.layers import _BatchNorm
+from batchnorm.passes import block
+from batchnorm.passes.calls import MODES, Calls
+from batchnorm.passes.chain import Chain, Unfusable, activation_module, follow
+from batchnorm.passes.report import LayerReport, Report
+from batchnorm.passes.swap import has_hooks, is_normalization, is_ours, obstacle, swap
+from batchnorm.passes.trace import Trace, is_passive, is_sequential
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def upgrade(model: Model, *, fuse: bool = True) -> tuple[Model, Report]:
+    """Make every `torch.nn.BatchNorm1d/2d/3d` of `model` ours, in place, and fuse the activations that follow.
+
+    A layer stays the same object with the same parameters, buffers, hooks and flags; only its class changes. The
+    state_dict keeps its keys, and outputs, gradients and running statistics are the same to rounding.
+
+    What is fused: BN → activation and BN → (+ residual) → activation, for the activations that a layer has a name for
+    and LeakyReLU of any slope. In a Sequential the activation's place is taken by an Identity. Where a module's own
+    forward makes the calls, it is traced with torch.fx, in both modes, and the module gets a subclass of its
+    class, of the same name, with a forward without them.
+
+    Such a forward holds for calls like those that were seen: attributes that it has read are constants, arguments
+    that have a default stay at it, and no child is set to None. The first call for which an argument, a child or a
+    plain attribute (int, str, ...) has changed returns the module to its old forward, unfused, for good. What a forward
+    does beside computing, as printing, is done no more. A hook that is set later on a fused layer sees the output of
+    all that was fused; on a fused activation, nothing.
+
+    Layers of other classes (SyncBatchNorm, subclasses, ...) are left alone. timm's BatchNormAct2d is understood.
+
+    Args:
+        model: any module; a layer by itself is one too.
+        fuse: False swaps the layers only.
+
+    Returns: `model` itself, and what became of each layer and why.
+    """
+    if not isinstance(cast(object, model), nn.Module):
+        advice = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
+        raise TypeError(f"upgrade takes a torch.nn.Module, not {type(model).__name__}{advice}")
+    layers = {each: name for name, each in model.named_modules() if is_normalization(each)}
+    alone = {layer: why for layer in layers if (why := obstacle(layer)) is not None}
+    for layer in layers:
+        if layer not in alone:
+            swap(layer)
+    fused: dict[nn.Module, str] = {}
+    kept: dict[nn.Module, str] = {}
+    if fuse:
+        _fuse(model, [layer for layer in layers if is_ours(layer)], fused, kept)
+
+    def report(layer: nn.Module, name: str) -> LayerReport:
+        if layer in fused:
+            return LayerReport(name, "fused", fused[layer])
+        if layer in alone:
+            return LayerReport(name, "left alone", why=alone[layer])
+        if is_ours(layer) and layer.activation is not None:  # timm's brought it along
+            if isinstance(layer.activation, str):
+                return LayerReport(name, "fused", layer.activation)
+            return LayerReport(name, "swapped", why=f"{type(layer.activation).__name__} has no fused kernel")
+        return LayerReport(name, "swapped", why=kept[layer] if fuse else "fuse=False")
+
+    return model, Report(tuple(report(layer, name) for layer, name in layers.items()))
+
+
+def _fuse(
+    model: nn.Module, layers: list[_BatchNorm], fused: dict[nn.Module, str], kept: dict[nn.Module, str]
+) -> None:
+    """Fuse what follows each of `layers`; say in `fused` what that was, or in `kept` why nothing was."""
+    calls = Calls(model)
+    by_block: dict[nn.Module, list[_BatchNorm]] = {}
+    for layer in layers:
+        try:
+            owner, follower = _place(layer, calls)
+            if follower is None:
+                by_block.setdefault(owner, []).append(layer)
+            else:
+                fused[layer] = _in_sequential(layer, owner, follower, calls)
+        except Unfusable as reason:
+            kept[layer] = str(reason)
+    for owner, its in by_block.items():
+        _in_block(owner, its, calls, fused, kept)
+
+
+def _place(layer: _BatchNorm, calls: Calls) -> tuple[nn.Module, str | None]:
+    """The module in which something may follow `layer`; its name there, if that module is a Sequential.
+
+    Raises: Unfusable where not every call of the layer leads there.
+    """
+    if layer.activation is not None:
+        raise Unfusable("has an activation already")
+    if has_hooks(layer):
+        raise Unfusable("has hooks, which would see what is fused")
+    child: nn.Module = layer
+    while (owner := calls.owner(child)) is not None:
+        why = calls.obstacle(child, owner)
+        if why is not None:
+            raise Unfusable(why)
+        if is_sequential(owner):
+            follower = _behind(child, owner)
+            if follower is not None:
+                return owner, follower
+        elif owner not in calls.tails:
+            return owner, None
+        if has_hooks(owner):
+            raise Unfusable(f"no activation follows in its {type(owner).__name__}, which has hooks")
+        child = owner
+    if child is not layer:
+        raise Unfusable("no activation follows")
+    holders = [each for each in calls.opaque if any(child is layer for child in each.modules())]
+    raise Unfusable(calls.opaque[holders[-1]] if holders else "no call of it was found")
+
+
+def _behind(child: nn.Module, owner: nn.Module) -> str | None:
+    """The name of what follows `child` in a Sequential."""
+    children = [(name, each) for name, each in owner._modules.items() if each is not None]
+    place = next(index for index, (_, each) in enumerate(children) if each is child)
+    return next((name for name, each in children[place + 1 :] if not is_passive(each)), None)
+
+
+def _in_sequential(layer: _BatchNorm, owner: nn.Module, name: str, calls: Calls) -> str:
+    """Fuse the activation of that name in a Sequential into `layer`."""
+    follower = owner.get_submodule(name)
+    activation = activation_module(follower)
+    if any(follower in trace.whole for traces in calls.traces.values() for trace in traces.values()):
+        raise Unfusable(f"{type(follower).__name__}, which follows, is called from elsewhere too")
+    layer.activation = activation
+    owner._modules[name] = nn.Identity().train(follower.training)
+    return _text(activation)
+
+
+def _text(activation: Activation) -> str:
+    return activation if isinstance(activation, str) else str(activation)
+
+
+def _in_block(
+    owner: nn.Module,
+    layers: list[_BatchNorm],
+    calls: Calls,
+    fused: dict[nn.Module, str],
+    kept: dict[nn.Module, str],
+) -> None:
+    """Fuse what follows `layers` in the forward of `owner`, if in both modes it is the same."""
+    traces = calls.traces[owner]
+    done: dict[str, _BatchNorm] = {}
+    for layer in layers:
+        try:
+            block.writable(owner)
+            chains = {mode: _chain(layer, traces[mode], owner) for mode in MODES}
+            found = [chain for chain in chains.values() if chain is not None]
+            if any(each.what != found[0].what for each in found):
+                raise Unfusable("what follows differs between training and evaluation")
+            for mode, chain in chains.items():
+                if chain is not None:
+                    path = str(chain.layer.target)
+                    _contract(traces[mode].graph, chain)
+            done[path] = layer
+            layer.activation = found[0].activation
+            fused[layer] = found[0].what
+        except (Unfusable, block.Unwritable) as reason:
+            kept[layer] = str(reason)
+    if not done:
+        return
+    training, evaluation = (traces[mode] for mode in MODES)
+    if block.is_graph(owner):
+        owner.graph = training.graph  # in evaluation it is the same
+        return
+    inlined = {**training.inlined, **evaluation.inlined}
+    read = {"": {**training.attributes, **evaluation.attributes}}
+    read.update({path: calls.tails[each] for path, each in inlined.items()})
+    try:
+        block.rewrite(
+            owner,
+            block.Rewriting(
+                block.Source.of(training.graph),
+                block.Source.of(evaluation.graph),
+                tuple((name, kind.__name__) for name, kind in calls.inputs[owner].items()),
+                tuple(
+                    (path, name, value) for path, each in read.items() for name, value in sorted(each.items())
+                ),
+                block.children_of(owner, inlined),
+                tuple(done),
+            ),
+        )
+    except (TypeError, block.Unwritable) as reason:
+        for layer in done.values():
+            layer.activation = None
+            del fused[layer]
+            kept[layer] = f"the forward of {type(owner).__name__} cannot be rewritten: {reason}"
+
+
+def _chain(layer: _BatchNorm, trace: Trace, owner: nn.Module) -> Chain | None:
+    """What follows `layer` in `trace`; None if it is not called there."""
+    for node in trace.graph.nodes:
+        if node.op == "call_module" and owner.get_submodule(str(node.target)) is layer:
+            return follow(node, trace, owner)
+    return None
+
+
+def _contract(graph: fx.Graph, chain: Chain) -> None:
+    """Let the one call of the layer stand for all of `chain`."""
+    whole = chain.layer
+    if chain.add is not None:
+        with graph.inserting_before(chain.add):
+            layer = graph.get_attr(str(chain.layer.target))
+            in_place = chain.add.target in (operator.iadd, "add_")
+            whole = graph.call_function(
+                block.add_residual, (layer, chain.layer.args[0], chain.residual, in_place)
+            )
+    chain.last.replace_all_uses_with(whole)
+    for node in (chain.last, *reversed(chain.between)):
+        graph.erase_node(node)
+    if whole is not chain.layer:
+        graph.erase_node(chain.layer)

@@ -1,0 +1,64 @@
+"""Results as a run leaves them, with numbers made up so that each can be recognised."""
+
+from batchnorm.bench.options import Options
+from batchnorm.bench.rounds import times
+from batchnorm.bench.rows import Command, Measured, Row
+
+
+def layer(shape, layout, dtype, ours, torch, copy, compiled=None):
+    """Rows of one layer, forward and backward: seconds of each contender, the backward at twice the forward."""
+    one = {who: {"forward": s, "backward": 2 * s} for who, s in (("ours", ours), ("torch", torch))}
+    if compiled:
+        one["compile"] = {"forward": compiled, "backward": 2 * compiled}
+    one["copy"] = {"copy": copy}
+    return [
+        Row(
+            name="BN+ReLU", shape=shape, layout=layout, dtype=dtype, part=part, calls=5, rounds=7,
+            times=times([one] * 7, part),
+        )
+        for part in ("forward", "backward", "both")
+    ]  # fmt: skip
+
+
+def network(name, layout, ours, **others):
+    seconds = {"ours": ours, **{who.replace("_", " "): s for who, s in others.items()}}
+    one = {who: {"step": s} for who, s in seconds.items()}
+    return Row(
+        name=name, shape=(32, 3, 64, 64), layout=layout, dtype="float32", part="step", calls=1, rounds=9,
+        times=times([one] * 9, "step"),
+    )  # fmt: skip
+
+
+def measured(command: Command = "kernels", *, finished: bool = True, compiled: bool = True) -> Measured:
+    with_compile = 0.25 if compiled else None
+    rows = (
+        [
+            row
+            for dtype in ("float32", "bfloat16")
+            for layout in ("NCHW", "channels-last")
+            for row in [
+                *layer((32, 64, 112, 112), layout, dtype, 0.02, 0.16, 0.01, with_compile),
+                *layer((32, 1024, 7, 7), layout, dtype, 0.001, 0.002, 0.0005),
+            ]
+        ]
+        if command == "kernels"
+        else [
+            network("resnet18", "NCHW", 0.2, torch=0.25, compile=1.5, without_BN=0.18),
+            network("mobilenet_v2", "NCHW", 0.1, torch=0.16, compile=1.5, without_BN=0.07),
+            network("resnet18", "own settings", 0.15, torch=0.3),
+        ]
+    )
+    return Measured(
+        command=command,
+        line=f"batchnorm bench {command}",
+        options=Options(networks=("resnet18",) if command != "kernels" else ()),
+        threads=2,
+        machine="a processor, 2 cores, Linux x86_64",
+        versions={"python": "3.11.7", "batchnorm": "0.1.0", "torch": "2.14.1"},
+        environment={"OMP_NUM_THREADS": "2"},
+        kept_memory=True,
+        started="2026-01-02T03:04:05+00:00",
+        finished=finished,
+        notes=["BN+ReLU 256×1024 (N, C) float32: torch.compile failed with InductorError"],
+        rows=rows,
+    )

@@ -1,0 +1,109 @@
+"""`batchnorm bench` as a user meets it. No time is asserted: the machine has other things to do."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from batchnorm.bench.rows import read
+from tests.test_cli import COMMAND, batchnorm
+
+pytest.importorskip("torchvision", reason="the networks are torchvision's")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_all_of_it_on_one_page(tmp_path):
+    done = batchnorm("bench", "all", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "RESULTS.md",
+        *(f"{command}.{kind}" for command in ("kernels", "step", "infer") for kind in ("json", "png")),
+    }
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "tiny shapes: no measurement" in page
+    assert "OMP_NUM_THREADS=1" in page
+    assert "BN+ReLU against torch, channels-last, bfloat16" in done.stdout
+    steps = read(tmp_path / "step.json")
+    assert steps.finished
+    assert [(row.name, row.layout) for row in steps.rows] == [
+        ("mlp", "(N, C)"),
+        ("resnet18", "NCHW"),
+        ("resnet18", "channels-last"),
+        ("resnet18", "own settings"),
+    ]
+    assert set(steps.rows[1].times) == {"ours", "torch", "without BN"}
+    assert all(time.ms > 0 for row in steps.rows for time in row.times.values())
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "names"),
+    [
+        ("kernels", ("--full", "--dtypes", "bfloat16", "--threads", 1), {"BN", "BN+ReLU", "BN+add+ReLU"}),
+        ("step", ("--networks", "mlp", "--threads", 1), {"mlp"}),
+        ("infer", ("--networks", "mlp", "--dtypes", "float32"), {"BN+ReLU", "mlp"}),
+    ],
+)
+def test_each_command_measures_what_it_is_told_to(tmp_path, command, options, names):
+    done = batchnorm("bench", command, "--quick", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    measured = read(folder / f"{command}.json")
+    assert {row.name for row in measured.rows} == names
+    assert {row.rounds for row in measured.rows} == {3}
+    assert measured.threads == 1
+    assert f"{folder.name}/RESULTS.md" in done.stdout.replace("\n", "")
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "bench", "kernels", "--quick", "--seconds", "1", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "torch/ours" in line:  # the first case has ended, the second is being measured
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert f"Stopped. What there is:  {tmp_path / 'RESULTS.md'}" in rest
+    measured = read(tmp_path / "kernels.json")
+    assert not measured.finished
+    assert [row.part for row in measured.rows] == ["forward", "backward", "both"]
+    assert "rows are missing" in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("kernels", "--dtypes", "float16"), "--dtypes: Input should be 'float32' or 'bfloat16'"),
+        (("step", "--networks", "resnet19"), "no network resnet19: choose from mlp, resnet18"),
+    ],
+)
+def test_a_wrong_choice_is_one_line(arguments, advice):
+    done = batchnorm("bench", *arguments)
+    assert done.returncode == 1
+    assert advice in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["kernels", "step", "infer", "all"])
+def test_help_teaches_by_examples_without_torch(command):
+    code = f"""
+import sys
+from batchnorm.cli import main
+sys.argv = ["batchnorm", "bench", "{command}", "--help"]
+try:
+    main()
+finally:
+    assert not {{"torch", "matplotlib"}} & set(sys.modules), "too much was imported"
+"""
+    done = subprocess.run([COMMAND[0], "-c", code], capture_output=True, text=True, check=True)
+    assert f"batchnorm bench {command} " in done.stdout
