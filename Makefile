@@ -1,10 +1,10 @@
-# make demo | test | lint | mutations; each builds .venv first when it is missing or out of date.
+# make demo | test | bench | lint | mutations; each builds .venv first when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format mutations clean
+.PHONY: help install demo test bench lint format mutations clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ demo: $(INSTALLED) ## the paper's MNIST experiment on real digits, as a page wit
 test: $(INSTALLED) ## the test suite
 	$(BIN)/python -m pytest
 
+bench: $(INSTALLED) ## kernels, training steps and inference against torch's; writes benchmarks/RESULTS.md
+	$(BIN)/batchnorm bench all --out benchmarks
+
 lint: $(INSTALLED) ## ruff and mypy, as in CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +39,4 @@ mutations: $(INSTALLED) ## break the code on purpose, a piece at a time, and see
 	$(BIN)/python -m tests.mutations
 
 clean: ## remove .venv and what the tools cached
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,6 +24,8 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t least_groups = 16;  // so that as many threads have something to do
+
 struct Part {
   int64_t chunk;
   int64_t first_channel, channels;
@@ -59,6 +61,7 @@ inline Grid divide(const Shape& shape, bool dense, int64_t bytes) {
   } else {
     grid.channels_per_group = l2_share / (shape.outer * shape.inner * bytes);
   }
+  if (shape.inner > 1) grid.channels_per_group = min(grid.channels_per_group, shape.channels / least_groups);
   grid.channels_per_group = max(1, min(min(grid.channels_per_group, shape.channels), max_width));
   grid.groups = ceil_div(shape.channels, grid.channels_per_group);
   // Where no cache holds a group until the second pass, or groups are too few for many threads, they are cut along `outer`.
@@ -66,7 +69,7 @@ inline Grid divide(const Shape& shape, bool dense, int64_t bytes) {
   if (grid.by_rows && shape.inner == 1 && whole > l2_share) {
     chunks = min(64, ceil_div(whole, grid.groups * chunk_bytes));
   } else if (whole > l2_share / 4) {
-    chunks = ceil_div(16, grid.groups);
+    chunks = ceil_div(least_groups, grid.groups);
   }
   grid.outer_per_chunk = ceil_div(shape.outer, chunks);
   grid.chunks = ceil_div(shape.outer, grid.outer_per_chunk);

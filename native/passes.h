@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t block_values = 4096, block_rows = 64;  // summed in float32 before they are added in float64
 constexpr int64_t first_values = 1024, first_rows = 8;   // that give the first shift
 constexpr int64_t streamed_bytes = 4096;                 // go out at once
-constexpr int64_t streams_from = 4 << 20;               // bytes of a result that no cache will keep
+constexpr int64_t streams_from = 4 << 20;                // bytes of a result that no cache will keep
 
 template <class E>
 const E* at(const Tensor& t, int64_t n, int64_t c) {

@@ -14,6 +14,7 @@ from batchnorm.bench import infer, kernels, step
 from batchnorm.bench.case import Case
 from batchnorm.bench.options import Options
 from batchnorm.bench.rows import Command, Measured, Row
+from batchnorm.kernels import choice
 from batchnorm.memory import keep_memory
 from batchnorm.training.machine import machine, versions
 
@@ -69,7 +70,9 @@ def measure(command: Command, options: Options, line: str, watcher: Watcher) -> 
         options=options,
         threads=torch.get_num_threads(),
         machine=machine(),
-        versions=versions() | ({"torchvision": version("torchvision")} if command != "kernels" else {}),
+        versions=versions()
+        | ({"torchvision": version("torchvision")} if command != "kernels" else {})
+        | {"kernels": f"{choice.active()} {choice.instruction_set()}".strip()},
         environment={
             name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
         },

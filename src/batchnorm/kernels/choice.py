@@ -49,6 +49,15 @@ def active() -> Name:
     return _chosen or _first()
 
 
+def instruction_set() -> str:
+    """For what the kernels in use were compiled: "avx512", "avx2", "baseline", or "" where they are not native."""
+    if active() != "native":
+        return ""
+    from batchnorm.kernels import _native
+
+    return _native.instruction_set()
+
+
 def built() -> bool:
     """Whether the package was installed with its native kernels."""
     try:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 
 from batchnorm.data.digits import Digits
+from batchnorm.memory import keep_memory
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
 from batchnorm.training.config import Training
@@ -139,6 +140,7 @@ def _start(data: str, messages: Any, stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _terminate)
     Thread(target=_leave_with_parent, daemon=True).start()
+    keep_memory()
     torch.set_num_threads(1)  # the networks are small: a core each, and sums that never depend on the machine
     _Here.data, _Here.messages, _Here.stop = Digits.load(data), messages, stop
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)

@@ -1,0 +1,12 @@
+#pragma once
+
+namespace batchnorm::tests {
+
+void numbers();     // bfloat16 and float16, there and back
+void values();      // nan, inf, running statistics
+void accuracy();    // large means, and data that are hard on sums
+void shapes();      // everything against the oracle
+void large();       // the same, larger
+void selections();  // results that are not wanted
+
+}  // namespace batchnorm::tests
