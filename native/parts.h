@@ -25,6 +25,7 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t least_groups = 16;  // so that as many threads have something to do
+constexpr int64_t most_chunks = 64;
 
 struct Part {
   int64_t chunk;
@@ -47,8 +48,9 @@ struct Grid {
 constexpr int64_t l2_share = 512 << 10;     // bytes of a part that a second pass may hope to find in L2
 constexpr int64_t chunk_bytes = 256 << 10;  // of a part that it will not: long enough for streams
 
-// `bytes` of a value in all the tensors that are read twice; `dense`: every tensor has its channels side by side.
-inline Grid divide(const Shape& shape, bool dense, int64_t bytes) {
+// `bytes` of a value in all the tensors that are read twice; `dense`: every tensor has its channels side by side; `once`: there
+// is one pass only, which then goes through memory from one end to the other.
+inline Grid divide(const Shape& shape, bool dense, int64_t bytes, bool once = false) {
   Grid grid;
   const int64_t whole = shape.outer * shape.channels * shape.inner * bytes;
   grid.by_rows = dense && shape.inner <= 256;
@@ -61,13 +63,19 @@ inline Grid divide(const Shape& shape, bool dense, int64_t bytes) {
   } else {
     grid.channels_per_group = l2_share / (shape.outer * shape.inner * bytes);
   }
-  if (shape.inner > 1) grid.channels_per_group = min(grid.channels_per_group, shape.channels / least_groups);
+  if (shape.inner > 1 && once) {
+    grid.channels_per_group = grid.by_rows ? max_width / shape.inner : shape.channels;
+  } else if (shape.inner > 1) {
+    grid.channels_per_group = min(grid.channels_per_group, shape.channels / least_groups);
+  }
   grid.channels_per_group = max(1, min(min(grid.channels_per_group, shape.channels), max_width));
   grid.groups = ceil_div(shape.channels, grid.channels_per_group);
   // Where no cache holds a group until the second pass, or groups are too few for many threads, they are cut along `outer`.
   int64_t chunks = 1;
-  if (grid.by_rows && shape.inner == 1 && whole > l2_share) {
-    chunks = min(64, ceil_div(whole, grid.groups * chunk_bytes));
+  if (shape.inner > 1 && once) {
+    chunks = min(most_chunks, grid.by_rows ? ceil_div(shape.outer, 8) : shape.outer);
+  } else if (grid.by_rows && shape.inner == 1 && whole > l2_share) {
+    chunks = min(most_chunks, ceil_div(whole, grid.groups * chunk_bytes));
   } else if (whole > l2_share / 4) {
     chunks = ceil_div(least_groups, grid.groups);
   }

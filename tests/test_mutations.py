@@ -1,12 +1,11 @@
 """The list of mutations does not rot; `python -m tests.mutations` (make mutations) runs it."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.mutations.__main__ import ROOT, main
+from tests.mutations.__main__ import ROOT, importing_from, main
 from tests.mutations.mutations import MUTATIONS
 
 
@@ -29,15 +28,16 @@ def test_names_are_unique():
 def test_the_copy_s_source_stands_before_the_installed_one(tmp_path):
     (tmp_path / "batchnorm").mkdir()
     (tmp_path / "batchnorm" / "__init__.py").write_text("copied = True")
-    run = subprocess.run(
-        [sys.executable, "-c", "import batchnorm; batchnorm.copied"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    asks = [sys.executable, "-c", "import batchnorm; batchnorm.copied"]
+    for arguments in (asks, [sys.executable, "-c", f"import subprocess; subprocess.run({asks}, check=True)"]):
+        run = subprocess.run(
+            arguments, env=importing_from(tmp_path, "native"), cwd=ROOT, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
 
 
 def outcome(status):
-    return lambda tests, mutation: (0 if mutation is None else status, "a test", 0.0)
+    return lambda tests, mutation, kernels: (0 if mutation is None else status, "a test", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,6 @@ def test_a_survivor_is_told(monkeypatch, capsys, word, status_of_mutated, exit_s
 
 
 def test_tests_that_fail_without_a_mutation_prove_nothing(monkeypatch, capsys):
-    monkeypatch.setattr("tests.mutations.__main__.run", lambda tests, mutation: (1, "a test", 0.0))
+    monkeypatch.setattr("tests.mutations.__main__.run", lambda tests, mutation, kernels: (1, "a test", 0.0))
     assert main(["momentum swapped"]) == 1
     assert "nothing above means anything" in capsys.readouterr().out

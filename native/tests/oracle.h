@@ -161,7 +161,7 @@ struct Tolerance {
 inline Tolerance tolerance(Number number) {
   if (number == Number::f64) return {4e-14L, 1e-14L, 4e-14L};
   if (number == Number::f32) return {1e-6L, 6e-7L, 3e-6L};
-  return {4e-6L, 4e-6L, 2e-5L};
+  return {1e-5L, 1e-5L, 2e-5L};
 }
 
 inline bool agree(const Problem& p, const Answer& a, const Results& results, const Tolerance& t) {

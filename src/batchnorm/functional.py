@@ -134,6 +134,8 @@ def _check(
     for values in (running_mean, running_var, weight, bias):
         if values is not None and (values.dim() != 1 or values.size(0) != channels):
             raise _of_another_size(input, running_mean, running_var, weight, bias)
+        if values is not None:
+            accumulator(values.dtype)
     if training and count_per_channel(input) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.size()}: "

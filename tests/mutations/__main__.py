@@ -14,12 +14,38 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from batchnorm.kernels import choice
 from tests.mutations.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
 
+# An editable installation's own finder comes before any path, in the processes that tests start as well.
+SITE = """\
+import importlib.machinery
+import sys
 
-def run(tests: Sequence[str], mutation: Mutation | None) -> tuple[int, str, float]:
+paths = importlib.machinery.PathFinder
+sys.meta_path[:] = [f for f in sys.meta_path if f is paths or f.find_spec("batchnorm", None) is None]
+"""
+
+
+def importing_from(source: Path, kernels: str) -> dict[str, str]:
+    """The environment of a process that imports `source`/batchnorm, whatever is installed, and uses `kernels`."""
+    (source / "sitecustomize.py").write_text(SITE)
+    return {
+        **os.environ, "PYTHONPATH": str(source), "BATCHNORM_KERNELS": kernels, "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def _with_native_kernels(source: Path) -> None:
+    """Put those that were built beside the Python of the copy, which is all that a mutation changes."""
+    if choice.built():
+        from batchnorm.kernels import _native
+
+        shutil.copy(str(_native.__file__), source / "batchnorm" / "kernels")
+
+
+def run(tests: Sequence[str], mutation: Mutation | None, kernels: str) -> tuple[int, str, float]:
     """Pytest's exit status on a copy of src/ with the mutation, the first test that failed, seconds."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +56,8 @@ def run(tests: Sequence[str], mutation: Mutation | None) -> tuple[int, str, floa
             text = file.read_text()
             assert text.count(mutation.old) == 1, f"{mutation.name}: its text has gone from {mutation.file}"
             file.write_text(text.replace(mutation.old, mutation.new))
-        environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+        _with_native_kernels(source)
+        environment = importing_from(source, kernels)
 
         def python(*arguments: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
@@ -48,10 +75,14 @@ def run(tests: Sequence[str], mutation: Mutation | None) -> tuple[int, str, floa
 
 def main(words: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
-    every = sorted({test for mutation in chosen for test in mutation.tests})
+    if not choice.built() and any(mutation.kernels == "native" for mutation in chosen):
+        print("the native kernels are not built here: what only they would notice survives")
+    every: dict[str, set[str]] = {}
+    for mutation in chosen:
+        every.setdefault(mutation.kernels, set()).update(mutation.tests)
     with ThreadPoolExecutor(2) as pool:  # one a core, each with one thread
-        unmutated = pool.submit(run, every, None)
-        runs = [(mutation, pool.submit(run, mutation.tests, mutation)) for mutation in chosen]
+        unmutated = [pool.submit(run, sorted(tests), None, kernels) for kernels, tests in every.items()]
+        runs = [(m, pool.submit(run, m.tests, m, m.kernels)) for m in chosen]
         survivors = 0
         for mutation, future in runs:
             status, test, seconds = future.result()
@@ -59,11 +90,12 @@ def main(words: list[str]) -> int:
             survivors += not caught
             says = f"caught by {test}" if caught else f"SURVIVED ({mutation.why}; pytest's status {status})"
             print(f"{mutation.name}: {says} ({seconds:.0f} s)", flush=True)
-        status, test, seconds = unmutated.result()
-    if status != 0:
-        print(f"without any mutation: {test} fails, so nothing above means anything")
+        broken = [(kernels, *future.result()[:2]) for kernels, future in zip(every, unmutated, strict=True)]
+    broken = [(kernels, status, test) for kernels, status, test in broken if status != 0]
+    for kernels, _, test in broken:
+        print(f"without any mutation: {test} fails with {kernels} kernels, so nothing above means anything")
     print(f"{len(chosen) - survivors} of {len(chosen)} mutations caught")
-    return int(survivors > 0 or status != 0 or not chosen)
+    return int(survivors > 0 or bool(broken) or not chosen)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which stands exactly once in src/batchnorm/`file`, becomes `new`; `tests` must notice."""
+    """`old`, which stands exactly once in src/batchnorm/`file`, becomes `new`; `tests` must notice, with `kernels`."""
 
     name: str
     file: str
@@ -15,6 +15,7 @@ class Mutation:
     new: str
     why: str
     tests: tuple[str, ...]
+    kernels: str = "native"
 
 
 MOMENTS, RUNNING, GRID = ("test_moments.py",), ("test_running_statistics.py",), ("grid",)
@@ -23,6 +24,7 @@ FUNCTIONAL, LAYERS, NONFINITE = (
     ("test_layers.py", "test_with_torch.py"),
     ("test_nonfinite.py",),
 )
+GAPS = ("test_kernels_gaps.py",)
 CHECKPOINTING, PAPER = ("test_checkpointing.py",), ("test_paper_properties.py",)
 
 MUTATIONS = [
@@ -30,12 +32,12 @@ MUTATIONS = [
     Mutation(
         "Bessel's factor upside down", "moments.py",
         "divisor = self.count - 1 if unbiased", "divisor = self.count + 1 if unbiased",
-        "n + 1 for n - 1", RUNNING,
+        "n + 1 for n - 1", RUNNING, "reference",
     ),
     Mutation(
         "biased and unbiased swapped", "moments.py",
         "divisor = self.count - 1 if unbiased else self.count", "divisor = self.count if unbiased else self.count - 1",
-        "normalising takes the biased variance", PAPER,
+        "normalising takes the biased variance", PAPER, "reference",
     ),
     Mutation(
         "E[x²] - E[x]²", "moments.py",
@@ -91,11 +93,6 @@ MUTATIONS = [
         "mask of any shape", "moments.py",
         "if mask.dim() != x.dim() or any(", "if False and any(",
         "a missing channel dimension is torch's riddle of an error", MOMENTS,
-    ),
-    Mutation(
-        "one tensor returned twice", "moments.py",
-        "return cls(0, empty, empty.clone())", "return cls(0, empty, empty)",
-        "an op's two outputs must be two tensors when it is compiled", LAYERS,
     ),
     # --- affine
     Mutation(
@@ -155,7 +152,7 @@ MUTATIONS = [
         "∂/∂γ = Σ dy·x̂", GRID,
     ),
     Mutation(
-        "second-order gradient through constants", "kernels/ops.py",
+        "second-order gradient through constants", "kernels/node.py",
         "if torch.is_grad_enabled():", "if False:",
         "the moments' dependence on x forgotten", FUNCTIONAL,
     ),
@@ -164,68 +161,216 @@ MUTATIONS = [
         "if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:", "if False:",
         "vmap and forward mode need the steps", FUNCTIONAL,
     ),
-    # --- functional
     Mutation(
-        "momentum swapped", "functional.py",
+        "momentum swapped", "kernels/reference.py",
         "running.lerp(batch, rate)", "running.lerp(batch, 1 - rate)",
-        "Keras's convention", RUNNING,
+        "Keras's convention", RUNNING, "reference",
     ),
     Mutation(
-        "biased running variance", "functional.py",
+        "biased running variance", "kernels/reference.py",
         "moments.variance(unbiased=True)", "moments.variance()",
-        "algorithm 2, line 10 has m/(m - 1)", RUNNING,
+        "algorithm 2, line 10 has m/(m - 1)", RUNNING, "reference",
     ),
     Mutation(
-        "inf and nan enter", "functional.py",
+        "inf and nan enter", "kernels/reference.py",
         "entered = (mean + variance).isfinite().all()", "entered = torch.ones((), dtype=torch.bool)",
-        "one bad batch ruins the statistics for good", NONFINITE,
+        "one bad batch ruins the statistics for good", NONFINITE, "reference",
     ),
     Mutation(
-        "finite in float64 only", "functional.py",
+        "finite in float64 only", "kernels/reference.py",
         "entered = (mean + variance).isfinite().all()", "entered = (moments.mean + moments.m2).sum().isfinite()",
-        "asked before the values are narrowed", NONFINITE,
+        "asked before the values are narrowed", NONFINITE, "reference",
     ),
     Mutation(
-        "running statistics rebound", "functional.py",
+        "running statistics rebound", "kernels/reference.py",
         "running.copy_(torch.where(", "running.set_(torch.where(",
-        "whoever holds the storage sees no change", LAYERS,
+        "whoever holds the storage sees no change", LAYERS, "reference",
     ),
     Mutation(
-        "residual after the activation", "functional.py",
-        "        output = (output + residual).to(output.dtype)\n    function = activation_function(activation)\n    return output if function is None else function(output)",
-        "    else:\n        residual = torch.zeros_like(output)\n    function = activation_function(activation)\n    return residual + (output if function is None else function(output))",
+        "residual after the activation", "kernels/reference.py",
+        "    if residual is not None:\n        output = (output + residual).to(output.dtype)\n    function = activation_function(activation)\n    return output if function is None else function(output)",
+        "    if residual is None:\n        residual = torch.zeros_like(output)\n    function = activation_function(activation)\n    return residual + (output if function is None else function(output))",
         "activation(bn(x)) + residual", GRID,
     ),
     Mutation(
+        "buffers moved by nothing", "kernels/reference.py",
+        "torch.where(entered, running.lerp(batch, rate), running)", "running.lerp(torch.where(entered, batch, running), rate)",
+        "moved towards themselves, -0.0 becomes 0.0 and inf nan", NONFINITE, "reference",
+    ),
+    Mutation(
+        "the running mean itself kept for backward", "kernels/ops.py",
+        "mean = given[0].clone()", "mean = given[0]",
+        "training before the backward pass of an evaluation fails", FUNCTIONAL, "reference",
+    ),
+    Mutation(
+        "the residual's dtype leaks", "kernels/reference.py",
+        "output = (output + residual).to(output.dtype)", "output = output + residual",
+        "a bfloat16 network turns float32", FUNCTIONAL,
+    ),
+    Mutation(
+        "bad batches counted as tracked", "kernels/reference.py",
+        "batches.add_(entered)", "batches.add_(1)",
+        "disturbs the cumulative average", NONFINITE, "reference",
+    ),
+    # --- kernels: native
+    Mutation(
+        "momentum swapped on its way to the kernel", "kernels/native.py",
+        "        rate, 0 if batches is None", "        1 - rate, 0 if batches is None",
+        "Keras's convention", RUNNING,
+    ),
+    Mutation(
+        "biased running variance of the kernel", "kernels/native.py",
+        "mean.numel(), float(count), mean.data_ptr()", "mean.numel(), float(count + 1), mean.data_ptr()",
+        "algorithm 2, line 10 has m/(m - 1)", RUNNING,
+    ),
+    Mutation(
+        "channels-last rows a value apart", "kernels/native.py",
+        "(x.data_ptr(), stride, 1)", "(x.data_ptr(), 1, 1)",
+        "rows overlap", GRID,
+    ),
+    Mutation(
+        "any layout taken for dense", "kernels/native.py",
+        "if _runs(x, range(2, x.dim())) == 1 else None", "if True else None",
+        "positions that lie apart are read as if they lay side by side", GRID,
+    ),
+    Mutation(
+        "output not copied back", "kernels/native.py",
+        "return (y if out is y else y.copy_(out)), mean, m2", "return y, mean, m2",
+        "in a layout that the kernels cannot write, y is what memory held", GRID,
+    ),
+    Mutation(
+        "gradients not copied back", "kernels/native.py",
+        "result.copy_(computed)", "pass",
+        "in a layout that the kernels cannot write, dx is what memory held", GRID,
+    ),
+    Mutation(
+        "given variance divided by a count", "kernels/native.py",
+        "count = 1.0\n", "count = float(sizes[0] * sizes[2])\n",
+        "a variance is not a sum of squares", GRID,
+    ),
+    Mutation(
+        "given variance divided by a count going backward", "kernels/native.py",
+        "1.0 if given else float(sizes[0] * sizes[2])", "float(sizes[0] * sizes[2])",
+        "a variance is not a sum of squares", GRID,
+    ),
+    Mutation(
+        "moved behind autograd's back", "kernels/native.py",
+        "torch.autograd.graph.increment_version(moved)", "pass",
+        "a graph that saved the buffers gives a wrong gradient instead of an error", GAPS,
+    ),
+    Mutation(
+        "a stretched weight read as it lies", "kernels/native.py",
+        "return values if values is None or values.is_contiguous() else values.contiguous()", "return values",
+        "every second value of a larger tensor", GAPS,
+    ),
+    # --- kernels: what autograd and compilers see of them
+    Mutation(
+        "nothing saved for a residual", "kernels/node.py",
+        "return (None, None) if residual is None or activation == native.NONE else (residual, y)", "return None, None",
+        "where the activation was cut is not known", GRID,
+    ),
+    Mutation(
+        "the weight's gradient asked of the bias", "kernels/node.py",
+        "dweight if needed[1] else None", "dweight if needed[2] else None",
+        "lost where the bias is frozen", FUNCTIONAL,
+    ),
+    Mutation(
+        "the running statistics themselves kept by a node", "kernels/node.py",
+        "given = given[0].clone(), given[1].clone()", "given = given",
+        "training before the backward pass of an evaluation changes its gradient", FUNCTIONAL,
+    ),
+    Mutation(
+        "second-order gradient of a residual lost", "kernels/node.py",
+        "if residual is None and wanted[3]:", "if False:",
+        "without an activation nothing is saved of it", GAPS,
+    ),
+    Mutation(
+        "the operator's residual without a gradient", "kernels/operators.py",
+        "gradients.append(dy if y is None else dresidual)", "gradients.append(dresidual)",
+        "without an activation dy is the gradient", GAPS,
+    ),
+    Mutation(
+        "the operator's output for its moments", "kernels/operators.py",
+        "return y, stats[0], stats[1]", "return y, stats[0], stats[0]",
+        "the mean taken for m2", LAYERS,
+    ),
+    Mutation(
+        "the running statistics themselves kept by an operator", "kernels/operators.py",
+        "(given[0].clone(), given[1].clone())", "given",
+        "training before the backward pass of an evaluation fails", GAPS,
+    ),
+    Mutation(
+        "second-order gradient through the operator's constants", "kernels/operators.py",
+        "if torch.is_grad_enabled():", "if False:",
+        "the moments' dependence on x forgotten", GAPS,
+    ),
+    # --- kernels: which computes
+    Mutation(
+        "a residual of another dtype fused", "kernels/ops.py",
+        "residual.dtype != x.dtype or ", "",
+        "its bytes are read as x's", FUNCTIONAL,
+    ),
+    Mutation(
+        "an activation's hooks passed over", "kernels/ops.py",
+        "        module._forward_hooks\n        or module", "        module",
+        "a fused activation calls none", GAPS,
+    ),
+    Mutation(
+        "a negative slope fused", "kernels/ops.py",
+        "module.negative_slope >= 0", "True",
+        "y's sign does not tell that of its input", GAPS,
+    ),
+    Mutation(
+        "a subclass taken for ReLU", "kernels/ops.py",
+        "type(module) is nn.ReLU:", "isinstance(module, nn.ReLU):",
+        "it may do anything", GAPS,
+    ),
+    Mutation(
+        "an empty batch given to a kernel", "kernels/ops.py",
+        "if x.numel() == 0:", "if False:",
+        "a division by zero", FUNCTIONAL,
+    ),
+    Mutation(
+        "torch's variance taken for m2", "kernels/ops.py",
+        "variance.to(wide) * (count - 1)", "variance.to(wide)",
+        "m2 is count - 1 times the unbiased variance", RUNNING, "torch",
+    ),
+    Mutation(
+        "torch given the running statistics themselves", "kernels/ops.py",
+        "values.to(dtype, copy=True)", "values.to(dtype)",
+        "training before the backward pass of an evaluation fails", GAPS,
+    ),
+    Mutation(
+        "BATCHNORM_KERNELS ignored", "kernels/choice.py",
+        """os.environ.get(_VARIABLE) or "native\"""", "'native'",
+        "a process starts with the native kernels whatever it was told", GAPS,
+    ),
+    Mutation(
+        "a warning with each use", "kernels/choice.py",
+        "    _chosen = cast(Name, name)\n    return _chosen", "    return cast(Name, name)",
+        "once in a process is enough", GAPS,
+    ),
+    Mutation(
+        "the kernels chosen before forgotten", "kernels/choice.py",
+        "        _chosen = self._before", "        _chosen = None",
+        "after a with block inside another", GAPS,
+    ),
+    # --- functional
+    Mutation(
         "residual broadcast", "functional.py",
-        "if residual.shape != output.shape:", "if False:",
+        "if residual is not None and residual.shape != input.shape:", "if False:",
         "a forgotten dimension passes unseen", FUNCTIONAL,
     ),
     Mutation(
         "statistics move before the activation", "functional.py",
-        "    output = activate(output, activation, residual)\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing\n    return output",
-        "    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)\n    return activate(output, activation, residual)",
+        "        input, running_mean, running_var, weight, bias, training, eps, activation, residual\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing\n    return output",
+        "        input, running_mean, running_var, weight, bias, training, eps, None, residual\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)\n    return ops.activate(output, activation)",
         "a refused call has moved them", FUNCTIONAL,
     ),
     Mutation(
         "per-channel arguments broadcast", "functional.py",
-        "values.shape != input.shape[1:2]", "values.numel() != input.size(1)",
+        "(values.dim() != 1 or values.size(0) != channels)", "values.numel() != channels",
         "a weight of (1, C, 1, 1) gives an output of another rank", FUNCTIONAL,
-    ),
-    Mutation(
-        "buffers moved by nothing", "functional.py",
-        "torch.where(entered, running.lerp(batch, rate), running)", "running.lerp(torch.where(entered, batch, running), rate)",
-        "moved towards themselves, -0.0 becomes 0.0 and inf nan", NONFINITE,
-    ),
-    Mutation(
-        "the running mean itself kept for backward", "functional.py",
-        "running_mean.clone()", "running_mean",
-        "training before the backward pass of an evaluation fails", FUNCTIONAL,
-    ),
-    Mutation(
-        "the residual's dtype leaks", "functional.py",
-        "output = (output + residual).to(output.dtype)", "output = output + residual",
-        "a bfloat16 network turns float32", FUNCTIONAL,
     ),
     # --- layers
     Mutation(
@@ -257,11 +402,6 @@ MUTATIONS = [
         "cumulative average in float32", "layers.py",
         "(self.num_batches_tracked + 1).to(mean.dtype)", "(self.num_batches_tracked + 1)",
         "1/3 is wrong by 1e-8", RUNNING,
-    ),
-    Mutation(
-        "bad batches counted as tracked", "layers.py",
-        "self.num_batches_tracked.add_(entered)", "self.num_batches_tracked.add_(1)",
-        "disturbs the cumulative average", NONFINITE,
     ),
     Mutation(
         "a warning each time", "layers.py",
@@ -310,7 +450,7 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluation with half of the statistics", "layers.py",
-        "(self.running_mean is None and self.running_var is None)", "(self.running_mean is None)",
+        "(mean is None and var is None)", "(mean is None)",
         "torch's error is another one", LAYERS,
     ),
     Mutation(

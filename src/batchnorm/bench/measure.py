@@ -25,7 +25,7 @@ _CASES: dict[Command, Callable[[Options], list[Case]]] = {
 }
 
 # Variables that change what is measured.
-_VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "TORCHINDUCTOR_", "BATCHNORM_")
+_VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "BATCHNORM_")
 
 
 class Watcher(Protocol):

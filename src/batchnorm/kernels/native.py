@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import batchnorm.kernels._native as _native
 
@@ -39,11 +39,11 @@ def forward(
     x, of_x = _operand(x, rows, sizes)
     out, of_y = _result(y, x, rows, sizes)
     if given is None:
-        mean = torch.empty(sizes[1], dtype=torch.float64)
-        m2 = torch.empty(sizes[1], dtype=torch.float64)
+        mean = torch.empty(sizes[1], dtype=torch.float64, device=x.device)
+        m2 = torch.empty(sizes[1], dtype=torch.float64, device=x.device)
         count = float(sizes[0] * sizes[2])
     else:
-        mean, m2 = (values.contiguous() for values in given)
+        mean, m2 = (values.resolve_neg().contiguous() for values in given)
         count = 1.0
     of_residual, weight, bias = _ABSENT, _dense(weight), _dense(bias)
     if residual is not None:
@@ -98,7 +98,8 @@ def backward(
 def trackable(running_mean: Tensor, running_var: Tensor, batches: Tensor | None) -> bool:
     """Whether `track` can move these."""
     return (
-        running_mean.dtype == running_var.dtype
+        running_mean.device.type == running_var.device.type == "cpu"
+        and running_mean.dtype == running_var.dtype
         and running_mean.dtype in (torch.float32, torch.float64)
         and running_mean.is_contiguous()
         and running_var.is_contiguous()
@@ -125,6 +126,15 @@ def track(
         moved = (running_mean, running_var) if batches is None else (running_mean, running_var, batches)
         torch.autograd.graph.increment_version(moved)
     return entered
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Whether somebody must see a call itself: a compiler, a dispatch mode, a tensor that is more than its memory."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) is not Tensor and type(x) is not nn.Parameter for x in tensors if x is not None)
+    )
 
 
 def _sizes(x: Tensor) -> tuple[tuple[int, int, int], bool]:
@@ -172,7 +182,7 @@ def _runs(x: Tensor, dims: range | tuple[int, ...]) -> int | None:
 
 def _operand(x: Tensor, rows: bool, sizes: tuple[int, int, int]) -> tuple[Tensor, Strided]:
     """`x` or a copy of it that can be walked as `sizes`, which the caller keeps alive."""
-    found = _strided(x, rows, sizes)
+    found = None if x.is_neg() else _strided(x, rows, sizes)
     if found is None:
         x = _empty(x, rows).copy_(x)
         found = _strided(x, rows, sizes)
@@ -192,16 +202,22 @@ def _result(y: Tensor, x: Tensor, rows: bool, sizes: tuple[int, int, int]) -> tu
 
 def _empty(x: Tensor, rows: bool) -> Tensor:
     if not rows:
-        return torch.empty(x.shape, dtype=x.dtype)
-    return torch.empty((x.size(0), *x.shape[2:], x.size(1)), dtype=x.dtype).movedim(-1, 1)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty((x.size(0), *x.shape[2:], x.size(1)), dtype=x.dtype, device=x.device).movedim(-1, 1)
 
 
 def _gradient_of(values: Tensor | None, channels: int) -> Tensor:
-    return torch.empty(channels, dtype=torch.float64) if values is None else torch.empty_like(values)
+    return (
+        torch.empty(channels, dtype=torch.float64, device="cpu")
+        if values is None
+        else torch.empty_like(values)
+    )
 
 
 def _dense(values: Tensor | None) -> Tensor | None:
-    return values if values is None or values.is_contiguous() else values.contiguous()
+    if values is None or (values.is_contiguous() and not values.is_neg()):
+        return values
+    return values.resolve_neg().contiguous()
 
 
 def _values(values: Tensor | None) -> tuple[int, int]:

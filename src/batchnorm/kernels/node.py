@@ -61,11 +61,18 @@ class _Normalise(torch.autograd.Function):
         call: _Call = ctx.call
         x, weight, bias, residual, y = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not torch._C._has_storage(
+            dy
+        ):  # or dy is a batch of gradients under vmap
             return *again(
                 dy, x, weight, bias, residual, call.eps, call.activation, call.given, needed[:4]
             ), None
-        dx, dweight, dbias, dresidual = native.backward(
+        backward = native.backward
+        if native.observed(dy):
+            from batchnorm.kernels import operators
+
+            backward = operators.backward
+        dx, dweight, dbias, dresidual = backward(
             dy, x, y, weight, bias, call.mean, call.m2, call.given is not None, call.eps, call.activation
         )
         return (
@@ -107,7 +114,8 @@ def again(
             y = Affine.normalising(given[0], given[1], weight, bias, eps)(x, about=given[0])
         y = reference.activate(y, _ACTIVATIONS[activation[0]](activation[1]), residual)
         inputs = [v if asked else None for v, asked in zip((x, weight, bias, residual), wanted, strict=True)]
-        found = iter(torch.autograd.grad(y, [v for v in inputs if v is not None], dy, create_graph=True))
+        asked_for = [v for v in inputs if v is not None]
+        found = iter(torch.autograd.grad(y, asked_for, dy, create_graph=True) if asked_for else ())
     gradients = [None if v is None else next(found) for v in inputs]
     if residual is None and wanted[3]:
         gradients[3] = dy

@@ -102,6 +102,24 @@ def _(
     return torch.empty_like(x), dweight, dbias, x.new_empty(0) if y is None else torch.empty_like(x)
 
 
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    m2: Tensor,
+    given: bool,
+    eps: float,
+    activation: Fused,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As native.backward, as an operator."""
+    stats = torch.stack([mean.double(), m2.double()])
+    dx, dweight, dbias, dresidual = _backward(dy, x, y, weight, bias, stats, given, eps, *activation)
+    return dx, dweight, dbias, None if y is None else dresidual
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, residual, mean, variance, ctx.eps, *activation = inputs
     y, stats = output
@@ -113,7 +131,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, y, mean, variance, stats = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         given = (mean, variance) if ctx.given else None
         return *again(dy, x, weight, bias, residual, ctx.eps, ctx.activation, given, wanted), *[None] * 5
     *gradients, dresidual = _backward(dy, x, y, weight, bias, stats, ctx.given, ctx.eps, *ctx.activation)

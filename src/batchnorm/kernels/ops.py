@@ -51,6 +51,10 @@ def _kernels_for(x: Tensor) -> choice.Name:
     # torch.func's transforms and forward-mode gradients need every step, not one node
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "reference"
+    if (
+        not torch.compiler.is_compiling() and torch._C._is_tracing()
+    ):  # torch.jit.trace records torch's operations only
+        return "torch"
     kernels = choice.active()
     if x.numel() == 0:
         return "reference"
@@ -129,7 +133,8 @@ def _native(
     activation: native.Fused,
     given: Given | None,
 ) -> tuple[Tensor, Moments | None]:
-    if _observed(x):
+    _check_devices(x, weight, bias, *(given or ()))
+    if native.observed(x, weight, bias, residual):
         y, mean, m2 = operators.forward(x, weight, bias, residual, eps, activation, given)
     elif torch.is_grad_enabled() and (
         x.requires_grad
@@ -143,13 +148,13 @@ def _native(
     return y, None if given is not None else Moments(count_per_channel(x), mean, m2)
 
 
-def _observed(x: Tensor) -> bool:
-    """Whether somebody must see the call itself: a compiler, a dispatch mode, a tensor that is more than its memory."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or not (type(x) is Tensor or type(x) is nn.Parameter)
-    )
+def _check_devices(x: Tensor, *per_channel: Tensor | None) -> None:
+    for values in per_channel:
+        if values is not None and values.device != x.device:
+            raise RuntimeError(
+                f"the input is on {x.device} but a weight, bias or running statistic on {values.device}: "
+                "move them to one device, e.g. with model.to(input.device)"
+            )
 
 
 def track(
@@ -166,7 +171,7 @@ def track(
         and mean.device.type == "cpu"
         and mean.dtype == torch.float64
         and isinstance(moments.count, int)
-        and not _observed(running_mean)
+        and not native.observed(running_mean, running_var)
         and not torch._C._are_functorch_transforms_active()
         and native.trackable(running_mean, running_var, batches)
     ):

@@ -1,0 +1,49 @@
+"""The native code without Python: native/tests, as it is shipped and under the sanitizers."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "native" / "tests"
+SANITIZERS = "-fsanitize=address,undefined"
+SECONDS = 300  # to compile: a quarter of it is usual
+
+
+def output_of(command: list[str | Path], seconds: float) -> str:
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        env={**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1"},
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout[-5000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session", params=["shipped", "sanitized"])
+def program(request, tmp_path_factory) -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if shutil.which("cmake") is None or compiler is None:
+        pytest.skip("needs cmake and a C++ compiler")
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    sanitize = request.param == "sanitized"
+    if sanitize:
+        (folder / "empty.cpp").write_text("int main() {}\n")
+        probe = [compiler, SANITIZERS, "empty.cpp", "-o", "empty"]
+        linked = subprocess.run(probe, cwd=folder, capture_output=True).returncode == 0
+        if not linked or subprocess.run([folder / "empty"], capture_output=True).returncode != 0:
+            pytest.skip(f"{compiler} has no {SANITIZERS} here")
+    option = f"-DBATCHNORM_SANITIZE={'ON' if sanitize else 'OFF'}"
+    output_of(["cmake", "-S", SOURCE, "-B", folder, option], 60)
+    output_of(["cmake", "--build", folder, "--parallel", "2"], SECONDS)
+    return folder / "native_tests"
+
+
+@pytest.mark.parametrize("suite", ["numbers", "values", "accuracy", "shapes", "large", "selections"])
+def test_suite(program, suite):
+    assert f"{suite}: 0 failures" in output_of([program, suite], 120)
