@@ -115,7 +115,7 @@ void backward(const Layer& layer, const Backward& call) {
           };
           with_flag(call.given, [&](auto given) {
             in_parts(layer, grid, reduce, finish, [&](const Part& part) {
-              if (call.dx.data != nullptr)
+              if (call.dx.data != nullptr || (from_y && call.dresidual.data != nullptr))
                 gradients<E, by_rows, F, from_y, decltype(given)::value>(layer, call, coefficients, part);
             });
           });

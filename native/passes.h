@@ -292,7 +292,7 @@ struct Lines {
 
 template <class W>
 Bend<W> bend_of(const Layer& layer) {
-  const W endless = static_cast<W>(__builtin_inf());
+  const W endless = static_cast<W>(__builtin_nan(""));  // fails every comparison: nothing reaches it, not even inf
   switch (layer.activation) {
     case Activation::leaky_relu: return {static_cast<W>(layer.slope), endless, static_cast<W>(layer.slope)};
     case Activation::relu6: return {0, 6, 1};
@@ -383,21 +383,22 @@ void gradients(const Layer& layer, const Backward& call, const Coefficients<Wide
   const Spread<by_rows, W> of_g(given ? coefficients.scale : coefficients.of_g, part, inner),
       of_x(coefficients.of_x, part, inner), rest(coefficients.rest_of_dx, part, inner);
   const Bend<W> bend = bend_of<W>(layer);
-  const bool around = streams(layer, sizeof(E));
+  const bool dx_wanted = call.dx.data != nullptr, dr_wanted = from_y && call.dresidual.data != nullptr;
+  const bool around = streams(layer, sizeof(E)) || !dx_wanted || dr_wanted != from_y;  // or what is not wanted stays in a buffer
   constexpr int64_t most = streamed_bytes / sizeof(E);
   alignas(64) E buffer[most], buffer_of_g[from_y ? most : 1];
   walk<by_rows>(part, part.first_outer, part.outer, inner, [&](int64_t n, int64_t c, int64_t k, int64_t length) {
     const Slopes<decltype(of_g[k])> slopes{of_g[k], of_x[k], rest[k]};
     const auto line = lines[k];
     const E *dy = at<E>(call.dy, n, c), *x = at<E>(call.x, n, c), *y = from_y ? at<E>(call.y, n, c) : dy;
-    E* dx = at_mutable<E>(call.dx, n, c);
-    E* dr = from_y ? at_mutable<E>(call.dresidual, n, c) : nullptr;
+    E* dx = dx_wanted ? at_mutable<E>(call.dx, n, c) : nullptr;
+    E* dr = dr_wanted ? at_mutable<E>(call.dresidual, n, c) : nullptr;
     if (!around) return gradients<form, from_y, given>(dx, dr, dy, x, y, length, line, slopes, bend);
     for (int64_t i = 0; i < length; i += most) {
       const int64_t some = min(most, length - i);
       gradients<form, from_y, given>(buffer, buffer_of_g, dy + i, x + i, y + i, some, line.from(i), slopes.from(i), bend);
-      stream(dx + i, buffer, some * sizeof(E));
-      if constexpr (from_y) stream(dr + i, buffer_of_g, some * sizeof(E));
+      if (dx_wanted) stream(dx + i, buffer, some * sizeof(E));
+      if (dr_wanted) stream(dr + i, buffer_of_g, some * sizeof(E));
     }
   });
   if (around) stream_end();

@@ -24,6 +24,12 @@ FUNCTIONAL, LAYERS, NONFINITE = (
     ("test_layers.py", "test_with_torch.py"),
     ("test_nonfinite.py",),
 )
+AGREEMENT, CHOICE, DEVICES = (
+    ("kernels/test_agreement.py",),
+    ("kernels/test_choice.py",),
+    ("kernels/test_devices.py",),
+)
+GRADIENTS, OPERATORS = ("kernels/test_gradients.py",), ("kernels/test_operators.py",)
 GAPS = ("test_kernels_gaps.py",)
 CHECKPOINTING, PAPER = ("test_checkpointing.py",), ("test_paper_properties.py",)
 
@@ -153,7 +159,7 @@ MUTATIONS = [
     ),
     Mutation(
         "second-order gradient through constants", "kernels/node.py",
-        "if torch.is_grad_enabled():", "if False:",
+        "if torch.is_grad_enabled() or not torch._C._has_storage(", "if not torch._C._has_storage(",
         "the moments' dependence on x forgotten", FUNCTIONAL,
     ),
     Mutation(
@@ -256,12 +262,17 @@ MUTATIONS = [
     Mutation(
         "moved behind autograd's back", "kernels/native.py",
         "torch.autograd.graph.increment_version(moved)", "pass",
-        "a graph that saved the buffers gives a wrong gradient instead of an error", GAPS,
+        "a graph that saved the buffers gives a wrong gradient instead of an error", GRADIENTS,
+    ),
+    Mutation(
+        "a sign that memory does not hold", "kernels/native.py",
+        "found = None if x.is_neg() else _strided(x, rows, sizes)", "found = _strided(x, rows, sizes)",
+        "torch negates lazily", DEVICES,
     ),
     Mutation(
         "a stretched weight read as it lies", "kernels/native.py",
-        "return values if values is None or values.is_contiguous() else values.contiguous()", "return values",
-        "every second value of a larger tensor", GAPS,
+        "if values is None or (values.is_contiguous() and not values.is_neg()):", "if values is None or not values.is_neg():",
+        "every second value of a larger tensor", AGREEMENT,
     ),
     # --- kernels: what autograd and compilers see of them
     Mutation(
@@ -280,14 +291,24 @@ MUTATIONS = [
         "training before the backward pass of an evaluation changes its gradient", FUNCTIONAL,
     ),
     Mutation(
+        "a batch of gradients given to a kernel", "kernels/node.py",
+        "torch.is_grad_enabled() or not torch._C._has_storage(\n            dy\n        )", "torch.is_grad_enabled()",
+        "under vmap dy has no memory of its own", GRADIENTS,
+    ),
+    Mutation(
+        "a backward pass that nobody sees", "kernels/node.py",
+        "if native.observed(dy):", "if False:",
+        "a dispatch mode around it sees no operator", OPERATORS,
+    ),
+    Mutation(
         "second-order gradient of a residual lost", "kernels/node.py",
         "if residual is None and wanted[3]:", "if False:",
-        "without an activation nothing is saved of it", GAPS,
+        "without an activation nothing is saved of it", GRADIENTS,
     ),
     Mutation(
         "the operator's residual without a gradient", "kernels/operators.py",
         "gradients.append(dy if y is None else dresidual)", "gradients.append(dresidual)",
-        "without an activation dy is the gradient", GAPS,
+        "without an activation dy is the gradient", OPERATORS,
     ),
     Mutation(
         "the operator's output for its moments", "kernels/operators.py",
@@ -297,12 +318,12 @@ MUTATIONS = [
     Mutation(
         "the running statistics themselves kept by an operator", "kernels/operators.py",
         "(given[0].clone(), given[1].clone())", "given",
-        "training before the backward pass of an evaluation fails", GAPS,
+        "training before the backward pass of an evaluation fails", OPERATORS,
     ),
     Mutation(
         "second-order gradient through the operator's constants", "kernels/operators.py",
-        "if torch.is_grad_enabled():", "if False:",
-        "the moments' dependence on x forgotten", GAPS,
+        "if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():", "if torch._C._are_functorch_transforms_active():",
+        "the moments' dependence on x forgotten", OPERATORS,
     ),
     # --- kernels: which computes
     Mutation(
@@ -313,17 +334,17 @@ MUTATIONS = [
     Mutation(
         "an activation's hooks passed over", "kernels/ops.py",
         "        module._forward_hooks\n        or module", "        module",
-        "a fused activation calls none", GAPS,
+        "a fused activation calls none", AGREEMENT,
     ),
     Mutation(
         "a negative slope fused", "kernels/ops.py",
         "module.negative_slope >= 0", "True",
-        "y's sign does not tell that of its input", GAPS,
+        "y's sign does not tell that of its input", AGREEMENT,
     ),
     Mutation(
         "a subclass taken for ReLU", "kernels/ops.py",
         "type(module) is nn.ReLU:", "isinstance(module, nn.ReLU):",
-        "it may do anything", GAPS,
+        "it may do anything", AGREEMENT,
     ),
     Mutation(
         "an empty batch given to a kernel", "kernels/ops.py",
@@ -343,17 +364,17 @@ MUTATIONS = [
     Mutation(
         "BATCHNORM_KERNELS ignored", "kernels/choice.py",
         """os.environ.get(_VARIABLE) or "native\"""", "'native'",
-        "a process starts with the native kernels whatever it was told", GAPS,
+        "a process starts with the native kernels whatever it was told", CHOICE,
     ),
     Mutation(
         "a warning with each use", "kernels/choice.py",
         "    _chosen = cast(Name, name)\n    return _chosen", "    return cast(Name, name)",
-        "once in a process is enough", GAPS,
+        "once in a process is enough", CHOICE,
     ),
     Mutation(
         "the kernels chosen before forgotten", "kernels/choice.py",
         "        _chosen = self._before", "        _chosen = None",
-        "after a with block inside another", GAPS,
+        "after a with block inside another", CHOICE,
     ),
     # --- functional
     Mutation(
