@@ -272,7 +272,7 @@ MUTATIONS = [
     Mutation(
         "a stretched weight read as it lies", "kernels/native.py",
         "if values is None or (values.is_contiguous() and not values.is_neg()):", "if values is None or not values.is_neg():",
-        "every second value of a larger tensor", AGREEMENT,
+        "every second value of a larger tensor", GAPS,
     ),
     # --- kernels: what autograd and compilers see of them
     Mutation(
@@ -318,12 +318,12 @@ MUTATIONS = [
     Mutation(
         "the running statistics themselves kept by an operator", "kernels/operators.py",
         "(given[0].clone(), given[1].clone())", "given",
-        "training before the backward pass of an evaluation fails", OPERATORS,
+        "training before the backward pass of an evaluation fails", GAPS,
     ),
     Mutation(
         "second-order gradient through the operator's constants", "kernels/operators.py",
         "if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():", "if torch._C._are_functorch_transforms_active():",
-        "the moments' dependence on x forgotten", OPERATORS,
+        "the moments' dependence on x forgotten", GAPS,
     ),
     # --- kernels: which computes
     Mutation(
@@ -339,12 +339,12 @@ MUTATIONS = [
     Mutation(
         "a negative slope fused", "kernels/ops.py",
         "module.negative_slope >= 0", "True",
-        "y's sign does not tell that of its input", AGREEMENT,
+        "y's sign does not tell that of its input", GAPS,
     ),
     Mutation(
         "a subclass taken for ReLU", "kernels/ops.py",
         "type(module) is nn.ReLU:", "isinstance(module, nn.ReLU):",
-        "it may do anything", AGREEMENT,
+        "it may do anything", GAPS,
     ),
     Mutation(
         "an empty batch given to a kernel", "kernels/ops.py",
