@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from batchnorm.kernels import ops
+from batchnorm.kernels.ops import track as track
 from batchnorm.kernels.reference import Activation
 from batchnorm.moments import Moments, accumulator, count_per_channel
 
@@ -86,23 +87,6 @@ def normalise(
         return ops.normalise(input, weight, bias, eps, activation, residual)
     assert running_mean is not None and running_var is not None  # _check saw to it
     return ops.normalise(input, weight, bias, eps, activation, residual, (running_mean, running_var))
-
-
-def track(
-    moments: Moments,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rate: float | Tensor,
-    batches: Tensor | None = None,
-) -> bool | Tensor:
-    """Move the running statistics towards `moments`, in place, by `rate`: the weight of the new batch.
-
-    The variance enters unbiased. Moments that are not all finite, or of fewer than two values, do not enter; the
-    batches that do are counted in `batches`, int64 and 0-dimensional.
-
-    Returns: whether the moments entered; a 0-dimensional bool tensor where a device would have to be waited for.
-    """
-    return ops.track(moments, running_mean, running_var, rate, batches)
 
 
 def _check(

@@ -204,7 +204,7 @@ MUTATIONS = [
         "moved towards themselves, -0.0 becomes 0.0 and inf nan", NONFINITE, "reference",
     ),
     Mutation(
-        "the running mean itself kept for backward", "kernels/ops.py",
+        "the running mean itself kept for backward", "kernels/reference.py",
         "mean = given[0].clone()", "mean = given[0]",
         "training before the backward pass of an evaluation fails", FUNCTIONAL, "reference",
     ),

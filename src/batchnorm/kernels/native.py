@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm.kernels._native as _native
+from batchnorm.kernels.reference import Given
 
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 Fused = tuple[int, float]  # an activation's number in the kernels, and its slope
@@ -28,7 +29,7 @@ def forward(
     residual: Tensor | None,
     eps: float,
     activation: Fused,
-    given: tuple[Tensor, Tensor] | None,
+    given: Given | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = activation(bn(x) + residual), and the moments' mean and m2, (C,) float64.
 
@@ -83,7 +84,7 @@ def backward(
         y, of_y = _operand(y, rows, sizes)
         residual_out, of_dresidual = _result(dresidual, x, rows, sizes)
     weight, bias = _dense(weight), _dense(bias)
-    dweight, dbias = _gradient_of(weight, sizes[1]), _gradient_of(bias, sizes[1])
+    dweight, dbias = gradient_of(weight, x), gradient_of(bias, x)
     _native.backward(
         sizes, NUMBERS[x.dtype], of_dy, of_x, of_y, _values(weight), _values(bias), eps, *activation,
         _values(mean), _values(m2), 1.0 if given else float(sizes[0] * sizes[2]), given,
@@ -126,6 +127,11 @@ def track(
         moved = (running_mean, running_var) if batches is None else (running_mean, running_var, batches)
         torch.autograd.graph.increment_version(moved)
     return entered
+
+
+def gradient_of(values: Tensor | None, x: Tensor) -> Tensor:
+    """Memory for the gradient of a weight or bias of x's layer, float64 where there is none."""
+    return x.new_empty(x.size(1), dtype=torch.float64) if values is None else torch.empty_like(values)
 
 
 def observed(*tensors: Tensor | None) -> bool:
@@ -204,14 +210,6 @@ def _empty(x: Tensor, rows: bool) -> Tensor:
     if not rows:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.empty((x.size(0), *x.shape[2:], x.size(1)), dtype=x.dtype, device=x.device).movedim(-1, 1)
-
-
-def _gradient_of(values: Tensor | None, channels: int) -> Tensor:
-    return (
-        torch.empty(channels, dtype=torch.float64, device="cpu")
-        if values is None
-        else torch.empty_like(values)
-    )
 
 
 def _dense(values: Tensor | None) -> Tensor | None:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.native import Fused
-from batchnorm.moments import Affine
-
-Given = tuple[Tensor, Tensor]
+from batchnorm.kernels.reference import Given
 
 
 def forward(
@@ -108,10 +106,7 @@ def again(
     `residual` is None where none was added before an activation; then dy is its gradient.
     """
     with torch.enable_grad():
-        if given is None:
-            y = reference.normalise(x, reference.moments(x), weight, bias, eps)
-        else:
-            y = Affine.normalising(given[0], given[1], weight, bias, eps)(x, about=given[0])
+        y, _ = reference.batch_norm(x, weight, bias, eps, given)
         y = reference.activate(y, _ACTIVATIONS[activation[0]](activation[1]), residual)
         inputs = [v if asked else None for v, asked in zip((x, weight, bias, residual), wanted, strict=True)]
         asked_for = [v for v in inputs if v is not None]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from batchnorm.kernels import native
 from batchnorm.kernels.native import Fused
-from batchnorm.kernels.node import Given, again, saved_of
+from batchnorm.kernels.node import again, saved_of
+from batchnorm.kernels.reference import Given
 
 
 def forward(
@@ -95,11 +96,8 @@ def _(
     activation: int,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dweight, dbias = (
-        x.new_empty(x.size(1), dtype=torch.float64) if values is None else torch.empty_like(values)
-        for values in (weight, bias)
-    )
-    return torch.empty_like(x), dweight, dbias, x.new_empty(0) if y is None else torch.empty_like(x)
+    dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    return torch.empty_like(x), native.gradient_of(weight, x), native.gradient_of(bias, x), dresidual
 
 
 def backward(
@@ -136,9 +134,8 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
         return *again(dy, x, weight, bias, residual, ctx.eps, ctx.activation, given, wanted), *[None] * 5
     *gradients, dresidual = _backward(dy, x, y, weight, bias, stats, ctx.given, ctx.eps, *ctx.activation)
     gradients.append(dy if y is None else dresidual)
-    return *[values if needed else None for values, needed in zip(gradients, wanted, strict=True)], *[
-        None
-    ] * 5
+    asked = [values if needed else None for values, needed in zip(gradients, wanted, strict=True)]
+    return *asked, *[None] * 5
 
 
 torch.library.register_autograd("batchnorm::forward", _differentiate, setup_context=_save)

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels import choice, reference
-from batchnorm.kernels.reference import Activation, activate
-from batchnorm.moments import Affine, Moments, accumulator, count_per_channel, statistics_dtype
+from batchnorm.kernels.reference import Activation, Given, activate
+from batchnorm.moments import Moments, accumulator, count_per_channel, statistics_dtype
 
 if choice.built():
     from batchnorm.kernels import native, node, operators
-
-Given = tuple[Tensor, Tensor]  # a mean and a variance, (C,) each
 
 
 def normalise(
@@ -43,7 +41,7 @@ def normalise(
     elif kernels == "torch":
         y, moments = _by_torch(x, weight, bias, eps, given)
     else:
-        y, moments = _by_reference(x, weight, bias, eps, given)
+        y, moments = reference.batch_norm(x, weight, bias, eps, given)
     return activate(y, activation, residual), moments
 
 
@@ -51,9 +49,8 @@ def _kernels_for(x: Tensor) -> choice.Name:
     # torch.func's transforms and forward-mode gradients need every step, not one node
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "reference"
-    if (
-        not torch.compiler.is_compiling() and torch._C._is_tracing()
-    ):  # torch.jit.trace records torch's operations only
+    # torch.jit.trace records torch's operations only
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return "torch"
     kernels = choice.active()
     if x.numel() == 0:
@@ -86,26 +83,10 @@ def _fused_module(module: nn.Module) -> native.Fused | None:
         return native.FUSED["relu"]
     if type(module) is nn.ReLU6:
         return native.FUSED["relu6"]
-    if (
-        type(module) is nn.LeakyReLU and module.negative_slope >= 0
-    ):  # else y's sign does not tell that of its input
+    # of a negative slope y's sign would not tell that of its input
+    if type(module) is nn.LeakyReLU and module.negative_slope >= 0:
         return native.LEAKY_RELU, module.negative_slope
     return None
-
-
-def _by_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: Given | None
-) -> tuple[Tensor, Moments | None]:
-    if given is not None:
-        # a copy, for autograd may keep it and a later batch moves the buffer
-        mean = given[0].clone()
-        return Affine.normalising(mean, given[1], weight, bias, eps)(x, about=mean), None
-    moments = reference.moments(x)
-    detached = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
-    if count_per_channel(x) == 0:  # nothing to normalise, by anything; and no nan for a gradient to meet
-        anything = torch.ones_like(detached.mean)
-        return Affine.normalising(anything, anything, weight, bias, eps)(x), detached
-    return reference.normalise(x, moments, weight, bias, eps), detached
 
 
 def _by_torch(
@@ -164,7 +145,13 @@ def track(
     rate: float | Tensor,
     batches: Tensor | None = None,
 ) -> bool | Tensor:
-    """See functional.track."""
+    """Move the running statistics towards `moments`, in place, by `rate`: the weight of the new batch.
+
+    The variance enters unbiased. Moments that are not all finite, or of fewer than two values, do not enter; the
+    batches that do are counted in `batches`, int64 and 0-dimensional.
+
+    Returns: whether the moments entered; a 0-dimensional bool tensor where a device would have to be waited for.
+    """
     mean = moments.mean
     if (
         choice.active() == "native"

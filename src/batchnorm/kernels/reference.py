@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from batchnorm.moments import Affine, Moments, accumulator, batch_dims, channelwise
+from batchnorm.moments import Affine, Moments, accumulator, batch_dims, channelwise, count_per_channel
+
+Given = tuple[Tensor, Tensor]  # a mean and a variance, (C,) each
 
 
 def moments(x: Tensor) -> Moments:
@@ -23,6 +25,22 @@ def moments(x: Tensor) -> Moments:
 def normalise(x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """y = weight·x̂ + bias with x̂ = (x - mean) / √(variance + eps), in x's dtype (alg. 1, lines 3-4)."""
     return Affine.of(moments, weight, bias, eps)(x, about=moments.mean)
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: Given | None
+) -> tuple[Tensor, Moments | None]:
+    """Normalise `x` by its own moments, and return these detached; or by those `given`, constants, and return None."""
+    if given is not None:
+        # a copy, for autograd may keep it and a later batch moves the buffer
+        mean = given[0].clone()
+        return Affine.normalising(mean, given[1], weight, bias, eps)(x, about=mean), None
+    own = moments(x)
+    detached = Moments(own.count, own.mean.detach(), own.m2.detach())
+    if count_per_channel(x) == 0:  # nothing to normalise, by anything; and no nan for a gradient to meet
+        anything = torch.ones_like(detached.mean)
+        return Affine.normalising(anything, anything, weight, bias, eps)(x), detached
+    return normalise(x, own, weight, bias, eps), detached
 
 
 def backward(
