@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.kernels import choice, ops
@@ -230,3 +231,35 @@ def close(found, expected, tolerance, name):
     scale = max(1.0, expected.abs().max().item())
     error = (found.detach().double() - expected).abs().max().item() / scale
     assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+# --- what is not quite what a kernel knows
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, input):
+        return input.relu() + 1
+
+
+@pytest.mark.parametrize("module", [OwnReLU(), nn.LeakyReLU(-0.5)], ids=["a subclass", "a negative slope"])
+def test_an_activation_that_is_not_quite_a_known_one_is_called(module):
+    tensors = torch.randn(2, 8, 3, dtype=torch.float64).unbind()
+
+    def results(before, after):
+        x, residual = (t.clone().requires_grad_() for t in tensors)
+        y = after(bn.batch_norm(x, None, None, training=True, activation=before, residual=residual))
+        return y, torch.autograd.grad(y.sin().sum(), [x, residual])
+
+    assert_close(results(module, lambda y: y), results(None, module))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_may_lie_apart(training):
+    x, (weight, bias) = torch.randn(4, 3).double(), torch.randn(2, 6).double()[:, ::2]
+
+    def results(weight, bias):
+        running = torch.tensor([0.5, -1.0, 0.0]).double(), torch.tensor([0.5, 1.0, 2.0]).double()
+        return bn.batch_norm(x, *running, weight, bias, training), *running
+
+    together = results(weight.contiguous(), bias.contiguous())
+    assert_close(results(weight, bias), together, rtol=0, atol=0)

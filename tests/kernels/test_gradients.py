@@ -1,6 +1,7 @@
 """Gradients of every kind through the native kernels, and what torch promises about graphs."""
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.kernels import choice
+from tests.kernels.observer import Observer
 
 pytestmark = pytest.mark.skipif(not choice.built(), reason="installed without native kernels")
 
@@ -55,6 +57,12 @@ def test_gradients_of_the_first_and_the_second_order(training, activation, resid
 
     assert gradcheck(function, given)
     assert gradgradcheck(function, given)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_watched_it_has_gradients_of_the_second_order(training):
+    with Observer():
+        assert gradgradcheck(lambda *given: call(*given, training=training), operands()[:3])
 
 
 @each_call
@@ -241,12 +249,16 @@ def test_a_batch_that_does_not_enter_leaves_such_a_graph_alone():
     penalty.backward()
 
 
-def test_a_later_batch_leaves_the_gradient_of_an_evaluation_alone():
+@pytest.mark.parametrize(
+    "way", [nullcontext, lambda: bn.kernels.use("torch"), Observer], ids=["native", "torch's", "watched"]
+)
+def test_a_later_batch_leaves_the_gradient_of_an_evaluation_alone(way):
     layer, x = bn.BatchNorm1d(2).eval(), torch.randn(3, 2, requires_grad=True)
-    expected = torch.autograd.grad(layer(x).sin().sum(), [x, layer.weight])
-    loss = layer(x).sin().sum()
-    layer.train()(torch.randn(3, 2) + 5)
-    assert_close(torch.autograd.grad(loss, [x, layer.weight]), expected)
+    with way():
+        expected = torch.autograd.grad(layer(x).sin().sum(), [x, layer.weight])
+        loss = layer(x).sin().sum()
+        layer.train()(torch.randn(3, 2) + 5)
+        assert_close(torch.autograd.grad(loss, [x, layer.weight]), expected)
 
 
 def test_a_retained_graph_gives_the_same_twice_and_one_that_is_not_an_error():

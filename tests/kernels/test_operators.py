@@ -12,10 +12,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchnorm as bn
+from tests.kernels.observer import Observer
 
 pytest.importorskip("batchnorm.kernels.operators", reason="installed without native kernels")
 
@@ -148,19 +148,9 @@ def test_the_compiler_s_graphs_hold_one_operator_each_way():
 # --- observed
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operators = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.operators.append(operator)
-        return operator(*args, **(kwargs or {}))
-
-
 def test_a_dispatch_mode_sees_the_operators():
     layer, x = bn.BatchNorm1d(3, activation="relu"), torch.randn(5, 3, requires_grad=True)
-    with Seen() as seen:
+    with Observer() as seen:
         layer(x).sum().backward()
     assert [operator for operator in seen.operators if operator in (FORWARD, BACKWARD)] == [FORWARD, BACKWARD]
 
@@ -168,7 +158,7 @@ def test_a_dispatch_mode_sees_the_operators():
 def test_a_dispatch_mode_around_the_backward_pass_alone_sees_it():
     x = torch.randn(5, 3, requires_grad=True)
     y = bn.BatchNorm1d(3)(x)
-    with Seen() as seen:
+    with Observer() as seen:
         y.sin().sum().backward()
     assert BACKWARD in seen.operators
 

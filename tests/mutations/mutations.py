@@ -30,7 +30,6 @@ AGREEMENT, CHOICE, DEVICES = (
     ("kernels/test_devices.py",),
 )
 GRADIENTS, OPERATORS = ("kernels/test_gradients.py",), ("kernels/test_operators.py",)
-GAPS = ("test_kernels_gaps.py",)
 CHECKPOINTING, PAPER = ("test_checkpointing.py",), ("test_paper_properties.py",)
 
 MUTATIONS = [
@@ -272,7 +271,7 @@ MUTATIONS = [
     Mutation(
         "a stretched weight read as it lies", "kernels/native.py",
         "if values is None or (values.is_contiguous() and not values.is_neg()):", "if values is None or not values.is_neg():",
-        "every second value of a larger tensor", GAPS,
+        "every second value of a larger tensor", AGREEMENT,
     ),
     # --- kernels: what autograd and compilers see of them
     Mutation(
@@ -318,12 +317,12 @@ MUTATIONS = [
     Mutation(
         "the running statistics themselves kept by an operator", "kernels/operators.py",
         "(given[0].clone(), given[1].clone())", "given",
-        "training before the backward pass of an evaluation fails", GAPS,
+        "training before the backward pass of an evaluation fails", GRADIENTS,
     ),
     Mutation(
         "second-order gradient through the operator's constants", "kernels/operators.py",
         "if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():", "if torch._C._are_functorch_transforms_active():",
-        "the moments' dependence on x forgotten", GAPS,
+        "the moments' dependence on x forgotten", GRADIENTS,
     ),
     # --- kernels: which computes
     Mutation(
@@ -339,12 +338,12 @@ MUTATIONS = [
     Mutation(
         "a negative slope fused", "kernels/ops.py",
         "module.negative_slope >= 0", "True",
-        "y's sign does not tell that of its input", GAPS,
+        "y's sign does not tell that of its input", AGREEMENT,
     ),
     Mutation(
         "a subclass taken for ReLU", "kernels/ops.py",
         "type(module) is nn.ReLU:", "isinstance(module, nn.ReLU):",
-        "it may do anything", GAPS,
+        "it may do anything", AGREEMENT,
     ),
     Mutation(
         "an empty batch given to a kernel", "kernels/ops.py",
@@ -359,7 +358,7 @@ MUTATIONS = [
     Mutation(
         "torch given the running statistics themselves", "kernels/ops.py",
         "values.to(dtype, copy=True)", "values.to(dtype)",
-        "training before the backward pass of an evaluation fails", GAPS,
+        "training before the backward pass of an evaluation fails", GRADIENTS,
     ),
     Mutation(
         "BATCHNORM_KERNELS ignored", "kernels/choice.py",

@@ -70,9 +70,14 @@ def same(ours, theirs, *inputs, tolerance=1e-8, gradients=True):
         module.training = module not in evaluating
 
 
+def beside(model, **options):
+    """`model` with numbers of its own, its upgraded copy, and the report."""
+    theirs = unlike(model)
+    return theirs, *bn.upgrade(copy.deepcopy(theirs), **options)
+
+
 def upgraded(model, *inputs, tolerance=1e-8, gradients=True, **options):
     """The upgraded copy of `model`, compared with it, and the report."""
-    theirs = unlike(model.double() if tolerance == 1e-8 else model)
-    ours, report = bn.upgrade(copy.deepcopy(theirs), **options)
+    theirs, ours, report = beside(model.double() if tolerance == 1e-8 else model, **options)
     same(ours, theirs, *inputs, tolerance=tolerance, gradients=gradients)
     return ours, report

@@ -1,13 +1,11 @@
 """Every model of torchvision that classifies and has batch normalization, before and after an upgrade."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import batchnorm as bn
-from tests.passes.compare import same, unlike
+from tests.passes.compare import beside, same
 
 models = pytest.importorskip("torchvision").models
 
@@ -55,8 +53,7 @@ def make(name):
 
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_trains_and_evaluates_as_before(name):
-    theirs = unlike(make(name).double())
-    ours, report = bn.upgrade(copy.deepcopy(theirs))
+    theirs, ours, report = beside(make(name).double())
     assert (len(report.layers), report.count("fused")) == COUNTS[name]
     side = 75 if name == "inception_v3" else 32 if name == "maxvit_t" else 64
     same(ours, theirs, torch.randn(2, 3, side, side).double())
