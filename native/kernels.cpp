@@ -47,7 +47,7 @@ void forward(const Layer& layer, const Forward& call) {
   with_number(layer.number, [&](auto number) {
     using E = decltype(number);
     const bool side_by_side = dense(shape, call.x) && dense(shape, call.residual) && dense(shape, call.y);
-    const Grid grid = divide(shape, side_by_side, sizeof(E), call.given);
+    const Grid grid = (call.given ? divide_once : divide)(shape, side_by_side, sizeof(E));
     const Partials partials(shape, grid);
     Coefficients<Wide<E>> coefficients(shape.channels);
     with_flag(grid.by_rows, [&](auto rows) {

@@ -48,13 +48,16 @@ struct Grid {
 constexpr int64_t l2_share = 512 << 10;     // bytes of a part that a second pass may hope to find in L2
 constexpr int64_t chunk_bytes = 256 << 10;  // of a part that it will not: long enough for streams
 
-// `bytes` of a value in all the tensors that are read twice; `dense`: every tensor has its channels side by side; `once`: there
-// is one pass only, which then goes through memory from one end to the other.
-inline Grid divide(const Shape& shape, bool dense, int64_t bytes, bool once = false) {
+inline int64_t threads_for(const Shape& shape, int64_t bytes) {
+  return 1 + shape.outer * shape.channels * shape.inner * bytes / (64 << 10);
+}
+
+// `bytes` of a value in all the tensors that are read twice; `dense`: every tensor has its channels side by side.
+inline Grid divide(const Shape& shape, bool dense, int64_t bytes) {
   Grid grid;
   const int64_t whole = shape.outer * shape.channels * shape.inner * bytes;
   grid.by_rows = dense && shape.inner <= 256;
-  grid.most_threads = 1 + whole / (64 << 10);
+  grid.most_threads = threads_for(shape, bytes);
   if (grid.by_rows && shape.inner == 1) {
     // wide parts, for memory is read best in long runs; what L2 holds anyway is divided by columns, which need no merging
     grid.channels_per_group = whole <= l2_share ? max(64, shape.channels / 8 / 16 * 16) : max_width * 4 / bytes;
@@ -63,24 +66,34 @@ inline Grid divide(const Shape& shape, bool dense, int64_t bytes, bool once = fa
   } else {
     grid.channels_per_group = l2_share / (shape.outer * shape.inner * bytes);
   }
-  if (shape.inner > 1 && once) {
-    grid.channels_per_group = grid.by_rows ? max_width / shape.inner : shape.channels;
-  } else if (shape.inner > 1) {
-    grid.channels_per_group = min(grid.channels_per_group, shape.channels / least_groups);
-  }
+  if (shape.inner > 1) grid.channels_per_group = min(grid.channels_per_group, shape.channels / least_groups);
   grid.channels_per_group = max(1, min(min(grid.channels_per_group, shape.channels), max_width));
   grid.groups = ceil_div(shape.channels, grid.channels_per_group);
   // Where no cache holds a group until the second pass, or groups are too few for many threads, they are cut along `outer`.
   int64_t chunks = 1;
-  if (shape.inner > 1 && once) {
-    chunks = min(most_chunks, grid.by_rows ? ceil_div(shape.outer, 8) : shape.outer);
-  } else if (grid.by_rows && shape.inner == 1 && whole > l2_share) {
+  if (grid.by_rows && shape.inner == 1 && whole > l2_share) {
     chunks = min(most_chunks, ceil_div(whole, grid.groups * chunk_bytes));
   } else if (whole > l2_share / 4) {
     chunks = ceil_div(least_groups, grid.groups);
   }
   grid.outer_per_chunk = ceil_div(shape.outer, chunks);
   grid.chunks = ceil_div(shape.outer, grid.outer_per_chunk);
+  return grid;
+}
+
+// For one pass: through memory from one end to the other. A plane is worth a loop from a vector's length on.
+inline Grid divide_once(const Shape& shape, bool dense, int64_t bytes) {
+  if (shape.inner == 1) return divide(shape, dense, bytes);
+  Grid grid;
+  grid.by_rows = dense && shape.inner < 16;
+  grid.most_threads = threads_for(shape, bytes);
+  // a part by rows first spreads its coefficients, which several rows must pay for
+  grid.outer_per_chunk = grid.by_rows ? min(shape.outer, 32) : ceil_div(shape.outer, most_chunks);
+  grid.chunks = ceil_div(shape.outer, grid.outer_per_chunk);
+  const int64_t width = grid.by_rows ? max_width / 2 / shape.inner : max_width;
+  const int64_t groups = max(ceil_div(least_groups, grid.chunks), ceil_div(shape.channels, width));
+  grid.channels_per_group = ceil_div(shape.channels, groups);
+  grid.groups = ceil_div(shape.channels, grid.channels_per_group);
   return grid;
 }
 

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t block_values = 4096, block_rows = 64;  // summed in float32 before they are added in float64
 constexpr int64_t first_values = 1024, first_rows = 8;   // that give the first shift
-constexpr int64_t streamed_bytes = 4096;                 // go out at once
 constexpr int64_t streams_from = 4 << 20;                // bytes of a result that no cache will keep
+constexpr int64_t shortest_streamed = 256;               // bytes of a plane of it
 
 template <class E>
 const E* at(const Tensor& t, int64_t n, int64_t c) {
@@ -56,8 +56,8 @@ inline void store(const Values& values, int64_t c, double value) {
 
 // f(n, channel, k, length) for each run of values that lie side by side; k is the index of its first accumulator.
 template <bool by_rows, class F>
-inline void walk(const Part& part, int64_t first, int64_t count, int64_t inner, const F& f) {
-  for (int64_t n = first; n < first + count; n++) {
+inline void walk(const Part& part, int64_t inner, const F& f) {
+  for (int64_t n = part.first_outer; n < part.first_outer + part.outer; n++) {
     if constexpr (by_rows) {
       f(n, part.first_channel, int64_t(0), part.channels * inner);
     } else {
@@ -300,32 +300,56 @@ Bend<W> bend_of(const Layer& layer) {
   }
 }
 
-inline bool streams(const Layer& layer, int64_t size) {
-  return layer.shape.count() * layer.shape.channels * size >= streams_from;
+// Whether a result goes around the cache. Of planes that are short, too many lines belong to two.
+template <bool by_rows>
+bool streams(const Layer& layer, int64_t size) {
+  const Shape& shape = layer.shape;
+  return shape.count() * shape.channels * size >= streams_from && (by_rows || shape.inner * size >= shortest_streamed);
 }
+
+// f(i, count) for a run of results from i on: for each line of the cache that lies in it, whose count is known when this is
+// compiled, and for what lies before the first and after the last.
+template <class E, class F>
+inline void by_lines(const E* results, int64_t length, const F& f) {
+  constexpr std::integral_constant<int64_t, line_bytes / sizeof(E)> line;
+  const int64_t before = -reinterpret_cast<uintptr_t>(results) % line_bytes / sizeof(E);
+  int64_t i = min(before, length);
+  if (i > 0) f(int64_t(0), i);
+  for (; i + line <= length; i += line) f(i, line);
+  if (i < length) f(i, length - i);
+}
+
+// Results on their way to memory, at most a line of them, around the cache where it is a whole one.
+template <class E>
+struct Leaving {
+  alignas(line_bytes) E values[line_bytes / sizeof(E)];
+
+  void to(E* results, int64_t count) const {
+    if (results == nullptr) return;
+    if (count * sizeof(E) == line_bytes && starts_line(results)) return store_line(results, values);
+    std::memcpy(results, values, count * sizeof(E));
+  }
+};
 
 template <class E, bool by_rows, Form form, bool residual>
 void normalise(const Layer& layer, const Forward& call, const Coefficients<Wide<E>>& coefficients, const Part& part) {
   using W = Wide<E>;
   const Lines<by_rows, W> lines(coefficients, part, layer.shape.inner);
   const Bend<W> bend = bend_of<W>(layer);
-  const bool around = streams(layer, sizeof(E));
-  constexpr int64_t most = streamed_bytes / sizeof(E);
-  alignas(64) E buffer[most];
-  walk<by_rows>(part, part.first_outer, part.outer, layer.shape.inner,
-                [&](int64_t n, int64_t c, int64_t k, int64_t length) {
+  const bool around = streams<by_rows>(layer, sizeof(E));
+  walk<by_rows>(part, layer.shape.inner, [&](int64_t n, int64_t c, int64_t k, int64_t length) {
     const auto line = lines[k];
     const E* x = at<E>(call.x, n, c);
     const E* r = residual ? at<E>(call.residual, n, c) : nullptr;
     E* y = at_mutable<E>(call.y, n, c);
     if (!around) return normalise<form, residual>(y, x, r, length, line, bend);
-    for (int64_t i = 0; i < length; i += most) {
-      const int64_t some = min(most, length - i);
-      normalise<form, residual>(buffer, x + i, residual ? r + i : r, some, line.from(i), bend);
-      stream(y + i, buffer, some * sizeof(E));
-    }
+    by_lines(y, length, [&](int64_t i, auto count) {
+      Leaving<E> leaving;
+      normalise<form, residual>(leaving.values, x + i, residual ? r + i : r, count, line.from(i), bend);
+      leaving.to(y + i, count);
+    });
   });
-  if (around) stream_end();
+  if (around) stores_end();
 }
 
 template <class E, bool by_rows, Form form, bool from_y>
@@ -384,24 +408,23 @@ void gradients(const Layer& layer, const Backward& call, const Coefficients<Wide
       of_x(coefficients.of_x, part, inner), rest(coefficients.rest_of_dx, part, inner);
   const Bend<W> bend = bend_of<W>(layer);
   const bool dx_wanted = call.dx.data != nullptr, dr_wanted = from_y && call.dresidual.data != nullptr;
-  const bool around = streams(layer, sizeof(E)) || !dx_wanted || dr_wanted != from_y;  // or what is not wanted stays in a buffer
-  constexpr int64_t most = streamed_bytes / sizeof(E);
-  alignas(64) E buffer[most], buffer_of_g[from_y ? most : 1];
-  walk<by_rows>(part, part.first_outer, part.outer, inner, [&](int64_t n, int64_t c, int64_t k, int64_t length) {
+  const bool around = streams<by_rows>(layer, sizeof(E)) || !dx_wanted || dr_wanted != from_y;  // or what is not wanted leaves nowhere
+  walk<by_rows>(part, inner, [&](int64_t n, int64_t c, int64_t k, int64_t length) {
     const Slopes<decltype(of_g[k])> slopes{of_g[k], of_x[k], rest[k]};
     const auto line = lines[k];
     const E *dy = at<E>(call.dy, n, c), *x = at<E>(call.x, n, c), *y = from_y ? at<E>(call.y, n, c) : dy;
     E* dx = dx_wanted ? at_mutable<E>(call.dx, n, c) : nullptr;
     E* dr = dr_wanted ? at_mutable<E>(call.dresidual, n, c) : nullptr;
     if (!around) return gradients<form, from_y, given>(dx, dr, dy, x, y, length, line, slopes, bend);
-    for (int64_t i = 0; i < length; i += most) {
-      const int64_t some = min(most, length - i);
-      gradients<form, from_y, given>(buffer, buffer_of_g, dy + i, x + i, y + i, some, line.from(i), slopes.from(i), bend);
-      if (dx_wanted) stream(dx + i, buffer, some * sizeof(E));
-      if (dr_wanted) stream(dr + i, buffer_of_g, some * sizeof(E));
-    }
+    by_lines(dx_wanted ? dx : dr, length, [&](int64_t i, auto count) {
+      Leaving<E> leaving, leaving_g;
+      gradients<form, from_y, given>(leaving.values, leaving_g.values, dy + i, x + i, y + i, count, line.from(i), slopes.from(i),
+                                     bend);
+      leaving.to(dx_wanted ? dx + i : nullptr, count);
+      if constexpr (from_y) leaving_g.to(dr_wanted ? dr + i : nullptr, count);
+    });
   });
-  if (around) stream_end();
+  if (around) stores_end();
 }
 
 }  // namespace

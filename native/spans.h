@@ -158,7 +158,7 @@ struct Slopes {
   Slopes from(int64_t i) const { return {of_g.from(i), of_x.from(i), rest.from(i)}; }
 };
 
-// With a residual (`from_y`) g is its gradient, and wanted too.
+// With a residual (`from_y`) g is its gradient, and goes to dr.
 template <Form form, bool from_y, bool given, class E, class V, class W = Wide<E>>
 inline void gradients(E* dx, E* dr, const E* dy, const E* x, const E* y, int64_t n, Line<V> line, Slopes<V> slopes,
                       Bend<W> bend) {

@@ -13,39 +13,30 @@
 namespace batchnorm {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr size_t stored = 64;
-inline void store_around_cache(char* to, const char* from) {
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
-}
-#elif defined(__AVX__)
-constexpr size_t stored = 32;
-inline void store_around_cache(char* to, const char* from) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-#elif defined(__x86_64__)
-constexpr size_t stored = 16;
-inline void store_around_cache(char* to, const char* from) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-#else
-constexpr size_t stored = 16;
-inline void store_around_cache(char* to, const char* from) { std::memcpy(to, from, stored); }
-#endif
+constexpr size_t line_bytes = 64;  // of the cache
 
-inline void stream(void* to, const void* from, size_t bytes) {
-  char* out = static_cast<char*>(to);
-  const char* in = static_cast<const char*>(from);
-  size_t head = -reinterpret_cast<uintptr_t>(out) % stored;
-  head = head < bytes ? head : bytes;
-  std::memcpy(out, in, head);
-  size_t at = head;
-  for (; at + stored <= bytes; at += stored) store_around_cache(out + at, in + at);
-  std::memcpy(out + at, in + at, bytes - at);
+inline bool starts_line(const void* to) { return reinterpret_cast<uintptr_t>(to) % line_bytes == 0; }
+
+// A whole line, from registers if the caller has just computed it. Through a buffer of 1 to 4 KB the store cost up to
+// 15 % of a pass.
+inline void store_line(void* to, const void* from) {
+  [[maybe_unused]] auto* const out = static_cast<char*>(to);
+  [[maybe_unused]] auto* const in = static_cast<const char*>(from);
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
+#elif defined(__AVX__)
+  for (size_t i = 0; i < line_bytes; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)));
+#elif defined(__x86_64__)
+  for (size_t i = 0; i < line_bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+#else
+  std::memcpy(to, from, line_bytes);
+#endif
 }
 
 // What was stored so must be seen by the thread that is told of it.
-inline void stream_end() {
+inline void stores_end() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif

@@ -225,16 +225,21 @@ MUTATIONS = [
     ),
     Mutation(
         "biased running variance of the kernel", "kernels/native.py",
-        "mean.numel(), float(count), mean.data_ptr()", "mean.numel(), float(count + 1), mean.data_ptr()",
+        "mean.numel(), count, mean.data_ptr()", "mean.numel(), count + 1, mean.data_ptr()",
         "algorithm 2, line 10 has m/(m - 1)", RUNNING,
     ),
     Mutation(
-        "channels-last rows a value apart", "kernels/native.py",
-        "(x.data_ptr(), stride, 1)", "(x.data_ptr(), 1, 1)",
+        "channels-last rows a value apart", "kernels/layout.py",
+        "(stride, 1)", "(1, 1)",
         "rows overlap", GRID,
     ),
     Mutation(
-        "any layout taken for dense", "kernels/native.py",
+        "every tensor walked as the first", "kernels/layout.py",
+        "if stride != self._stride:", "if self._stride is None:",
+        "a gradient of other strides is read where it does not lie", GRID,
+    ),
+    Mutation(
+        "any layout taken for dense", "kernels/layout.py",
         "if _runs(x, range(2, x.dim())) == 1 else None", "if True else None",
         "positions that lie apart are read as if they lay side by side", GRID,
     ),
@@ -245,17 +250,17 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients not copied back", "kernels/native.py",
-        "result.copy_(computed)", "pass",
+        "dx.copy_(out)", "pass",
         "in a layout that the kernels cannot write, dx is what memory held", GRID,
     ),
     Mutation(
         "given variance divided by a count", "kernels/native.py",
-        "count = 1.0\n", "count = float(sizes[0] * sizes[2])\n",
+        "_dense(given[1]), 1\n", "_dense(given[1]), layout.count\n",
         "a variance is not a sum of squares", GRID,
     ),
     Mutation(
         "given variance divided by a count going backward", "kernels/native.py",
-        "1.0 if given else float(sizes[0] * sizes[2])", "float(sizes[0] * sizes[2])",
+        "1 if given else layout.count", "layout.count",
         "a variance is not a sum of squares", GRID,
     ),
     Mutation(
@@ -264,13 +269,13 @@ MUTATIONS = [
         "a graph that saved the buffers gives a wrong gradient instead of an error", GRADIENTS,
     ),
     Mutation(
-        "a sign that memory does not hold", "kernels/native.py",
-        "found = None if x.is_neg() else _strided(x, rows, sizes)", "found = _strided(x, rows, sizes)",
+        "a sign that memory does not hold", "kernels/layout.py",
+        "found = None if x.is_neg() else self._strided(x)", "found = self._strided(x)",
         "torch negates lazily", DEVICES,
     ),
     Mutation(
         "a stretched weight read as it lies", "kernels/native.py",
-        "if values is None or (values.is_contiguous() and not values.is_neg()):", "if values is None or not values.is_neg():",
+        "values if values.is_contiguous() and not values.is_neg() else", "values if not values.is_neg() else",
         "every second value of a larger tensor", AGREEMENT,
     ),
     # --- kernels: what autograd and compilers see of them

@@ -55,7 +55,7 @@ def _kernels_for(x: Tensor) -> choice.Name:
     kernels = choice.active()
     if x.numel() == 0:
         return "reference"
-    if kernels == "native" and x.device.type != "cpu":
+    if kernels == "native" and not x.is_cpu:
         return "torch"
     return kernels
 
@@ -152,15 +152,13 @@ def track(
 
     Returns: whether the moments entered; a 0-dimensional bool tensor where a device would have to be waited for.
     """
-    mean = moments.mean
     if (
         choice.active() == "native"
-        and mean.device.type == "cpu"
-        and mean.dtype == torch.float64
         and isinstance(moments.count, int)
         and not native.observed(running_mean, running_var)
         and not torch._C._are_functorch_transforms_active()
-        and native.trackable(running_mean, running_var, batches)
+        and native.trackable(moments.mean, running_mean, running_var, batches)
     ):
-        return native.track(moments.count, mean, moments.m2, running_mean, running_var, float(rate), batches)
+        mean, m2 = moments.mean, moments.m2
+        return native.track(moments.count, mean, m2, running_mean, running_var, float(rate), batches)
     return reference.track(moments, running_mean, running_var, rate, batches)

@@ -1,0 +1,95 @@
+"""How tensors lie in memory, as the native kernels walk them: (outer, channels, inner); see native/kernels.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Strided = tuple[int, int, int]  # address, outer stride, channel stride
+
+
+class Layout:
+    """The sizes by which a call walks its tensors, which all have the shape of `x` and mostly its strides."""
+
+    __slots__ = ("_shape", "_steps", "_stride", "by_rows", "sizes")
+
+    def __init__(self, x: Tensor) -> None:
+        samples, channels = x.size(0), x.size(1)
+        positions = x.numel() // (samples * channels)
+        self.sizes, self.by_rows = (samples, channels, positions), positions == 1
+        side_by_side = channels == 1 or x.stride(1) == 1
+        if positions > 1 and side_by_side and not x.is_contiguous() and _rows(x) is not None:
+            self.sizes, self.by_rows = (samples * positions, channels, 1), True
+        self._shape = x.shape
+        self._stride: tuple[int, ...] | None = None  # of a tensor seen before, and how it is walked
+        self._steps = 0, 0
+
+    @property
+    def count(self) -> int:
+        """How many values each channel has."""
+        return self.sizes[0] * self.sizes[2]
+
+    def operand(self, x: Tensor) -> tuple[Tensor, Strided]:
+        """`x` or a copy of it that can be walked, which the caller keeps alive."""
+        found = None if x.is_neg() else self._strided(x)
+        if found is None:
+            x = self._empty(x).copy_(x)
+            found = self._strided(x)
+            assert found is not None
+        return x, found
+
+    def result(self, y: Tensor) -> tuple[Tensor, Strided]:
+        """`y`, or memory for it that can be walked."""
+        found = self._strided(y)
+        if found is None:
+            y = self._empty(y)
+            found = self._strided(y)
+            assert found is not None
+        return y, found
+
+    def _strided(self, x: Tensor) -> Strided | None:
+        stride = x.stride()
+        if stride != self._stride:
+            steps = self._steps_of(x)
+            if steps is None:
+                return None
+            self._stride, self._steps = stride, steps
+        return x.data_ptr(), *self._steps
+
+    def _steps_of(self, x: Tensor) -> tuple[int, int] | None:
+        """The strides from one `outer` and from one channel to the next, or None where `x` cannot be walked."""
+        outer, channels, inner = self.sizes
+        if x.is_contiguous() and outer == x.size(0):
+            return channels * inner, inner
+        if not self.by_rows:
+            return (x.stride(0), x.stride(1)) if _runs(x, range(2, x.dim())) == 1 else None
+        if channels > 1 and x.stride(1) != 1:
+            return None
+        stride = x.stride(0) if outer == x.size(0) else _rows(x)
+        return None if stride is None else (stride, 1)
+
+    def _empty(self, x: Tensor) -> Tensor:
+        samples, channels, *positions = self._shape
+        if not self.by_rows:
+            return torch.empty(self._shape, dtype=x.dtype, device=x.device)
+        return torch.empty((samples, *positions, channels), dtype=x.dtype, device=x.device).movedim(-1, 1)
+
+
+def _rows(x: Tensor) -> int | None:
+    """The stride from one position to the next, over all samples, if it is always the same."""
+    return _runs(x, (0, *range(2, x.dim())))
+
+
+def _runs(x: Tensor, dims: range | tuple[int, ...]) -> int | None:
+    """The stride at which the elements of `dims`, the last fastest, follow each other, if it is always the same."""
+    stride = expected = None
+    for dim in reversed(dims):
+        size = x.size(dim)
+        if size == 1:
+            continue
+        if stride is None:
+            stride = x.stride(dim)
+        elif x.stride(dim) != expected:
+            return None
+        expected = x.stride(dim) * size
+    return 1 if stride is None else stride
