@@ -129,7 +129,7 @@ def test_the_checker_sees_an_offence(tmp_path, path, text, offence):
         ),
         ("kernels/ops.py", "from . import reference\nfrom batchnorm.kernels.reference import moments"),
         ("kernels/native/build.py", "from ..ops import x\nfrom ...moments import Moments"),
-        ("cli.py", "import batchnorm as bn"),
+        ("cli/bench.py", "import batchnorm as bn"),
         ("__init__.py", "if TYPE_CHECKING:\n    from .layers import x\ndef f():\n    from . import layers"),
     ],
 )

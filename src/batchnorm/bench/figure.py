@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from batchnorm.bench.case import sizes
 from batchnorm.bench.rows import Measured, Row
 from batchnorm.report.figures import settings
 from batchnorm.report.ink import LIGHT
-from batchnorm.report.lettering import SIZE, width, write
+from batchnorm.report.lettering import width, write
+from batchnorm.report.panel import dress
 from batchnorm.report.scale import human
 
 # Colour, marker and name of each contender, the one that is drawn last in front.
@@ -147,16 +148,7 @@ def _draw(axes: Axes, panel: Dots, *, named: bool) -> None:
     axes.axvline(1, color=LIGHT.muted, linewidth=0.8, zorder=0)
     axes.set_ylim(places[-1] - 0.6, 0.6)
     axes.set_yticks(places, panel.labels if named else [""] * len(places))
-    axes.set_facecolor("none")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set(color=LIGHT.muted, linewidth=0.8)
-    axes.grid(axis="x", color=LIGHT.rule, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="both", labelsize=SIZE, labelcolor=LIGHT.muted)
-    axes.tick_params(axis="y", length=0, pad=6)
-    axes.tick_params(axis="x", length=4, color=LIGHT.muted, width=0.8)
-    axes.tick_params(axis="x", which="minor", length=0)
+    dress(axes, LIGHT, rules="x")
 
 
 def _across(axes: Axes, values: list[float]) -> None:
@@ -166,7 +158,7 @@ def _across(axes: Axes, values: list[float]) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.15, high * 1.15)
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
     else:
         low, high = min(low, 0.9), max(high, 1.1)  # a hundredth is noise, and shall look like it
         axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))

@@ -12,7 +12,7 @@ Dtype = Literal["float32", "bfloat16"]
 class Options(BaseModel):
     """The choices of one command; those that it has no use for do nothing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seconds: float = Field(5.0, description="how long the rounds of one row may take")
     least: int = Field(7, description="rounds that a row has in any case")

@@ -5,6 +5,8 @@ Laid out by hand in points, from the bottom left of the figure, so that a phone'
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ def draw(figure: Figure, box: Box, panel: Panel, ink: Ink) -> None:
     for line in lines:
         _plot(axes, line)
     scale(axes, panel, drawn=drawn, wide=box.width > 450)
-    _dress(axes, ink)
+    dress(axes, ink, rules="y")
 
     at_end = lettering.fit_at_end(axes, named, box)
     rows = [] if at_end else lettering.key_rows(named, box.width)
@@ -82,12 +84,13 @@ def _plot(axes: Axes, line: Trace) -> None:
     )
 
 
-def _dress(axes: Axes, ink: Ink) -> None:
+def dress(axes: Axes, ink: Ink, *, rules: Literal["x", "y"]) -> None:
+    """Leave of the box its foot, and put rules where the values of one axis are read."""
     axes.set_facecolor("none")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set(color=ink.muted, linewidth=0.8)
-    axes.grid(axis="y", color=ink.rule, linewidth=0.8)
+    axes.grid(axis=rules, color=ink.rule, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", labelsize=lettering.SIZE, labelcolor=ink.muted)
     axes.tick_params(axis="y", length=0, pad=6)

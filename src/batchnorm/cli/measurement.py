@@ -1,0 +1,73 @@
+"""A measurement of `batchnorm bench`, from its options to the page of results."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from batchnorm.cli.terminal import Failure, command_line, from_options, in_one_line, new_folder, show, words
+
+if TYPE_CHECKING:
+    from batchnorm.bench.options import Options
+    from batchnorm.bench.rows import Command
+
+# How long a row takes unless told, in seconds: together a few minutes.
+_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5}
+
+
+def take(
+    commands: tuple[Command, ...], out: Path | None, threads: int | None, *, quick: bool, **chosen: Any
+) -> None:
+    """Measure one command after the other; each is on paper before the next begins."""
+    import torch
+    from rich.console import Console
+
+    from batchnorm.bench import page, table
+    from batchnorm.bench.display import Display
+    from batchnorm.bench.measure import measure
+    from batchnorm.bench.rows import ResultsError
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = out or new_folder("bench")
+    console = Console()
+    with in_one_line(ResultsError, OSError), Display(console) as display:
+        for command in commands:
+            options = _options(command, quick, chosen)
+            measured = measure(command, options, command_line(), display)
+            written = page.write(measured, folder)
+            for grid in table.grids(measured):
+                console.print(table.drawn(grid), "")
+            for note in measured.notes:
+                show(console, note)
+            if not measured.finished:
+                show(console, f"Stopped. What there is:  {written}")
+                raise typer.Exit(130)
+    console.print(table.NOTE, style="dim")
+    show(console, f"\nresults  {written}")
+
+
+def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
+    """Of one command; what was not chosen takes its default."""
+    from batchnorm.bench.networks import NETWORKS
+    from batchnorm.bench.options import Options
+
+    values = {name: value for name, value in chosen.items() if value is not None}
+    for name in {"dtypes", "networks"} & values.keys():
+        values[name] = words(values[name])
+    if command == "kernels":
+        values.pop("networks", None)
+    else:
+        values.setdefault("networks", ("mlp", "resnet18") if quick else tuple(NETWORKS))
+    unknown = set(values.get("networks", ())) - set(NETWORKS)
+    if unknown:
+        raise Failure(f"no network {', '.join(sorted(unknown))}: choose from {', '.join(NETWORKS)}")
+    if set(values.get("networks", ())) - {"mlp"} and not find_spec("torchvision"):
+        raise Failure("the networks are torchvision's: pip install 'batchnorm[train]', or --networks mlp")
+    if quick:
+        values = {"seconds": 0.0} | values | {"least": 3, "size": 32, "batch": 2, "quick": True}
+    values.setdefault("seconds", _ROW_SECONDS[command])
+    return from_options(Options, values)

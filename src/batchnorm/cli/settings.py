@@ -1,0 +1,68 @@
+"""An experiment's settings: chosen for a new run, or read from the run that is continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.cli.terminal import RUNS, Failure, from_options, option
+
+if TYPE_CHECKING:
+    from batchnorm.experiments.claim import Settings
+
+
+def chosen_for(folder: Path, chosen: dict[str, Any]) -> Settings:
+    """Those of a new run in `folder`; what was not chosen takes its default."""
+    from batchnorm.experiments.claim import Settings
+    from batchnorm.experiments.mnist import claim_names
+
+    if (folder / "records.jsonl").exists():
+        raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+    unknown = set(chosen.get("claims", ())) - set(claim_names())
+    if unknown:
+        names = ", ".join(claim_names())
+        raise Failure(f"no claim {', '.join(sorted(unknown))}: choose from {names}, or all")
+    return from_options(Settings, chosen)
+
+
+def read_from(folder: Path, chosen: dict[str, Any]) -> Settings:
+    """Those of the run in `folder`, with which what was chosen must agree."""
+    from pydantic import ValidationError
+
+    from batchnorm.experiments.claim import Settings
+    from batchnorm.records import Run, read
+
+    path = folder / "records.jsonl"
+    head = next(read(path), None)
+    if not isinstance(head, Run):
+        raise Failure(f"{path} does not begin with a run record: it is not a run that can be continued")
+    try:
+        settings = Settings.model_validate(head.config)
+    except ValidationError as error:
+        raise Failure(
+            f"{path} was written by another version: {error.errors()[0]['msg']}; start a new run"
+        ) from None
+    changed = [name for name, value in chosen.items() if getattr(settings, name) != value]
+    if changed:
+        options = ", ".join(map(option, changed))
+        raise Failure(f"{options} cannot change when a run is continued; leave it out, or start a new run")
+    return settings
+
+
+def newest_run() -> Path:
+    """The folder of the newest run that was stopped, or of the newest one."""
+    runs = sorted(RUNS.glob("mnist-*/records.jsonl"), key=lambda path: -path.stat().st_mtime)
+    if not runs:
+        raise Failure(f"no run to continue in {RUNS}/: name its folder with --out")
+    return next((path for path in runs if not _complete(path)), runs[0]).parent
+
+
+def _complete(path: Path) -> bool:
+    """Whether a run came to its end: its last record is a verdict, and not that it is incomplete."""
+    from batchnorm.records import RecordError, Verdict, read
+
+    try:
+        *_, last = read(path)
+    except (RecordError, ValueError):  # broken, or empty
+        return False
+    return isinstance(last, Verdict) and last.outcome != "incomplete"
