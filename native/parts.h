@@ -13,6 +13,10 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "kernels.h"
 
 namespace batchnorm {
@@ -97,12 +101,18 @@ inline Grid divide_once(const Shape& shape, bool dense, int64_t bytes) {
   return grid;
 }
 
+// f(i) for each i below `count`, by some of a team of threads. The team is always whole: the runtime ends the threads that a
+// smaller one leaves out, and would have to start them again for the convolution that follows.
 template <class F>
-void parallel_for(int64_t count, int64_t threads, const F& f) {
+void parallel_for(int64_t count, int64_t team, int64_t some, const F& f) {
 #ifdef _OPENMP
-  if (threads > 1 && count > 1 && !forked()) {
-#pragma omp parallel for num_threads(static_cast<int>(min(threads, count))) schedule(static)
-    for (int64_t i = 0; i < count; i++) f(i);
+  if (min(team, some) > 1 && count > 1 && !forked()) {
+#pragma omp parallel num_threads(static_cast<int>(team))
+    {
+      const int64_t at_work = min(min(omp_get_num_threads(), some), count), thread = omp_get_thread_num();
+      if (thread < at_work)
+        for (int64_t i = count * thread / at_work; i < count * (thread + 1) / at_work; i++) f(i);
+    }
     return;
   }
 #endif
@@ -113,9 +123,9 @@ void parallel_for(int64_t count, int64_t threads, const F& f) {
 // before the next; finish then merges the chunks of a group and is given the first.
 template <class Reduce, class Finish, class Apply>
 void in_parts(const Layer& layer, const Grid& grid, const Reduce& reduce, const Finish& finish, const Apply& apply) {
-  const int64_t threads = min(layer.threads, grid.most_threads);
+  const int64_t team = layer.threads, some = grid.most_threads;
   if (grid.chunks == 1) {
-    parallel_for(grid.groups, threads, [&](int64_t group) {
+    parallel_for(grid.groups, team, some, [&](int64_t group) {
       const Part part = grid.part(layer.shape, group, 0);
       reduce(part);
       finish(part);
@@ -125,9 +135,9 @@ void in_parts(const Layer& layer, const Grid& grid, const Reduce& reduce, const 
   }
   const int64_t parts = grid.groups * grid.chunks;
   const auto at = [&](int64_t i) { return grid.part(layer.shape, i % grid.groups, i / grid.groups); };
-  parallel_for(parts, threads, [&](int64_t i) { reduce(at(i)); });
+  parallel_for(parts, team, some, [&](int64_t i) { reduce(at(i)); });
   for (int64_t group = 0; group < grid.groups; group++) finish(grid.part(layer.shape, group, 0));
-  parallel_for(parts, threads, [&](int64_t i) { apply(at(i)); });
+  parallel_for(parts, team, some, [&](int64_t i) { apply(at(i)); });
 }
 
 template <class T>

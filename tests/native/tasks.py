@@ -196,6 +196,17 @@ def as_many_threads_as_torch() -> None:
         assert threads_of_process() == before + threads - 1, threads
 
 
+def the_same_threads_go_on() -> None:
+    torch.set_num_threads(4)
+    large, small = problem(SHAPES[0]), problem((64, 512))  # work for four, and for fewer
+    digest(*large)
+    before = os.listdir("/proc/self/task")
+    for _ in range(3):
+        digest(*small)
+        digest(*large)
+        assert os.listdir("/proc/self/task") == before
+
+
 if __name__ == "__main__":
     assert bn.kernels.active() == "native"
     globals()[sys.argv[1]]()

@@ -67,3 +67,8 @@ def test_there_is_one_openmp_runtime():
 @on_linux
 def test_no_more_threads_are_started_than_torch_may_use():
     run("as_many_threads_as_torch")
+
+
+@on_linux
+def test_little_work_ends_no_threads():
+    run("the_same_threads_go_on")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 Strided = tuple[int, int, int]  # address, outer stride, channel stride
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Layout:
@@ -14,15 +15,21 @@ class Layout:
     __slots__ = ("_shape", "_steps", "_stride", "by_rows", "sizes")
 
     def __init__(self, x: Tensor) -> None:
+        self._shape = x.shape
         samples, channels = x.size(0), x.size(1)
         positions = x.numel() // (samples * channels)
-        self.sizes, self.by_rows = (samples, channels, positions), positions == 1
-        side_by_side = channels == 1 or x.stride(1) == 1
-        if positions > 1 and side_by_side and not x.is_contiguous() and _rows(x) is not None:
-            self.sizes, self.by_rows = (samples * positions, channels, 1), True
-        self._shape = x.shape
-        self._stride: tuple[int, ...] | None = None  # of a tensor seen before, and how it is walked
-        self._steps = 0, 0
+        rows = (samples * positions, channels, 1)
+        self._stride: tuple[int, ...] | None = x.stride()  # of a tensor seen before, and how it is walked
+        if x.is_contiguous():
+            self.sizes, self.by_rows = (samples, channels, positions), positions == 1
+            self._steps = channels * positions, positions
+        elif x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]):
+            self.sizes, self.by_rows, self._steps = rows, True, (channels, 1)
+        else:
+            side_by_side = channels == 1 or x.stride(1) == 1
+            self.by_rows = positions == 1 or (side_by_side and _rows(x) is not None)
+            self.sizes = rows if self.by_rows else (samples, channels, positions)
+            self._stride, self._steps = None, (0, 0)
 
     @property
     def count(self) -> int:

@@ -131,7 +131,7 @@ def _native(
 
 def _check_devices(x: Tensor, *per_channel: Tensor | None) -> None:
     for values in per_channel:
-        if values is not None and values.device != x.device:
+        if values is not None and not values.is_cpu:
             raise RuntimeError(
                 f"the input is on {x.device} but a weight, bias or running statistic on {values.device}: "
                 "move them to one device, e.g. with model.to(input.device)"
