@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t block_values = 4096, block_rows = 64;  // summed in float32 before they are added in float64
 constexpr int64_t first_values = 1024, first_rows = 8;   // that give the first shift
 constexpr int64_t streams_from = 4 << 20;                // bytes of a result that no cache will keep
-constexpr int64_t shortest_streamed = 256;               // bytes of a plane of it
+constexpr int64_t short_plane = 512;                     // bytes
 
 template <class E>
 const E* at(const Tensor& t, int64_t n, int64_t c) {
@@ -300,11 +300,12 @@ Bend<W> bend_of(const Layer& layer) {
   }
 }
 
-// Whether a result goes around the cache. Of planes that are short, too many lines belong to two.
+// Whether a result goes around the cache. Of short planes that are no whole lines, too many lines belong to two.
 template <bool by_rows>
 bool streams(const Layer& layer, int64_t size) {
   const Shape& shape = layer.shape;
-  return shape.count() * shape.channels * size >= streams_from && (by_rows || shape.inner * size >= shortest_streamed);
+  const int64_t plane = shape.inner * size;
+  return plane * shape.outer * shape.channels >= streams_from && (by_rows || plane >= short_plane || plane % line_bytes == 0);
 }
 
 // f(i, count) for a run of results from i on: for each line of the cache that lies in it, whose count is known when this is
