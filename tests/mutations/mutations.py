@@ -158,7 +158,7 @@ MUTATIONS = [
     ),
     Mutation(
         "second-order gradient through constants", "kernels/node.py",
-        "if torch.is_grad_enabled() or not torch._C._has_storage(", "if not torch._C._has_storage(",
+        "if torch.is_grad_enabled() or not torch._C._has_storage(dy):", "if not torch._C._has_storage(dy):",
         "the moments' dependence on x forgotten", FUNCTIONAL,
     ),
     Mutation(
@@ -280,7 +280,7 @@ MUTATIONS = [
     ),
     # --- kernels: what autograd and compilers see of them
     Mutation(
-        "nothing saved for a residual", "kernels/node.py",
+        "nothing saved for a residual", "kernels/graph.py",
         "return (None, None) if residual is None or activation == native.NONE else (residual, y)", "return None, None",
         "where the activation was cut is not known", GRID,
     ),
@@ -296,16 +296,16 @@ MUTATIONS = [
     ),
     Mutation(
         "a batch of gradients given to a kernel", "kernels/node.py",
-        "torch.is_grad_enabled() or not torch._C._has_storage(\n            dy\n        )", "torch.is_grad_enabled()",
+        "torch.is_grad_enabled() or not torch._C._has_storage(dy)", "torch.is_grad_enabled()",
         "under vmap dy has no memory of its own", GRADIENTS,
     ),
     Mutation(
         "a backward pass that nobody sees", "kernels/node.py",
-        "if native.observed(dy):", "if False:",
+        "operators.backward if native.observed(dy) else native.backward", "native.backward",
         "a dispatch mode around it sees no operator", OPERATORS,
     ),
     Mutation(
-        "second-order gradient of a residual lost", "kernels/node.py",
+        "second-order gradient of a residual lost", "kernels/graph.py",
         "if residual is None and wanted[3]:", "if False:",
         "without an activation nothing is saved of it", GRADIENTS,
     ),

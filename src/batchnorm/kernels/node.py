@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import native, operators
+from batchnorm.kernels.graph import again, saved_of
 from batchnorm.kernels.native import Fused
 from batchnorm.kernels.reference import Given
 
@@ -59,17 +60,11 @@ class _Normalise(torch.autograd.Function):
         call: _Call = ctx.call
         x, weight, bias, residual, y = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not torch._C._has_storage(
-            dy
-        ):  # or dy is a batch of gradients under vmap
-            return *again(
-                dy, x, weight, bias, residual, call.eps, call.activation, call.given, needed[:4]
-            ), None
-        backward = native.backward
-        if native.observed(dy):
-            from batchnorm.kernels import operators
-
-            backward = operators.backward
+        # a gradient of this gradient is asked for, or dy is a batch of gradients under vmap
+        if torch.is_grad_enabled() or not torch._C._has_storage(dy):
+            found = again(dy, x, weight, bias, residual, call.eps, call.activation, call.given, needed[:4])
+            return *found, None
+        backward = operators.backward if native.observed(dy) else native.backward
         dx, dweight, dbias, dresidual = backward(
             dy, x, y, weight, bias, call.mean, call.m2, call.given is not None, call.eps, call.activation
         )
@@ -80,46 +75,3 @@ class _Normalise(torch.autograd.Function):
             (dy if dresidual is None else dresidual) if needed[3] else None,
             None,
         )
-
-
-def saved_of(y: Tensor, residual: Tensor | None, activation: Fused) -> tuple[Tensor | None, Tensor | None]:
-    """(residual, y) where the backward pass needs them, else None for both.
-
-    With a residual, what the activation was given cannot be computed again from x; y tells as much.
-    """
-    return (None, None) if residual is None or activation == native.NONE else (residual, y)
-
-
-def again(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: Fused,
-    given: Given | None,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias and residual as a graph, for a gradient of these gradients is asked for.
-
-    `residual` is None where none was added before an activation; then dy is its gradient.
-    """
-    with torch.enable_grad():
-        y, _ = reference.batch_norm(x, weight, bias, eps, given)
-        y = reference.activate(y, _ACTIVATIONS[activation[0]](activation[1]), residual)
-        inputs = [v if asked else None for v, asked in zip((x, weight, bias, residual), wanted, strict=True)]
-        asked_for = [v for v in inputs if v is not None]
-        found = iter(torch.autograd.grad(y, asked_for, dy, create_graph=True) if asked_for else ())
-    gradients = [None if v is None else next(found) for v in inputs]
-    if residual is None and wanted[3]:
-        gradients[3] = dy
-    return tuple(gradients)
-
-
-_ACTIVATIONS = (
-    lambda _: None,
-    lambda _: torch.relu,
-    lambda slope: lambda y: torch.nn.functional.leaky_relu(y, slope),
-    lambda _: torch.nn.functional.relu6,
-)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import native
+from batchnorm.kernels.graph import again, saved_of
 from batchnorm.kernels.native import Fused
-from batchnorm.kernels.node import again, saved_of
 from batchnorm.kernels.reference import Given
 
 
