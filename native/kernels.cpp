@@ -48,25 +48,26 @@ void forward(const Layer& layer, const Forward& call) {
     using E = decltype(number);
     const bool side_by_side = dense(shape, call.x) && dense(shape, call.residual) && dense(shape, call.y);
     const Grid grid = (call.given ? divide_once : divide)(shape, side_by_side, sizeof(E));
-    const Partials partials(shape, grid);
+    const Partials partials(shape, call.given ? 0 : grid.chunks);
     Coefficients<Wide<E>> coefficients(shape.channels);
+    if (call.given) coefficients.set(layer, call.moments, 0, shape.channels);
     with_flag(grid.by_rows, [&](auto rows) {
       constexpr bool by_rows = decltype(rows)::value;
       const auto reduce = [&](const Part& part) {
-        if (!call.given) moments<E, by_rows>(shape, call.x, part, partials.first(part.chunk), partials.second(part.chunk));
+        moments<E, by_rows>(shape, call.x, part, partials.first(part.chunk), partials.second(part.chunk));
       };
       const auto finish = [&](const Part& group) {
-        if (!call.given)
-          merge_moments(shape, grid, group, partials, static_cast<double*>(call.moments.mean.data),
-                        static_cast<double*>(call.moments.m2.data));
+        merge_moments(shape, grid, group, partials, static_cast<double*>(call.moments.mean.data),
+                      static_cast<double*>(call.moments.m2.data));
         if (call.y.data != nullptr) coefficients.set(layer, call.moments, group.first_channel, group.channels);
       };
       with_form<E>(layer.activation, [&](auto form) {
         with_flag(call.residual.data != nullptr, [&](auto residual) {
-          in_parts(layer, grid, reduce, finish, [&](const Part& part) {
+          const auto apply = [&](const Part& part) {
             if (call.y.data != nullptr)
               normalise<E, by_rows, decltype(form)::value, decltype(residual)::value>(layer, call, coefficients, part);
-          });
+          };
+          call.given ? in_parts(layer, grid, apply) : in_parts(layer, grid, reduce, finish, apply);
         });
       });
     });
@@ -80,7 +81,7 @@ void backward(const Layer& layer, const Backward& call) {
     const bool side_by_side = dense(shape, call.dy) && dense(shape, call.x) && dense(shape, call.y) &&
                               dense(shape, call.dx) && dense(shape, call.dresidual);
     const Grid grid = divide(shape, side_by_side, 2 * sizeof(E));
-    const Partials partials(shape, grid);
+    const Partials partials(shape, grid.chunks);
     Coefficients<Wide<E>> coefficients(shape.channels);
     coefficients.set(layer, call.moments, 0, shape.channels);
     const bool summed = !call.given || call.dweight.data != nullptr || call.dbias.data != nullptr;

@@ -92,7 +92,7 @@ inline Grid divide_once(const Shape& shape, bool dense, int64_t bytes) {
   grid.by_rows = dense && shape.inner < 16;
   grid.most_threads = threads_for(shape, bytes);
   // a part by rows first spreads its coefficients, which several rows must pay for
-  grid.outer_per_chunk = grid.by_rows ? min(shape.outer, 32) : ceil_div(shape.outer, most_chunks);
+  grid.outer_per_chunk = grid.by_rows ? ceil_div(shape.outer, ceil_div(shape.outer, 32)) : ceil_div(shape.outer, most_chunks);
   grid.chunks = ceil_div(shape.outer, grid.outer_per_chunk);
   const int64_t width = grid.by_rows ? max_width / 2 / shape.inner : max_width;
   const int64_t groups = max(ceil_div(least_groups, grid.chunks), ceil_div(shape.channels, width));
@@ -101,7 +101,7 @@ inline Grid divide_once(const Shape& shape, bool dense, int64_t bytes) {
   return grid;
 }
 
-// f(i) for each i below `count`, by some of a team of threads. The team is always whole: the runtime ends the threads that a
+// f(i) for each i below `count`, by some of a team of threads. The team is always whole: libgomp ends the threads that a
 // smaller one leaves out, and would have to start them again for the convolution that follows.
 template <class F>
 void parallel_for(int64_t count, int64_t team, int64_t some, const F& f) {
@@ -140,6 +140,13 @@ void in_parts(const Layer& layer, const Grid& grid, const Reduce& reduce, const 
   parallel_for(parts, team, some, [&](int64_t i) { apply(at(i)); });
 }
 
+// The parts of a single pass.
+template <class Apply>
+void in_parts(const Layer& layer, const Grid& grid, const Apply& apply) {
+  parallel_for(grid.groups * grid.chunks, layer.threads, grid.most_threads,
+               [&](int64_t i) { apply(grid.part(layer.shape, i % grid.groups, i / grid.groups)); });
+}
+
 template <class T>
 struct Scratch {
   T* const data;
@@ -155,7 +162,7 @@ struct Scratch {
 // A pair of float64 for each channel and chunk: what the parts say, before it is merged.
 class Partials {
  public:
-  Partials(const Shape& shape, const Grid& grid) : channels_(shape.channels), pairs_(2 * grid.chunks * channels_) {}
+  Partials(const Shape& shape, int64_t chunks) : channels_(shape.channels), pairs_(2 * chunks * channels_) {}
 
   double* first(int64_t chunk) const { return pairs_.data + 2 * chunk * channels_; }
   double* second(int64_t chunk) const { return first(chunk) + channels_; }

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t block_values = 4096, block_rows = 64;  // summed in float32 before they are added in float64
 constexpr int64_t first_values = 1024, first_rows = 8;   // that give the first shift
 constexpr int64_t streams_from = 4 << 20;                // bytes of a result that no cache will keep
-constexpr int64_t short_plane = 512;                     // bytes
+constexpr int64_t short_run = 512;                       // bytes
 
 template <class E>
 const E* at(const Tensor& t, int64_t n, int64_t c) {
@@ -300,12 +300,11 @@ Bend<W> bend_of(const Layer& layer) {
   }
 }
 
-// Whether a result goes around the cache. Of short planes that are no whole lines, too many lines belong to two.
+// Whether a result goes around the cache. Of short runs that are no whole lines, too many lines belong to two.
 template <bool by_rows>
-bool streams(const Layer& layer, int64_t size) {
-  const Shape& shape = layer.shape;
-  const int64_t plane = shape.inner * size;
-  return plane * shape.outer * shape.channels >= streams_from && (by_rows || plane >= short_plane || plane % line_bytes == 0);
+bool streams(const Shape& shape, const Part& part, int64_t size) {
+  const int64_t run = (by_rows ? part.channels : 1) * shape.inner * size;
+  return shape.count() * shape.channels * size >= streams_from && (run >= short_run || run % line_bytes == 0);
 }
 
 // f(i, count) for a run of results from i on: for each line of the cache that lies in it, whose count is known when this is
@@ -337,7 +336,7 @@ void normalise(const Layer& layer, const Forward& call, const Coefficients<Wide<
   using W = Wide<E>;
   const Lines<by_rows, W> lines(coefficients, part, layer.shape.inner);
   const Bend<W> bend = bend_of<W>(layer);
-  const bool around = streams<by_rows>(layer, sizeof(E));
+  const bool around = streams<by_rows>(layer.shape, part, sizeof(E));
   walk<by_rows>(part, layer.shape.inner, [&](int64_t n, int64_t c, int64_t k, int64_t length) {
     const auto line = lines[k];
     const E* x = at<E>(call.x, n, c);
@@ -409,7 +408,7 @@ void gradients(const Layer& layer, const Backward& call, const Coefficients<Wide
       of_x(coefficients.of_x, part, inner), rest(coefficients.rest_of_dx, part, inner);
   const Bend<W> bend = bend_of<W>(layer);
   const bool dx_wanted = call.dx.data != nullptr, dr_wanted = from_y && call.dresidual.data != nullptr;
-  const bool around = streams<by_rows>(layer, sizeof(E)) || !dx_wanted || dr_wanted != from_y;  // or what is not wanted leaves nowhere
+  const bool around = streams<by_rows>(layer.shape, part, sizeof(E)) || !dx_wanted || dr_wanted != from_y;  // or what is not wanted leaves nowhere
   walk<by_rows>(part, inner, [&](int64_t n, int64_t c, int64_t k, int64_t length) {
     const Slopes<decltype(of_g[k])> slopes{of_g[k], of_x[k], rest[k]};
     const auto line = lines[k];

@@ -17,8 +17,8 @@ constexpr size_t line_bytes = 64;  // of the cache
 
 inline bool starts_line(const void* to) { return reinterpret_cast<uintptr_t>(to) % line_bytes == 0; }
 
-// A whole line, from registers if the caller has just computed it. Through a buffer of 1 to 4 KB the store cost up to
-// 15 % of a pass.
+// A whole line, from registers if the caller has just computed it: collected in a buffer of 1 to 4 KB first, a pass takes up
+// to 15 % longer.
 inline void store_line(void* to, const void* from) {
   [[maybe_unused]] auto* const out = static_cast<char*>(to);
   [[maybe_unused]] auto* const in = static_cast<const char*>(from);
