@@ -10,14 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import batchnorm as bn
+from tests.constructors import each_layer, each_setting
 
-LAYERS = [
-    pytest.param(bn.BatchNorm1d, nn.BatchNorm1d, (6, 3), id="1d (N, C)"),
-    pytest.param(bn.BatchNorm1d, nn.BatchNorm1d, (6, 3, 4), id="1d (N, C, L)"),
-    pytest.param(bn.BatchNorm2d, nn.BatchNorm2d, (6, 3, 2, 4), id="2d"),
-    pytest.param(bn.BatchNorm3d, nn.BatchNorm3d, (6, 3, 2, 2, 3), id="3d"),
-]
-each_layer = pytest.mark.parametrize(("ours", "torch_s", "shape"), LAYERS)
 STATISTICS = ["running_mean", "running_var"]
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -38,18 +32,8 @@ def exactly(a, b):
 
 # --- the same numbers as torch's layers, in every setting
 
-SETTINGS = [
-    {},
-    {"affine": False},
-    {"bias": False},
-    {"track_running_stats": False},
-    {"affine": False, "track_running_stats": False},
-    {"momentum": None},
-    {"momentum": 0.7, "eps": 0.3},
-]
 
-
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@each_setting
 @each_layer
 def test_trains_and_evaluates_as_torch_s(ours, torch_s, shape, options):
     a, b = ours(3, **options, dtype=torch.float64), torch_s(3, **options, dtype=torch.float64)

@@ -3,40 +3,20 @@
 import copy
 import operator
 
-import pytest
 import torch
 from torch import nn
 
 import batchnorm as bn
+from tests.constructors import each_layer, each_setting
 from tests.passes.blocks import Block, outcome
 from tests.passes.compare import near, unlike, upgraded
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours", "shape"),
-    [
-        (nn.BatchNorm1d, bn.BatchNorm1d, (5, 3)),
-        (nn.BatchNorm1d, bn.BatchNorm1d, (5, 3, 2)),
-        (nn.BatchNorm2d, bn.BatchNorm2d, (5, 3, 2, 2)),
-        (nn.BatchNorm3d, bn.BatchNorm3d, (5, 3, 2, 2, 1)),
-    ],
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"affine": False},
-        {"bias": False},
-        {"track_running_stats": False},
-        {"affine": False, "track_running_stats": False},
-        {"momentum": None},
-        {"momentum": 0.7, "eps": 0.3},
-    ],
-    ids=str,
-)
-def test_a_root_of_each_kind_becomes_ours(theirs, ours, shape, options):
+@each_setting
+@each_layer
+def test_a_root_of_each_kind_becomes_ours(ours, torch_s, shape, options):
     x = torch.randn(shape).double()
-    model, report = upgraded(theirs(3, **options), x)
+    model, report = upgraded(torch_s(3, **options), x)
     assert type(model) is ours
     assert outcome(report, "") == ("swapped", "no call of it was found")
 
