@@ -119,32 +119,27 @@ void parallel_for(int64_t count, int64_t team, int64_t some, const F& f) {
   for (int64_t i = 0; i < count; i++) f(i);
 }
 
-// reduce, finish and apply, part by part where a part is a whole group: apply finds it in the cache. Else each for all parts
-// before the next; finish then merges the chunks of a group and is given the first.
-template <class Reduce, class Finish, class Apply>
-void in_parts(const Layer& layer, const Grid& grid, const Reduce& reduce, const Finish& finish, const Apply& apply) {
-  const int64_t team = layer.threads, some = grid.most_threads;
-  if (grid.chunks == 1) {
-    parallel_for(grid.groups, team, some, [&](int64_t group) {
-      const Part part = grid.part(layer.shape, group, 0);
-      reduce(part);
-      finish(part);
-      apply(part);
-    });
-    return;
-  }
-  const int64_t parts = grid.groups * grid.chunks;
-  const auto at = [&](int64_t i) { return grid.part(layer.shape, i % grid.groups, i / grid.groups); };
-  parallel_for(parts, team, some, [&](int64_t i) { reduce(at(i)); });
-  for (int64_t group = 0; group < grid.groups; group++) finish(grid.part(layer.shape, group, 0));
-  parallel_for(parts, team, some, [&](int64_t i) { apply(at(i)); });
-}
-
 // The parts of a single pass.
 template <class Apply>
 void in_parts(const Layer& layer, const Grid& grid, const Apply& apply) {
   parallel_for(grid.groups * grid.chunks, layer.threads, grid.most_threads,
                [&](int64_t i) { apply(grid.part(layer.shape, i % grid.groups, i / grid.groups)); });
+}
+
+// reduce, finish and apply, part by part where a part is a whole group: apply finds it in the cache. Else each for all parts
+// before the next; finish then merges the chunks of a group and is given the first.
+template <class Reduce, class Finish, class Apply>
+void in_parts(const Layer& layer, const Grid& grid, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+  if (grid.chunks == 1) {
+    return in_parts(layer, grid, [&](const Part& part) {
+      reduce(part);
+      finish(part);
+      apply(part);
+    });
+  }
+  in_parts(layer, grid, reduce);
+  for (int64_t group = 0; group < grid.groups; group++) finish(grid.part(layer.shape, group, 0));
+  in_parts(layer, grid, apply);
 }
 
 template <class T>

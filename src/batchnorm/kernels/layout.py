@@ -12,7 +12,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Layout:
     """The sizes by which a call walks its tensors, which all have the shape of `x` and mostly its strides."""
 
-    __slots__ = ("_shape", "_steps", "_stride", "by_rows", "sizes")
+    __slots__ = ("_by_rows", "_shape", "_steps", "_stride", "sizes")
 
     def __init__(self, x: Tensor) -> None:
         self._shape = x.shape
@@ -21,14 +21,14 @@ class Layout:
         rows = (samples * positions, channels, 1)
         self._stride: tuple[int, ...] | None = x.stride()  # of a tensor seen before, and how it is walked
         if x.is_contiguous():
-            self.sizes, self.by_rows = (samples, channels, positions), positions == 1
+            self.sizes, self._by_rows = (samples, channels, positions), positions == 1
             self._steps = channels * positions, positions
         elif x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]):
-            self.sizes, self.by_rows, self._steps = rows, True, (channels, 1)
+            self.sizes, self._by_rows, self._steps = rows, True, (channels, 1)
         else:
             side_by_side = channels == 1 or x.stride(1) == 1
-            self.by_rows = positions == 1 or (side_by_side and _rows(x) is not None)
-            self.sizes = rows if self.by_rows else (samples, channels, positions)
+            self._by_rows = positions == 1 or (side_by_side and _rows(x) is not None)
+            self.sizes = rows if self._by_rows else (samples, channels, positions)
             self._stride, self._steps = None, (0, 0)
 
     @property
@@ -68,7 +68,7 @@ class Layout:
         outer, channels, inner = self.sizes
         if x.is_contiguous() and outer == x.size(0):
             return channels * inner, inner
-        if not self.by_rows:
+        if not self._by_rows:
             return (x.stride(0), x.stride(1)) if _runs(x, range(2, x.dim())) == 1 else None
         if channels > 1 and x.stride(1) != 1:
             return None
@@ -77,7 +77,7 @@ class Layout:
 
     def _empty(self, x: Tensor) -> Tensor:
         samples, channels, *positions = self._shape
-        if not self.by_rows:
+        if not self._by_rows:
             return torch.empty(self._shape, dtype=x.dtype, device=x.device)
         return torch.empty((samples, *positions, channels), dtype=x.dtype, device=x.device).movedim(-1, 1)
 
