@@ -24,6 +24,11 @@ Layer layer(const Sizes& sizes, int number, const PerChannel& weight, const PerC
           slope, threads};
 }
 
+// `variance`: m2 is one.
+Moments moments(const Layer& layer, const PerChannel& mean, const PerChannel& m2, bool variance) {
+  return {values(mean), values(m2), variance ? 1 : static_cast<double>(layer.shape.count())};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -32,33 +37,38 @@ NB_MODULE(_native, m) {
       "forward",
       [](const Sizes& sizes, int number, const Strided& x, const Strided& residual, const Strided& y,
          const PerChannel& weight, const PerChannel& bias, double eps, int activation, double slope,
-         const PerChannel& mean, const PerChannel& m2, double count, bool given, int threads) {
+         const PerChannel& mean, const PerChannel& m2, bool given, int64_t group, int threads) {
         const Layer l = layer(sizes, number, weight, bias, eps, activation, slope, threads);
-        const Forward call{tensor(x), tensor(residual), tensor(y), {values(mean), values(m2), count}, given};
+        const Forward call{tensor(x), tensor(residual), tensor(y), moments(l, mean, m2, given), given};
         nb::gil_scoped_release released;
-        kernels().forward(l, call);
+        group > 0 ? forward(l, call, group) : kernels().forward(l, call);
       },
       nb::arg("sizes"), nb::arg("number"), nb::arg("x"), nb::arg("residual"), nb::arg("y"), nb::arg("weight"),
       nb::arg("bias"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("mean"), nb::arg("m2"),
-      nb::arg("count"), nb::arg("given"), nb::arg("threads"),
-      "The moments of x, unless they are given, and y = activation(bn(x) + residual), unless y is null.");
+      nb::arg("given"), nb::arg("group"), nb::arg("threads"),
+      "The moments of x, unless a mean and a variance are given, and y = activation(bn(x) + residual), unless y is null; by groups "
+      "of so many outer rows, unless it is 0.");
   m.def(
       "backward",
       [](const Sizes& sizes, int number, const Strided& dy, const Strided& x, const Strided& y,
          const PerChannel& weight, const PerChannel& bias, double eps, int activation, double slope,
-         const PerChannel& mean, const PerChannel& m2, double count, bool given, const Strided& dx,
-         const Strided& dresidual, const PerChannel& dweight, const PerChannel& dbias, int threads) {
+         const PerChannel& mean, const PerChannel& m2, bool given, const Strided& dx, const Strided& dresidual,
+         const PerChannel& dweight, const PerChannel& dbias, const std::tuple<Address, Address>& averages, int64_t group,
+         int threads) {
         const Layer l = layer(sizes, number, weight, bias, eps, activation, slope, threads);
-        const Backward call{tensor(dy), tensor(x),  tensor(y),         {values(mean), values(m2), count},
-                            given,      tensor(dx), tensor(dresidual), values(dweight),
-                            values(dbias)};
+        const Averages known{reinterpret_cast<const double*>(std::get<0>(averages)),
+                             reinterpret_cast<const double*>(std::get<1>(averages))};
+        const Backward call{tensor(dy), tensor(x), tensor(y), moments(l, mean, m2, given || known.g != nullptr), given,
+                            tensor(dx), tensor(dresidual), values(dweight), values(dbias), known};
         nb::gil_scoped_release released;
-        kernels().backward(l, call);
+        group > 0 ? backward(l, call, group) : kernels().backward(l, call);
       },
       nb::arg("sizes"), nb::arg("number"), nb::arg("dy"), nb::arg("x"), nb::arg("y"), nb::arg("weight"),
       nb::arg("bias"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("mean"), nb::arg("m2"),
-      nb::arg("count"), nb::arg("given"), nb::arg("dx"), nb::arg("dresidual"), nb::arg("dweight"), nb::arg("dbias"),
-      nb::arg("threads"), "The gradients of `forward`; y is read where a residual was added before an activation.");
+      nb::arg("given"), nb::arg("dx"), nb::arg("dresidual"), nb::arg("dweight"), nb::arg("dbias"), nb::arg("averages"),
+      nb::arg("group"), nb::arg("threads"),
+      "The gradients of `forward`; y is read where a residual was added before an activation. With averages of g and of g·x̂, those "
+      "of x and residual alone, and mean and m2 are a mean and a variance.");
   m.def(
       "track",
       [](int64_t channels, double count, Address mean, Address m2, const PerChannel& running_mean,

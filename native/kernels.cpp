@@ -80,15 +80,16 @@ void backward(const Layer& layer, const Backward& call) {
     using E = decltype(number);
     const bool side_by_side = dense(shape, call.dy) && dense(shape, call.x) && dense(shape, call.y) &&
                               dense(shape, call.dx) && dense(shape, call.dresidual);
-    const Grid grid = divide(shape, side_by_side, 2 * sizeof(E));
-    const Partials partials(shape, grid.chunks);
+    const bool known = call.averages.g != nullptr;
+    const bool summed = !known && (!call.given || call.dweight.data != nullptr || call.dbias.data != nullptr);
+    const Grid grid = summed ? divide(shape, side_by_side, 2 * sizeof(E)) : divide_once(shape, side_by_side, sizeof(E));
+    const Partials partials(shape, summed ? grid.chunks : 0);
     Coefficients<Wide<E>> coefficients(shape.channels);
     coefficients.set(layer, call.moments, 0, shape.channels);
-    const bool summed = !call.given || call.dweight.data != nullptr || call.dbias.data != nullptr;
+    if (known) coefficients.set_slopes(layer, 0, shape.channels, call.averages);
     with_flag(grid.by_rows, [&](auto rows) {
       constexpr bool by_rows = decltype(rows)::value;
       const auto finish = [&](const Part& group) {
-        if (!summed) return;
         double *const sums = partials.first(0), *const moved = partials.second(0);
         const int64_t end = group.first_channel + group.channels;
         for (int64_t chunk = 1; chunk < grid.chunks; chunk++) {
@@ -99,26 +100,29 @@ void backward(const Layer& layer, const Backward& call) {
             moved[c] += more_moved[c];
           }
         }
+        const double share = 1 / static_cast<double>(shape.count());
         for (int64_t c = group.first_channel; c < end; c++) {
-          store(call.dweight, c, moved[c] * coefficients.inverse[c]);
+          store(call.dweight, c, moved[c] *= coefficients.inverse[c]);
           store(call.dbias, c, sums[c]);
+          sums[c] *= share;
+          moved[c] *= share;
         }
-        if (!call.given) coefficients.set_slopes(layer, group.first_channel, group.channels, sums, moved);
+        if (!call.given) coefficients.set_slopes(layer, group.first_channel, group.channels, {sums, moved});
       };
       with_form<E>(layer.activation, [&](auto form) {
         constexpr Form F = decltype(form)::value;
         with_flag(call.y.data != nullptr, [&](auto known) {
           constexpr bool from_y = F != Form::none && decltype(known)::value;
           const auto reduce = [&](const Part& part) {
-            if (summed)
-              products<E, by_rows, F, from_y>(layer, call, coefficients, part, partials.first(part.chunk),
-                                              partials.second(part.chunk));
+            products<E, by_rows, F, from_y>(layer, call, coefficients, part, partials.first(part.chunk),
+                                            partials.second(part.chunk));
           };
           with_flag(call.given, [&](auto given) {
-            in_parts(layer, grid, reduce, finish, [&](const Part& part) {
+            const auto apply = [&](const Part& part) {
               if (call.dx.data != nullptr || (from_y && call.dresidual.data != nullptr))
                 gradients<E, by_rows, F, from_y, decltype(given)::value>(layer, call, coefficients, part);
-            });
+            };
+            summed ? in_parts(layer, grid, reduce, finish, apply) : in_parts(layer, grid, apply);
           });
         });
       });

@@ -42,7 +42,7 @@ struct Layer {
   int threads;   // at most; the result is the same for any number
 };
 
-// variance = m2 / count; running statistics are moments with a count of 1.
+// variance = m2 / count; a mean and a variance are moments with a count of 1.
 struct Moments {
   Values mean, m2;
   double count;
@@ -54,6 +54,11 @@ struct Forward {
   bool given;
 };
 
+// What a gradient of x needs of all the values that its moments are of: the means of g and of g·x̂, (C,) each.
+struct Averages {
+  const double *g = nullptr, *product = nullptr;  // null: they are taken from this call's own values
+};
+
 struct Backward {
   Tensor dy, x;
   Tensor y;  // null: what the activation was given is computed again from x, as is possible without a residual
@@ -61,6 +66,7 @@ struct Backward {
   bool given;             // the moments are constants, as in evaluation
   Tensor dx, dresidual;   // null: not wanted
   Values dweight, dbias;  // null: not wanted
+  Averages averages;      // where the moments are of more values than this x, or of fewer
 };
 
 struct Kernels {
@@ -72,6 +78,11 @@ struct Kernels {
 // Those in use: of the best instruction set that this machine has, unless `choose` named another.
 const Kernels& kernels();
 bool choose(const char* name);  // false: there is none of that name, or this machine cannot run it
+
+// The same for groups of `group` outer rows, which have moments, averages, dweight and dbias of their own, (groups, C); what is
+// left over joins the last group.
+void forward(const Layer&, const Forward&, int64_t group);
+void backward(const Layer&, const Backward&, int64_t group);
 
 // The running statistics follow the batch, and `batches`, unless null, counts it: see functional.track. False, and nothing
 // done, when the moments are not all finite, or of fewer than two values.

@@ -241,19 +241,20 @@ class Coefficients {
     }
   }
 
-  // `sums`: Σ g; `moved`: Σ g·(x - mean)
-  void set_slopes(const Layer& layer, int64_t channel, int64_t channels, const double* sums, const double* moved) {
-    const double share = 1 / static_cast<double>(layer.shape.count());
+  // dx = weight·inverse·(g - mean of g - x̂·mean of g·x̂)
+  void set_slopes(const Layer& layer, int64_t channel, int64_t channels, const Averages& averages) {
     double weight[max_width];
-    load(layer.weight, channel, channels, 1, weight);
+    for (int64_t from = channel; from < channel + channels; from += max_width) {
+      const int64_t some = min(max_width, channel + channels - from);
+      load(layer.weight, from, some, 1, weight);
 #pragma omp simd
-    for (int64_t i = 0; i < channels; i++) {
-      const int64_t c = channel + i;
-      const double by = weight[i] * inverse[c], of_deviation = -by * inverse[c] * inverse[c] * moved[c] * share;
-      const double left = of_deviation * (about[c] - mean[c]) - by * sums[c] * share;
-      of_g[c] = static_cast<W>(by);
-      of_x[c] = static_cast<W>(of_deviation);
-      rest_of_dx[c] = static_cast<W>(left);
+      for (int64_t i = 0; i < some; i++) {
+        const int64_t c = from + i;
+        const double by = weight[i] * inverse[c], of_deviation = -by * inverse[c] * averages.product[c];
+        of_g[c] = static_cast<W>(by);
+        of_x[c] = static_cast<W>(of_deviation);
+        rest_of_dx[c] = static_cast<W>(of_deviation * (about[c] - mean[c]) - by * averages.g[c]);
+      }
     }
   }
 

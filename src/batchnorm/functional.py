@@ -5,12 +5,13 @@ normalise, add the residual and activate  →  track the batch's moments in the 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from batchnorm.kernels import ops
+from batchnorm.kernels import choice, ops
 from batchnorm.kernels.ops import track as track
-from batchnorm.kernels.reference import Activation
-from batchnorm.moments import Moments, accumulator, count_per_channel
+from batchnorm.kernels.reference import Activation, Exchange
+from batchnorm.moments import Moments, accumulator, count_per_channel, positions
 
 
 def batch_norm(
@@ -25,6 +26,7 @@ def batch_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Batch normalization of each channel of `input` (Ioffe & Szegedy 2015, alg. 1 and 2).
 
@@ -49,18 +51,25 @@ def batch_norm(
         eps: added to the variance, inside the root.
         activation: None, "relu", "leaky_relu", "relu6", "silu", "sigmoid", "tanh", or a function of a tensor.
         residual: added before the activation; has the shape of `input`.
+        mask: bool, broadcastable to (N, 1, *S), True where a position is valid; or the lengths of sequences, (N,)
+            integers, for an input of (N, C, L). The rest is padding: it may hold anything, enters neither the
+            moments nor their gradient nor that of weight and bias, and the output is 0 there, as is the gradient of
+            input and residual.
 
     Returns: the output, in the shape and dtype of `input`.
 
     Raises:
         ValueError: one value per channel when training; eps ≤ 0 when training; only one running statistic
-            given; an unknown activation; a residual of another shape.
+            given; an unknown activation; a residual or a mask of another shape.
+        TypeError: a mask that is neither bool nor lengths.
         RuntimeError: a per-channel argument whose shape is not (C,); no running statistics when not training;
             an input of less than 2 dimensions (an IndexError, as torch's, when training without running statistics).
         NotImplementedError: an input that is not floating point.
     """
+    if mask is not None:
+        mask = positions(mask, input)
     output, moments = normalise(
-        input, running_mean, running_var, weight, bias, training, eps, activation, residual
+        input, running_mean, running_var, weight, bias, training, eps, activation, residual, mask
     )
     if moments is not None and running_mean is not None and running_var is not None:
         track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing
@@ -77,16 +86,58 @@ def normalise(
     eps: float,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    group: int = 0,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """The output, and the batch's moments (detached) when training; the running statistics are only read.
+    """The output, and the moments it was normalised by (detached) when training; the running statistics are only read.
 
-    Arguments and errors are those of `batch_norm`.
+    Arguments and errors are those of `batch_norm`; `mask` is as `positions` returns it, and may be of (N, C, *S).
+    group: when training, so many samples at a time have moments of their own, (groups, C), see reference.groups.
+    exchange: when training, what makes other moments of those of the input, see reference.Exchange.
     """
-    _check(input, running_mean, running_var, weight, bias, training, eps, residual)
-    if training:
-        return ops.normalise(input, weight, bias, eps, activation, residual)
-    assert running_mean is not None and running_var is not None  # _check saw to it
-    return ops.normalise(input, weight, bias, eps, activation, residual, (running_mean, running_var))
+    _check(input, running_mean, running_var, weight, bias, training, eps, residual, group, exchange)
+    if not training:
+        assert running_mean is not None and running_var is not None  # _check saw to it
+        given = (running_mean, running_var)
+        return ops.normalise(input, weight, bias, eps, activation, residual, given, mask=mask)
+    output, moments = ops.normalise(
+        input, weight, bias, eps, activation, residual, None, group, mask, exchange
+    )
+    if mask is not None or exchange is not None:
+        assert moments is not None
+        _check_counts(input, moments)
+    return output, moments
+
+
+def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
+    """Those by which `normalise` would normalise `input`, (N, C, *S), when training; detached."""
+    return ops.moments(input, mask)
+
+
+class OneValueError(ValueError):
+    """A channel of a training batch has one value, whose deviation from its mean is 0 whatever it is."""
+
+
+def _check_counts(input: Tensor, moments: Moments) -> None:
+    """Refuse one value per channel, where the number is known without waiting for a device."""
+    counts = moments.count
+    if isinstance(counts, Tensor):
+        if not counts.is_cpu or torch.compiler.is_compiling() or choice.transformed():
+            return
+        if not bool((counts == 1).any()):
+            return
+    elif counts != 1:
+        return
+    raise _one_value(input)
+
+
+def _one_value(input: Tensor) -> OneValueError:
+    return OneValueError(
+        f"Expected more than 1 value per channel when training, got input size {input.size()}: "
+        "use a larger batch (a DataLoader with drop_last=True), .eval() to use running statistics, or a layer "
+        'with on_single="running", which uses them for such a batch alone'
+    )
 
 
 def _check(
@@ -98,6 +149,8 @@ def _check(
     training: bool,
     eps: float,
     residual: Tensor | None,
+    group: int,
+    exchange: Exchange | None,
 ) -> None:
     """Raise torch's errors for what cannot be normalised, and say what to do about it."""
     if input.dim() < 2:
@@ -120,11 +173,8 @@ def _check(
             raise _of_another_size(input, running_mean, running_var, weight, bias)
         if values is not None:
             accumulator(values.dtype)
-    if training and count_per_channel(input) == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {input.size()}: "
-            "use a larger batch (a DataLoader with drop_last=True), or .eval() to use running statistics"
-        )
+    if training and exchange is None and count_per_channel(input[:group] if group else input) == 1:
+        raise _one_value(input)
     if eps <= 0 if training else eps < 0:
         raise ValueError(
             f"batch_norm eps must be {'positive' if training else 'non-negative'}, but got {eps}"

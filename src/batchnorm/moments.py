@@ -46,13 +46,34 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 
 def channelwise(values: Tensor, x: Tensor) -> Tensor:
-    """View (C,) `values` so that they broadcast along the channels of `x`, (N, C, *S)."""
-    return values if x.dim() == 2 else values.reshape(-1, *[1] * (x.dim() - 2))
+    """View `values`, (C,) or (N, C), so that they broadcast along the channels of `x`, (N, C, *S)."""
+    return values if x.dim() == 2 else values.reshape(*values.shape, *[1] * (x.dim() - 2))
 
 
 def batch_dims(x: Tensor) -> list[int]:
     """The dimensions of `x`, (N, C, *S), over which a channel's statistics are taken: all but the second."""
     return [0, *range(2, x.dim())]
+
+
+def positions(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` as a bool tensor of shape (N, 1, *S) for `x`, (N, C, *S): True where it is counted.
+
+    Raises: TypeError or ValueError for a mask that is not what `Moments.of` says.
+    """
+    if mask.dtype in (torch.int64, torch.int32) and x.dim() == 3 and mask.shape == x.shape[:1]:
+        return (torch.arange(x.size(2), device=x.device) < mask[:, None])[:, None]
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be a bool tensor (True = counted), got {mask.dtype}: use mask.bool(), "
+            "or the lengths of sequences, (N,) integers, for an input of (N, C, L)"
+        )
+    per_position = (x.size(0), 1, *x.shape[2:])
+    if mask.dim() != x.dim() or any(m not in (1, n) for m, n in zip(mask.shape, per_position, strict=True)):
+        raise ValueError(
+            f"mask must broadcast to (N, 1, *S) of the input {tuple(x.shape)}, got {tuple(mask.shape)}: "
+            "give it a channel dimension of 1, e.g. with mask.unsqueeze(1)"
+        )
+    return mask.expand(per_position)
 
 
 def count_per_channel(x: Tensor) -> int:
@@ -64,10 +85,12 @@ def count_per_channel(x: Tensor) -> int:
 class Moments:
     """What a batch says of each channel: how many values, their mean, their squared deviations from it.
 
-    count: number of values per channel, an int (or a tensor when it is only known at run time); 0 is legal
-        and says nothing, whatever `mean` and `m2` are.
+    count: number of values per channel, an int (or a tensor when it is only known at run time, (C,) where channels
+        differ); 0 is legal and says nothing, whatever `mean` and `m2` are.
     mean: (C,) their mean.
     m2: (C,) the sum of (x - mean)²: count times the biased variance.
+
+    Those of several groups side by side are (groups, C) and broadcast against a count of (groups, 1).
     """
 
     count: int | Tensor
@@ -85,7 +108,8 @@ class Moments:
         and standard deviation 1 in float32 the mean is right to about 1e-10. E[x²] - E[x]² is never formed.
         Differentiable, twice.
 
-        mask: bool, broadcastable to (N, 1, *S); only positions where it is True are counted.
+        mask: bool, broadcastable to (N, 1, *S); only positions where it is True are counted. Or the lengths of
+            sequences, (N,) integers, for an `x` of (N, C, L).
 
         Raises: NotImplementedError for an input that is not floating point; IndexError for one without channels;
             TypeError or ValueError for a mask that is not bool or not of that shape.
@@ -95,7 +119,7 @@ class Moments:
                 f"expected (N, C, ...), got shape {tuple(x.shape)}: add the missing dimension with unsqueeze"
             )
         if mask is not None:
-            return cls._of_masked(x, mask)
+            return of_masked(x, positions(mask, x))
         wide, dims = statistics_dtype(x.device), batch_dims(x)
         count = count_per_channel(x)
         x = x.to(accumulator(x.dtype))
@@ -106,34 +130,6 @@ class Moments:
         centred = x - channelwise(shift, x)
         delta = centred.mean(dims)
         m2 = (centred - channelwise(delta, x)).square().sum(dims)
-        return cls(count, shift.to(wide) + delta, m2.to(wide))
-
-    @classmethod
-    def _of_masked(cls, x: Tensor, mask: Tensor) -> Moments:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor (True = counted), got {mask.dtype}")
-        per_position = (x.size(0), 1, *x.shape[2:])
-        if mask.dim() != x.dim() or any(
-            m not in (1, n) for m, n in zip(mask.shape, per_position, strict=True)
-        ):
-            raise ValueError(
-                f"mask must broadcast to (N, 1, *S) of the input {tuple(x.shape)}, got {tuple(mask.shape)}: "
-                "give it a channel dimension of 1, e.g. with mask.unsqueeze(1)"
-            )
-        mask = mask.expand(per_position)
-        wide, dims = statistics_dtype(x.device), batch_dims(x)
-        count = mask.sum()
-        share = 1 / count.clamp(min=1).to(accumulator(x.dtype))
-
-        def total(values: Tensor) -> Tensor:
-            # where, not a product: under the mask the square of a large mean may be inf
-            return torch.where(mask, values, 0).sum(dims)
-
-        x = torch.where(mask, x.to(accumulator(x.dtype)), 0)  # a nan may not reach the gradient
-        shift = total(x.detach()) * share
-        centred = x - channelwise(shift, x)
-        delta = total(centred) * share
-        m2 = total((centred - channelwise(delta, x)).square())
         return cls(count, shift.to(wide) + delta, m2.to(wide))
 
     def merge(self, *others: Moments) -> Moments:
@@ -149,16 +145,28 @@ class Moments:
         if any(part.mean.shape != self.mean.shape for part in others):
             shapes = ", ".join(str(tuple(part.mean.shape)) for part in parts)
             raise ValueError(f"cannot merge moments of different channels: the means have shapes {shapes}")
-        mean, m2 = torch.stack([p.mean for p in parts]), torch.stack([p.m2 for p in parts])
-        counts = torch.stack([torch.as_tensor(p.count, device=mean.device) for p in parts])
-        weight = counts.to(mean.dtype).reshape(-1, *[1] * (mean.dim() - 1))
-        mean, m2 = torch.where(weight > 0, mean, 0), torch.where(weight > 0, m2, 0)
+        counts = [torch.as_tensor(part.count, device=part.mean.device) for part in parts]
+        total = Moments(
+            torch.stack([count.expand_as(self.mean) for count in counts]),
+            torch.stack([part.mean for part in parts]),
+            torch.stack([part.m2 for part in parts]),
+        ).total()
+        if any(count.dim() for count in counts):
+            return total
+        return Moments(sum(part.count for part in parts), total.mean, total.m2)
+
+    def total(self) -> Moments:
+        """`merge` of moments that lie side by side: the first dimension of `mean` and `m2`, which `count` has too."""
+        assert isinstance(self.count, Tensor)
+        weight = self.count.to(self.mean.dtype)
+        mean, m2 = torch.where(weight > 0, self.mean, 0), torch.where(weight > 0, self.m2, 0)
         # deviations from one of the means: the means may all be large and close
-        origin = mean[counts.argmax()]
-        total = origin + ((mean - origin) * weight).sum(0) / weight.sum().clamp(min=1)
-        spread = torch.where(weight > 0, mean - total, 0).square() * weight
-        count = sum(p.count for p in parts) if all(isinstance(p.count, int) for p in parts) else counts.sum()
-        return Moments(count, total, (m2 + spread).sum(0))
+        heaviest = weight.expand_as(mean).argmax(0, keepdim=True)
+        origin = mean.gather(0, heaviest).squeeze(0)
+        merged = origin + ((mean - origin) * weight).sum(0) / weight.sum(0).clamp(min=1)
+        spread = torch.where(weight > 0, mean - merged, 0).square() * weight
+        count = self.count.sum(0)
+        return Moments(count.squeeze() if count.numel() == 1 else count, merged, (m2 + spread).sum(0))
 
     def variance(self, unbiased: bool = False) -> Tensor:
         """(C,) variance: m2 / count, or m2 / (count - 1) with `unbiased` (Bessel's correction).
@@ -170,6 +178,24 @@ class Moments:
         if isinstance(divisor, Tensor):
             return torch.where(divisor > 0, self.m2 / divisor, torch.nan)
         return self.m2 / divisor if divisor > 0 else torch.full_like(self.m2, torch.nan)
+
+
+def of_masked(x: Tensor, mask: Tensor) -> Moments:
+    """`Moments.of` for a mask as `positions` returns it, or one of (N, C, *S), which has a count for each channel."""
+    wide, dims = statistics_dtype(x.device), batch_dims(x)
+    count = mask.sum(dims) if mask.size(1) == x.size(1) > 1 else mask.sum()
+    share = 1 / count.clamp(min=1).to(accumulator(x.dtype))
+
+    def total(values: Tensor) -> Tensor:
+        # where, not a product: under the mask the square of a large mean may be inf
+        return torch.where(mask, values, 0).sum(dims)
+
+    x = torch.where(mask, x.to(accumulator(x.dtype)), 0)  # a nan may not reach the gradient
+    shift = total(x.detach()) * share
+    centred = x - channelwise(shift, x)
+    delta = total(centred) * share
+    m2 = total((centred - channelwise(delta, x)).square())
+    return Moments(count, shift.to(wide) + delta, m2.to(wide))
 
 
 @dataclass(frozen=True, eq=False)

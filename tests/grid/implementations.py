@@ -90,7 +90,9 @@ class Kernels:
         t, gradients = tensors, {}
         moments = reference.moments(t.input.detach())
         if training:
-            normalised = reference.normalise(t.input, moments, t.weight, t.bias, problem.eps)
+            normalised = reference.normalise(
+                t.input, reference.mean_and_variance(moments), t.weight, t.bias, problem.eps
+            )
             functional.track(moments, t.running_mean, t.running_var, problem.momentum)
         else:
             running = Affine.normalising(t.running_mean, t.running_var, t.weight, t.bias, problem.eps)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm.kernels import native, reference
 from batchnorm.kernels.native import Fused
-from batchnorm.kernels.reference import Given
+from batchnorm.kernels.reference import Exchange, Given
 
 
 def saved_of(y: Tensor, residual: Tensor | None, activation: Fused) -> tuple[Tensor | None, Tensor | None]:
@@ -16,6 +16,11 @@ def saved_of(y: Tensor, residual: Tensor | None, activation: Fused) -> tuple[Ten
     With a residual, what the activation was given cannot be computed again from x; y tells as much.
     """
     return (None, None) if residual is None or activation == native.NONE else (residual, y)
+
+
+def asked(needed: tuple[bool, ...], *values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of `values` those that are needed, None for the others."""
+    return tuple(value if its else None for value, its in zip(values, needed, strict=False))
 
 
 def again(
@@ -28,15 +33,18 @@ def again(
     activation: Fused,
     given: Given | None,
     wanted: tuple[bool, ...],
+    group: int = 0,
+    mask: Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, bias and residual as a graph, for a gradient of these gradients is asked for.
 
     `residual` is None where none was added before an activation; then dy is its gradient.
     """
     with torch.enable_grad():
-        y, _ = reference.batch_norm(x, weight, bias, eps, given)
+        y, _ = reference.batch_norm(x, weight, bias, eps, given, group, mask, exchange)
         y = reference.activate(y, _ACTIVATIONS[activation[0]](activation[1]), residual)
-        inputs = [v if asked else None for v, asked in zip((x, weight, bias, residual), wanted, strict=True)]
+        inputs = asked(wanted, x, weight, bias, residual)
         asked_for = [v for v in inputs if v is not None]
         found = iter(torch.autograd.grad(y, asked_for, dy, create_graph=True) if asked_for else ())
     gradients = [None if v is None else next(found) for v in inputs]

@@ -31,10 +31,9 @@ class Layout:
             self.sizes = rows if self._by_rows else (samples, channels, positions)
             self._stride, self._steps = None, (0, 0)
 
-    @property
-    def count(self) -> int:
-        """How many values each channel has."""
-        return self.sizes[0] * self.sizes[2]
+    def rows(self, samples: int) -> int:
+        """How many `outer` rows so many samples are."""
+        return samples * (self.sizes[0] // self._shape[0])
 
     def operand(self, x: Tensor) -> tuple[Tensor, Strided]:
         """`x` or a copy of it that can be walked, which the caller keeps alive."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import batchnorm.kernels._native as _native
 from batchnorm.kernels.layout import Layout, Strided
-from batchnorm.kernels.reference import Given
+from batchnorm.kernels.reference import Given, groups
 
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 Fused = tuple[int, float]  # an activation's number in the kernels, and its slope
@@ -22,6 +22,7 @@ PerChannel = tuple[int, int]  # address, number of the dtype
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 _ABSENT: Strided = (0, 0, 0)
 _DEFAULT: PerChannel = (0, 0)
+_NOWHERE = (0, 0)
 
 
 def forward(
@@ -32,10 +33,12 @@ def forward(
     eps: float,
     activation: Fused,
     given: Given | None,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = activation(bn(x) + residual), and the moments' mean and m2, (C,) float64.
 
     By the mean and the variance `given`, (C,) each, which then are what is returned, or else by the batch's own.
+    With `group`, the samples of a group, every group has its own: (groups, C).
     """
     layout = Layout(x)
     y = torch.empty_like(x)
@@ -47,14 +50,26 @@ def forward(
     weight, of_weight = _per_channel(weight)
     bias, of_bias = _per_channel(bias)
     if given is None:
-        mean, m2, count = _statistics(x), _statistics(x), layout.count
+        mean, m2 = _statistics(x, group), _statistics(x, group)
     else:
-        mean, m2, count = _dense(given[0]), _dense(given[1]), 1
+        mean, m2 = _dense(given[0]), _dense(given[1])
     _native.forward(
         layout.sizes, NUMBERS[x.dtype], of_x, of_residual, of_y, of_weight, of_bias, eps, *activation,
-        _values(mean), _values(m2), count, given is not None, torch.get_num_threads(),
+        _values(mean), _values(m2), given is not None, layout.rows(group), torch.get_num_threads(),
     )  # fmt: skip
     return (y if out is y else y.copy_(out)), mean, m2
+
+
+def moments(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """The mean and m2 of each channel, and group, of `x`, as `forward` returns them."""
+    layout = Layout(x)
+    x, of_x = layout.operand(x)
+    mean, m2 = _statistics(x, group), _statistics(x, group)
+    _native.forward(
+        layout.sizes, NUMBERS[x.dtype], of_x, _ABSENT, _ABSENT, _DEFAULT, _DEFAULT, 0.0, *NONE,
+        _values(mean), _values(m2), False, layout.rows(group), torch.get_num_threads(),
+    )  # fmt: skip
+    return mean, m2
 
 
 def backward(
@@ -68,11 +83,16 @@ def backward(
     given: bool,
     eps: float,
     activation: Fused,
+    group: int = 0,
+    averages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `forward`: (dx, dweight, dbias, dresidual).
 
     `mean` and `m2` are what `forward` returned. `y` is its result where a residual was added before an activation, and
     only then is dresidual a tensor. dweight and dbias are (C,), of the dtype of weight and bias or else float64.
+
+    averages: (2, C) or (2, groups, C), where the moments are of other values than x: the means of g and of g·x̂ over
+        those. Then `mean` and `m2` are a mean and a variance, and dweight and dbias are not computed.
     """
     layout = Layout(x)
     dx = torch.empty_like(x)
@@ -86,17 +106,50 @@ def backward(
         residual_out, of_dresidual = layout.result(dresidual)
     weight, of_weight = _per_channel(weight)
     bias, of_bias = _per_channel(bias)
-    dweight, dbias = gradient_of(weight, x), gradient_of(bias, x)
+    dweight, dbias = (_statistics(x, group) if group else gradient_of(values, x) for values in (weight, bias))
     _native.backward(
         layout.sizes, NUMBERS[x.dtype], of_dy, of_x, of_y, of_weight, of_bias, eps, *activation,
-        _values(mean), _values(m2), 1 if given else layout.count, given,
-        of_dx, of_dresidual, _values(dweight), _values(dbias), torch.get_num_threads(),
+        _values(mean), _values(m2), given, of_dx, of_dresidual, _values(dweight), _values(dbias),
+        _NOWHERE if averages is None else (averages[0].data_ptr(), averages[1].data_ptr()),
+        layout.rows(group), torch.get_num_threads(),
     )  # fmt: skip
     if out is not dx:
         dx.copy_(out)
     if dresidual is not None and residual_out is not None and residual_out is not dresidual:
         dresidual.copy_(residual_out)
+    if group:
+        dweight, dbias = _summed(dweight, weight), _summed(dbias, bias)
     return dx, dweight, dbias, dresidual
+
+
+def sums(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    activation: Fused,
+    group: int = 0,
+) -> Tensor:
+    """(2, C) or (2, groups, C) float64: Σ g and Σ g·x̂ over x, by that mean and variance; the rest as `backward`."""
+    layout = Layout(x)
+    x, of_x = layout.operand(x)
+    dy, of_dy = layout.operand(dy if dy.dtype == x.dtype else dy.to(x.dtype))
+    of_y = _ABSENT
+    if y is not None:
+        y, of_y = layout.operand(y)
+    weight, of_weight = _per_channel(weight)
+    bias, of_bias = _per_channel(bias)
+    found = x.new_empty((2, *mean.shape), dtype=torch.float64)
+    _native.backward(
+        layout.sizes, NUMBERS[x.dtype], of_dy, of_x, of_y, of_weight, of_bias, eps, *activation,
+        _values(mean), _values(variance), True, _ABSENT, _ABSENT, _values(found[1]), _values(found[0]),
+        _NOWHERE, layout.rows(group), torch.get_num_threads(),
+    )  # fmt: skip
+    return found
 
 
 def trackable(mean: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor | None) -> bool:
@@ -149,8 +202,14 @@ def observed(*tensors: Tensor | None) -> bool:
     )
 
 
-def _statistics(x: Tensor) -> Tensor:
-    return x.new_empty(x.size(1), dtype=torch.float64)
+def _statistics(x: Tensor, group: int = 0) -> Tensor:
+    return x.new_empty((groups(x.size(0), group), x.size(1)) if group else x.size(1), dtype=torch.float64)
+
+
+def _summed(of_groups: Tensor, values: Tensor | None) -> Tensor:
+    """The gradient of `values` from those of the groups."""
+    total = of_groups.sum(0)
+    return total if values is None else total.to(values.dtype)
 
 
 def _per_channel(values: Tensor | None) -> tuple[Tensor | None, PerChannel]:

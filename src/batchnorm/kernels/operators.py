@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import native
-from batchnorm.kernels.graph import again, saved_of
+from batchnorm.kernels.graph import again, asked, saved_of
 from batchnorm.kernels.native import Fused
-from batchnorm.kernels.reference import Given
+from batchnorm.kernels.reference import Given, groups
 
 
 def forward(
@@ -24,11 +24,12 @@ def forward(
     eps: float,
     activation: Fused,
     given: Given | None,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As native.forward, as an operator."""
     # copies, as in a node
     mean, variance = (None, None) if given is None else (given[0].clone(), given[1].clone())
-    y, stats = _forward(x, weight, bias, residual, mean, variance, eps, *activation)
+    y, stats = _forward(x, weight, bias, residual, mean, variance, eps, *activation, group)
     return y, stats[0], stats[1]
 
 
@@ -43,9 +44,10 @@ def _forward(
     eps: float,
     activation: int,
     slope: float,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor]:
     given = None if mean is None or variance is None else (mean, variance)
-    y, *stats = native.forward(x, weight, bias, residual, eps, (activation, slope), given)
+    y, *stats = native.forward(x, weight, bias, residual, eps, (activation, slope), given, group)
     return y, torch.stack([values.double() for values in stats])
 
 
@@ -60,8 +62,10 @@ def _(
     eps: float,
     activation: int,
     slope: float,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((2, x.size(1)), dtype=torch.float64)
+    of_groups = (groups(x.size(0), group),) if group else ()
+    return torch.empty_like(x), x.new_empty((2, *of_groups, x.size(1)), dtype=torch.float64)
 
 
 @torch.library.custom_op("batchnorm::backward", mutates_args=())
@@ -76,9 +80,10 @@ def _backward(
     eps: float,
     activation: int,
     slope: float,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dweight, dbias, dresidual = native.backward(
-        dy, x, y, weight, bias, stats[0], stats[1], given, eps, (activation, slope)
+        dy, x, y, weight, bias, stats[0], stats[1], given, eps, (activation, slope), group
     )
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
@@ -95,6 +100,7 @@ def _(
     eps: float,
     activation: int,
     slope: float,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), native.gradient_of(weight, x), native.gradient_of(bias, x), dresidual
@@ -111,17 +117,18 @@ def backward(
     given: bool,
     eps: float,
     activation: Fused,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As native.backward, as an operator."""
     stats = torch.stack([mean.double(), m2.double()])
-    dx, dweight, dbias, dresidual = _backward(dy, x, y, weight, bias, stats, given, eps, *activation)
+    dx, dweight, dbias, dresidual = _backward(dy, x, y, weight, bias, stats, given, eps, *activation, group)
     return dx, dweight, dbias, None if y is None else dresidual
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, residual, mean, variance, ctx.eps, *activation = inputs
+    x, weight, bias, residual, mean, variance, ctx.eps, activation, slope, ctx.group = inputs
     y, stats = output
-    ctx.activation, ctx.given = (activation[0], activation[1]), mean is not None
+    ctx.activation, ctx.given = (activation, slope), mean is not None
     ctx.mark_non_differentiable(stats)
     ctx.save_for_backward(x, weight, bias, *saved_of(y, residual, ctx.activation), mean, variance, stats)
 
@@ -131,11 +138,12 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
     wanted = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         given = (mean, variance) if ctx.given else None
-        return *again(dy, x, weight, bias, residual, ctx.eps, ctx.activation, given, wanted), *[None] * 5
-    *gradients, dresidual = _backward(dy, x, y, weight, bias, stats, ctx.given, ctx.eps, *ctx.activation)
-    gradients.append(dy if y is None else dresidual)
-    asked = [values if needed else None for values, needed in zip(gradients, wanted, strict=True)]
-    return *asked, *[None] * 5
+        found = again(dy, x, weight, bias, residual, ctx.eps, ctx.activation, given, wanted, ctx.group)
+        return *found, *[None] * 6
+    dx, dweight, dbias, dresidual = _backward(
+        dy, x, y, weight, bias, stats, ctx.given, ctx.eps, *ctx.activation, ctx.group
+    )
+    return *asked(wanted, dx, dweight, dbias, dy if y is None else dresidual), *[None] * 6
 
 
 torch.library.register_autograd("batchnorm::forward", _differentiate, setup_context=_save)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels import choice, reference
-from batchnorm.kernels.reference import Activation, Given, activate
+from batchnorm.kernels.reference import Activation, Exchange, Given, activate
 from batchnorm.moments import Moments, accumulator, count_per_channel, statistics_dtype
 
 if choice.built():
-    from batchnorm.kernels import native, node, operators
+    from batchnorm.kernels import joint, native, node, operators
 
 
 def normalise(
@@ -27,36 +27,82 @@ def normalise(
     activation: Activation = None,
     residual: Tensor | None = None,
     given: Given | None = None,
+    group: int = 0,
+    mask: Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """activation(bn(x) + residual) of `x`, (N, C, *S), and the moments it was normalised by, detached.
 
-    By the batch's own moments, or by the mean and variance `given`, which are constants; then None is returned.
+    By the mean and variance `given`, which are constants, and then None is returned; or else by the moments of the
+    batch, or of each `group` of so many samples, in which only positions of the `mask` have a say, see
+    moments.positions, or by what `exchange` makes of these. Where the mask is False, input and residual may hold
+    anything and the output is 0.
     """
-    kernels = _kernels_for(x)
+    if mask is None:
+        return _normalise(x, weight, bias, eps, activation, residual, given, group, None, exchange)
+    if residual is not None:
+        residual = torch.where(mask, residual, 0)
+    x = torch.where(mask, x, 0)
+    y, moments = _normalise(x, weight, bias, eps, activation, residual, given, group, mask, exchange)
+    return torch.where(mask, y, 0), moments
+
+
+def _normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation,
+    residual: Tensor | None,
+    given: Given | None,
+    group: int,
+    mask: Tensor | None,  # x is 0 where it is False
+    exchange: Exchange | None,
+) -> tuple[Tensor, Moments | None]:
+    moments: Moments | None
+    in_steps = given is None and (mask is not None or exchange is not None)
+    kernels = _kernels_for(x, in_steps)
     if kernels == "native":
         fused = _fused(x, activation, residual)
+        within, added = (native.NONE, None) if fused is None else (fused, residual)
+        if in_steps:
+            y, moments = joint.forward(x, weight, bias, added, eps, within, group, mask, exchange)
+        else:
+            y, moments = _native(x, weight, bias, added, eps, within, given, group)
         if fused is not None:
-            return _native(x, weight, bias, residual, eps, fused, given)
-        y, moments = _native(x, weight, bias, None, eps, native.NONE, given)
-    elif kernels == "torch":
+            return y, moments
+    elif kernels == "torch" and (given is not None or not (in_steps or group)):
         y, moments = _by_torch(x, weight, bias, eps, given)
     else:
-        y, moments = reference.batch_norm(x, weight, bias, eps, given)
+        y, moments = reference.batch_norm(x, weight, bias, eps, given, group, mask, exchange)
     return activate(y, activation, residual), moments
 
 
-def _kernels_for(x: Tensor) -> choice.Name:
+def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
+    """The moments that `normalise` would find, detached."""
+    with torch.no_grad():
+        if mask is not None:
+            x = torch.where(mask, x, 0)
+        if _kernels_for(x, in_steps=True) == "native":
+            return joint.own_moments(x, mask, group)
+        return reference.moments(x, mask, group)
+
+
+def _kernels_for(x: Tensor, in_steps: bool = False) -> choice.Name:
+    """Which kernels compute for `x`; `in_steps`: by several calls, which only autograd may see."""
     # torch.func's transforms and forward-mode gradients need every step, not one node
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if choice.transformed():
         return "reference"
     # torch.jit.trace records torch's operations only
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return "torch"
     kernels = choice.active()
-    if x.numel() == 0:
+    if x.numel() == 0 and not in_steps:
         return "reference"
     if kernels == "native" and not x.is_cpu:
         return "torch"
+    if kernels == "native" and in_steps and native.observed(x):
+        return "reference"
     return kernels
 
 
@@ -113,20 +159,21 @@ def _native(
     eps: float,
     activation: native.Fused,
     given: Given | None,
+    group: int,
 ) -> tuple[Tensor, Moments | None]:
     _check_devices(x, weight, bias, *(given or ()))
     if native.observed(x, weight, bias, residual):
-        y, mean, m2 = operators.forward(x, weight, bias, residual, eps, activation, given)
+        y, mean, m2 = operators.forward(x, weight, bias, residual, eps, activation, given, group)
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        y, mean, m2 = node.forward(x, weight, bias, residual, eps, activation, given)
+        y, mean, m2 = node.forward(x, weight, bias, residual, eps, activation, given, group)
     else:
-        y, mean, m2 = native.forward(x, weight, bias, residual, eps, activation, given)
-    return y, None if given is not None else Moments(count_per_channel(x), mean, m2)
+        y, mean, m2 = native.forward(x, weight, bias, residual, eps, activation, given, group)
+    return y, None if given is not None else Moments(reference.count(x, group), mean, m2)
 
 
 def _check_devices(x: Tensor, *per_channel: Tensor | None) -> None:

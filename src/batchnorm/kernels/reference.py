@@ -8,39 +8,142 @@ and signature and is tested against this one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from batchnorm.moments import Affine, Moments, accumulator, batch_dims, channelwise, count_per_channel
+from batchnorm.moments import (
+    Affine,
+    Moments,
+    accumulator,
+    batch_dims,
+    channelwise,
+    count_per_channel,
+    of_masked,
+)
 
 Given = tuple[Tensor, Tensor]  # a mean and a variance, (C,) each
 
 
-def moments(x: Tensor) -> Moments:
-    """Count, mean and m2 of each channel of `x`, (N, C, *S) (alg. 1, lines 1-2)."""
-    return Moments.of(x)
+class Exchange(Protocol):
+    """What stands between the values of one call and the moments they are normalised by: other ranks, say."""
+
+    def moments(self, own: Callable[[], Moments]) -> Moments:
+        """The moments to normalise by; `own()` are those of the values at hand. Differentiable as `own()` is."""
+
+    def sums(self, own: Tensor) -> Tensor:
+        """Σ g and Σ g·x̂, (2, C), over all that `moments` speaks of, from those over the values at hand."""
 
 
-def normalise(x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def groups(samples: int, size: int) -> int:
+    """How many groups of `size` there are; what is left over joins the last one."""
+    return max(1, samples // size)
+
+
+def group_of(x: Tensor, size: int) -> Tensor:
+    """(N,) the group of each sample of `x`."""
+    return (torch.arange(x.size(0), device=x.device) // size).clamp(max=groups(x.size(0), size) - 1)
+
+
+def count(x: Tensor, group: int = 0) -> int | Tensor:
+    """How many values each channel has; with `group`, each channel of each group, (groups, 1)."""
+    each = count_per_channel(x)
+    if group == 0:
+        return each
+    sizes = torch.full((groups(x.size(0), group), 1), group * (each // max(1, x.size(0))), device=x.device)
+    sizes[-1] = each - int(sizes[0]) * (sizes.size(0) - 1)
+    return sizes
+
+
+def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
+    """Count, mean and m2 of each channel of `x`, (N, C, *S) (alg. 1, lines 1-2); with `group`, of each group."""
+    if group == 0:
+        return _moments(x, mask)
+    split = (groups(x.size(0), group) - 1) * group
+    last = _moments(x[split:], None if mask is None else mask[split:])
+    if split == 0:
+        return Moments(_row(last.count, x), last.mean[None], last.m2[None])
+    side_by_side = _as_channels(x[:split], group)
+    theirs = None if mask is None else _as_channels(mask[:split].expand_as(x[:split]), group)
+    first = _moments(side_by_side, theirs)
+    mean, m2 = (values.unflatten(0, (-1, x.size(1))) for values in (first.mean, first.m2))
+    if mask is None:
+        counts = count(x, group)
+    else:
+        of_groups = torch.as_tensor(first.count).unflatten(0, (-1, x.size(1)))
+        counts = torch.cat(
+            [of_groups if mask.size(1) == x.size(1) else of_groups[:, :1], _row(last.count, x)]
+        )
+    return Moments(
+        counts,
+        torch.cat([mean, last.mean[None]]),
+        torch.cat([m2, last.m2[None]]),
+    )
+
+
+def _moments(x: Tensor, mask: Tensor | None) -> Moments:
+    return Moments.of(x) if mask is None else of_masked(x, mask)
+
+
+def _row(count: int | Tensor, x: Tensor) -> Tensor:
+    return torch.as_tensor(count, device=x.device).reshape(1, -1)
+
+
+def _as_channels(x: Tensor, group: int) -> Tensor:
+    """(N, C, *S) as (group, N/group·C, *S): every channel of every group is a channel."""
+    joined: Tensor = x.unflatten(0, (-1, group)).transpose(0, 1).flatten(1, 2)
+    return joined
+
+
+def mean_and_variance(moments: Moments) -> Given:
+    """Those to normalise by, the variance biased; 0 and 1 where there is nothing to normalise."""
+    if isinstance(moments.count, int):
+        if moments.count > 0:
+            return moments.mean, moments.m2 / moments.count
+        return torch.zeros_like(moments.mean), torch.ones_like(moments.m2)
+    some = moments.count > 0
+    variance = moments.m2 / moments.count.clamp(min=1)
+    return torch.where(some, moments.mean, 0), torch.where(some, variance, 1)
+
+
+def normalise(
+    x: Tensor, given: Given, weight: Tensor | None, bias: Tensor | None, eps: float, group: int = 0
+) -> Tensor:
     """y = weight·x̂ + bias with x̂ = (x - mean) / √(variance + eps), in x's dtype (alg. 1, lines 3-4)."""
-    return Affine.of(moments, weight, bias, eps)(x, about=moments.mean)
+    mean, variance = given
+    affine = Affine.normalising(mean, variance, weight, bias, eps)
+    if group:
+        its = group_of(x, group)
+        affine, mean = Affine(affine.scale[its], affine.shift[its]), mean[its]
+    return affine(x, about=mean)
 
 
 def batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: Given | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    given: Given | None,
+    group: int = 0,
+    mask: Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """Normalise `x` by its own moments, and return these detached; or by those `given`, constants, and return None."""
+    """Normalise `x` by its own moments, and return these detached; or by those `given`, constants, and return None.
+
+    group: samples that have moments of their own. mask: which positions have a say in them, see moments.positions.
+    exchange: what makes other moments of them.
+    """
     if given is not None:
         # a copy, for autograd may keep it and a later batch moves the buffer
-        mean = given[0].clone()
-        return Affine.normalising(mean, given[1], weight, bias, eps)(x, about=mean), None
-    own = moments(x)
-    detached = Moments(own.count, own.mean.detach(), own.m2.detach())
-    if count_per_channel(x) == 0:  # nothing to normalise, by anything; and no nan for a gradient to meet
-        anything = torch.ones_like(detached.mean)
-        return Affine.normalising(anything, anything, weight, bias, eps)(x), detached
-    return normalise(x, own, weight, bias, eps), detached
+        return normalise(x, (given[0].clone(), given[1]), weight, bias, eps), None
+
+    def own() -> Moments:
+        return moments(x, mask, group)
+
+    found = own() if exchange is None else exchange.moments(own)
+    detached = Moments(found.count, found.mean.detach(), found.m2.detach())
+    return normalise(x, mean_and_variance(found), weight, bias, eps, group), detached
 
 
 def backward(
@@ -75,7 +178,12 @@ def track(
     # asked of the values as they would be stored: a finite float64 may be beyond float32
     mean = moments.mean.to(running_mean.dtype)
     variance = moments.variance(unbiased=True).to(running_var.dtype)
-    entered = (mean + variance).isfinite().all()
+    if isinstance(moments.count, Tensor) and moments.count.dim() == 1:  # a channel may have nothing to say
+        told = moments.count > 1
+        mean, variance = torch.where(told, mean, running_mean), torch.where(told, variance, running_var)
+        entered = (mean + variance).isfinite().all() & told.any()
+    else:
+        entered = (mean + variance).isfinite().all()
     for running, batch in ((running_mean, mean), (running_var, variance)):
         running.copy_(torch.where(entered, running.lerp(batch, rate), running))
     if batches is not None:
