@@ -9,12 +9,12 @@ import torch
 
 import batchnorm as bn
 
-NAMES = {"Affine", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__", "batch_norm"} | {
-    "kernels",
-    "keep_memory",
-    "return_memory",
-    "upgrade",
-}
+NAMES = (
+    {"Affine", "Moments", "__version__", "batch_norm", "kernels", "keep_memory", "return_memory"}
+    | {"BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
+    | {"Ghost", "Population", "Ramp", "Renorm", "Sync", "domain"}
+    | {"adapt", "convert_sync", "freeze", "unfreeze", "upgrade", "virtual_batch"}
+)
 LAYERS = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d]
 
 
@@ -57,7 +57,7 @@ def test_batch_norm_begins_as_torch_s_and_adds_keywords():
     torch_s = arguments(torch.nn.functional.batch_norm, Parameter.POSITIONAL_OR_KEYWORD)
     ours = arguments(bn.batch_norm, Parameter.POSITIONAL_OR_KEYWORD)
     assert list(ours.items()) == list(torch_s.items())
-    assert arguments(bn.batch_norm, Parameter.KEYWORD_ONLY) == {"activation": None, "residual": None}
+    assert arguments(bn.batch_norm, Parameter.KEYWORD_ONLY) == {"activation": None, "residual": None, "mask": None}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -68,10 +68,12 @@ def test_a_layer_is_made_as_torch_s_and_adds_keywords(layer):
     assert list(positional) == [
         "num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype",
     ]  # fmt: skip
-    keywords = arguments(torch_s, Parameter.KEYWORD_ONLY) | {"bias": True, "activation": None}
+    keywords = arguments(torch_s, Parameter.KEYWORD_ONLY) | {
+        "bias": True, "activation": None, "statistics": None, "debiased": False, "on_single": "raise",
+    }  # fmt: skip
     assert arguments(layer, Parameter.KEYWORD_ONLY) == keywords
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_s_forward_takes_a_residual(layer):
-    assert list(signature(layer.forward).parameters) == ["self", "input", "residual"]
+def test_a_layer_s_forward_takes_a_residual_and_a_mask(layer):
+    assert list(signature(layer.forward).parameters) == ["self", "input", "residual", "mask"]

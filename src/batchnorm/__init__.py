@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from batchnorm import kernels as kernels
     from batchnorm.functional import batch_norm as batch_norm
+    from batchnorm.layers import BatchNorm as BatchNorm
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
     from batchnorm.layers import BatchNorm2d as BatchNorm2d
     from batchnorm.layers import BatchNorm3d as BatchNorm3d
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
     from batchnorm.memory import return_memory as return_memory
     from batchnorm.moments import Affine as Affine
     from batchnorm.moments import Moments as Moments
+    from batchnorm.passes.adapt import adapt as adapt
+    from batchnorm.passes.convert_sync import convert_sync as convert_sync
+    from batchnorm.passes.freeze import freeze as freeze
+    from batchnorm.passes.freeze import unfreeze as unfreeze
     from batchnorm.passes.upgrade import upgrade as upgrade
+    from batchnorm.passes.virtual_batch import virtual_batch as virtual_batch
+    from batchnorm.statistics import Ghost as Ghost
+    from batchnorm.statistics import Population as Population
+    from batchnorm.statistics import Ramp as Ramp
+    from batchnorm.statistics import Renorm as Renorm
+    from batchnorm.statistics import Sync as Sync
+    from batchnorm.statistics.domain import domain as domain
 
 # Names are imported when first used: `batchnorm --help` and `batchnorm report` must not wait for torch.
 _HOME = {
@@ -31,10 +43,22 @@ _HOME = {
     "Moments": "moments",
     "Affine": "moments",
     "batch_norm": "functional",
+    "BatchNorm": "layers",
     "BatchNorm1d": "layers",
     "BatchNorm2d": "layers",
     "BatchNorm3d": "layers",
+    "Ghost": "statistics",
+    "Population": "statistics",
+    "Ramp": "statistics",
+    "Renorm": "statistics",
+    "Sync": "statistics",
+    "domain": "statistics",
+    "adapt": "passes.adapt",
+    "convert_sync": "passes.convert_sync",
+    "freeze": "passes.freeze",
+    "unfreeze": "passes.freeze",
     "upgrade": "passes.upgrade",
+    "virtual_batch": "passes.virtual_batch",
     "keep_memory": "memory",
     "return_memory": "memory",
 }

@@ -6,6 +6,7 @@ a list in the model's forward. torch.nn.utils.parametrize changes a module's cla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeGuard
 
 import torch
@@ -15,12 +16,15 @@ from torch.nn.utils import parametrize
 from batchnorm import layers
 from batchnorm.kernels.reference import Activation
 from batchnorm.layers import _BatchNorm
+from batchnorm.statistics.running import widen
+from batchnorm.statistics.sync import Sync
 
 OURS: dict[type[nn.Module], type[_BatchNorm]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
     nn.BatchNorm2d: layers.BatchNorm2d,
     nn.BatchNorm3d: layers.BatchNorm3d,
 }
+_ANY_RANK = {**OURS, nn.SyncBatchNorm: layers.BatchNorm}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -45,8 +49,31 @@ def is_patched(module: nn.Module) -> bool:
     return "forward" in vars(module) or "_call_impl" in vars(module)
 
 
-def obstacle(layer: nn.Module) -> str | None:
-    """Why `layer` cannot become ours, or None."""
+def layers_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The batch normalization of `model`, torch's and ours, by its path; a layer that several hold is listed once."""
+    return {
+        name: each
+        for name, each in model.named_modules()
+        if isinstance(each, nn.modules.batchnorm._BatchNorm)
+    }
+
+
+def become_ours(layers: dict[str, nn.modules.batchnorm._BatchNorm]) -> list[_BatchNorm]:
+    """All of `layers`, after those of torch's have become ours, its SyncBatchNorm among them.
+
+    Raises: ValueError that names the layers that cannot, and why; then none has been changed.
+    """
+    kept = {name: obstacle(each, _ANY_RANK) for name, each in layers.items() if not is_ours(each)}
+    reasons = [f"{name or 'the model itself'} {why}" for name, why in kept.items() if why is not None]
+    if reasons:
+        raise ValueError("these layers cannot become batchnorm's: " + "; ".join(reasons))
+    for name in kept:
+        swap(layers[name])
+    return [each for each in layers.values() if is_ours(each)]
+
+
+def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] = OURS) -> str | None:
+    """Why `layer` cannot become one of `ours`, or None."""
     kind = type(layer)
     if is_ours(layer):
         return "is ours already"
@@ -56,7 +83,7 @@ def obstacle(layer: nn.Module) -> str | None:
         return "has parametrizations"
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "is lazy: run a batch through the model first"
-    if kind not in OURS and not _is_timms(layer):
+    if kind not in ours and not _is_timms(layer):
         return f"is {kind.__name__} of {kind.__module__}, not exactly a layer of torch's"
     if is_patched(layer):
         return "its forward was replaced on the instance"
@@ -64,7 +91,7 @@ def obstacle(layer: nn.Module) -> str | None:
         for name in names:
             if name not in table:
                 return f"its {name} is not a plain one (weight_norm, pruning, ...)"
-    for name in ("activation", "num_batches_skipped"):
+    for name in ("activation", "statistics", "debiased", "on_single", "domains", "num_batches_skipped"):
         if hasattr(layer, name):
             return f"has an attribute {name} of its own, a name that ours needs"
     if _is_timms(layer):
@@ -78,7 +105,9 @@ def obstacle(layer: nn.Module) -> str | None:
 def swap(layer: nn.Module) -> None:
     """Make `layer`, to which there is no `obstacle`, one of ours."""
     timms = _is_timms(layer)
-    kind = OURS[nn.BatchNorm2d if timms else type(layer)]
+    kind = _ANY_RANK[nn.BatchNorm2d if timms else type(layer)]
+    group = vars(layer).pop("process_group", None)
+    statistics = Sync(group) if type(layer) is nn.SyncBatchNorm else None
     layer.__class__ = kind
     assert isinstance(layer, _BatchNorm)
     mean = layer.running_mean
@@ -86,7 +115,8 @@ def swap(layer: nn.Module) -> None:
     layer.register_buffer("num_batches_skipped", skipped, persistent=False)
     for name, value in vars(kind(1, affine=False, track_running_stats=False)).items():
         vars(layer).setdefault(name, value)  # the attributes that only ours has
-    layer._widen_statistics()
+    layer.statistics = statistics
+    widen(layer)
     act = layer._modules.get("act") if timms else None
     if act is not None and (type(act) is not nn.Identity or has_hooks(act)):
         named = None if has_hooks(act) else activation_of(act)

@@ -1,0 +1,175 @@
+"""A model meets another domain: running statistics of its data, mixed with those that the model came with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import functional
+from batchnorm.layers import _BatchNorm
+from batchnorm.moments import Moments, positions
+from batchnorm.passes import batches as of_batches
+from batchnorm.passes.swap import is_ours, layers_of
+from batchnorm.statistics.sync import Sync
+
+Running = tuple[Tensor, Tensor]
+
+
+class Adaptation:
+    """What `adapt` did; `reset()` undoes it, as the end of a `with` block does."""
+
+    def __init__(self, before: dict[str, tuple[Running, Running]], samples: int) -> None:
+        self._before = before
+        self.samples = samples  # that the new statistics were taken from
+
+    def reset(self) -> None:
+        """Give the layers the running statistics back that they had before, bit for bit."""
+        for running, values in self._before.values():
+            for buffer, value in zip(running, values, strict=True):
+                buffer.copy_(value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"{len(self._before)} layers adapted to {self.samples} samples"
+
+
+def adapt(
+    model: nn.Module, batches: Iterable[Any], prior: float = 0, *, forward: of_batches.Forward | None = None
+) -> Adaptation:
+    """Give the layers of `model` the statistics of other data, without labels and without a step of training.
+
+        running ← prior/(prior + n) · running + n/(prior + n) · target
+
+    for mean and variance alike, where the target's are the moments of all `batches` merged, the variance unbiased,
+    and n is the number of samples in them. prior=0 is AdaBN (Li et al. 2016); a prior of some samples is what few
+    samples need (Schneider et al. 2020, eq. 3). Within `bn.domain(name)` the result goes to the statistics of that
+    name; the prior's are always the layer's own.
+
+    While the samples pass through, layers normalise by the batch they see and everything else is in evaluation mode;
+    afterwards every mode is as before. One pass; with many batches of a few samples the statistics of deep layers
+    are those of activations that were normalised by few samples.
+
+    Args:
+        model: with layers of torch's or ours that keep running statistics.
+        batches: tensors, tuples whose first is the input, or mappings of arguments.
+        prior: N, how many samples the present statistics count for; inf leaves them as they are.
+        forward: called with model and batch, where that is not how the model is called.
+
+    Returns: an Adaptation; its `reset()` undoes this.
+
+    Raises: ValueError for a negative prior, for no samples at all and for a layer that saw one value per channel;
+        RuntimeError that names a layer whose target statistics are not finite. Then nothing has been changed.
+    """
+    if not prior >= 0:
+        raise ValueError(f"prior is a number of samples, 0 or more, got {prior}")
+    layers = {name: layer for name, layer in layers_of(model).items() if layer.running_mean is not None}
+    seen = {layer: _Seen() for layer in layers.values()}
+    with _measuring(model, seen), torch.no_grad():
+        for batch in batches:
+            (forward or of_batches.call)(model, batch)
+    targets = {}
+    for name, layer in layers.items():
+        if seen[layer].samples:
+            targets[name] = _target(name, layer, seen[layer])
+    if not targets:
+        raise ValueError("there were no samples to adapt to: `batches` gave none that reached a layer")
+    before = {}
+    for name, (mean, variance) in targets.items():
+        layer, samples = layers[name], seen[layers[name]].samples
+        running = _running(layer)
+        before[name] = (running, (running[0].clone(), running[1].clone()))
+        share = 1.0 if prior == 0 else 0.0 if math.isinf(prior) else samples / (prior + samples)
+        for buffer, source, target in zip(
+            running, (layer.running_mean, layer.running_var), (mean, variance), strict=True
+        ):
+            assert source is not None
+            buffer.copy_(source.to(target.dtype).flatten().lerp(target, share))
+    return Adaptation(before, max(each.samples for each in seen.values()))
+
+
+class _Seen:
+    """What a layer has seen of the target."""
+
+    def __init__(self) -> None:
+        self.moments: Moments | None = None
+        self.samples = 0
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        moments = functional.moments(x, mask)
+        self.moments = moments if self.moments is None else self.moments.merge(moments)
+        self.samples += x.size(0)
+
+
+@contextmanager
+def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Seen]) -> Iterator[None]:
+    """Let the layers normalise by what they see, and take its moments; their running statistics stay."""
+    modes = {module: module.training for module in model.modules()}
+    settings = {layer: _settings(layer) for layer in seen}
+    hooks = []
+    try:
+        model.eval()
+        for layer, its in seen.items():
+            hooks.append(layer.register_forward_pre_hook(_watch(its), with_kwargs=True))
+            nn.Module.train(layer)
+            layer.track_running_stats = False  # in training: by the batch, and nothing moves
+            if is_ours(layer) and not isinstance(layer.statistics, Sync):
+                layer.statistics = None
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, values in settings.items():
+            vars(layer).update(values)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    return {name: vars(layer)[name] for name in ("track_running_stats", "statistics") if name in vars(layer)}
+
+
+def _watch(its: _Seen) -> Any:
+    def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | named
+        x, mask = given["input"], given.get("mask")
+        mask = None if mask is None else positions(mask, x)
+        if isinstance(layer, _BatchNorm) and not isinstance(layer.num_features, int):
+            x, mask = x.flatten(1), None if mask is None else mask.expand_as(x).flatten(1)
+        its.add(x, mask)
+
+    return hook
+
+
+def _target(name: str, layer: nn.Module, seen: _Seen) -> Running:
+    """The mean and unbiased variance of all that the layer has seen, on all ranks if it is one of several."""
+    moments = seen.moments
+    assert moments is not None
+    if is_ours(layer) and isinstance(layer.statistics, Sync):
+        moments = layer.statistics.merged(moments, name)
+    if bool((torch.as_tensor(moments.count) == 1).any()):
+        raise ValueError(
+            f"layer {name!r} saw one value per channel, which has no variance: adapt to more samples"
+        )
+    mean, variance = moments.mean, moments.variance(unbiased=True)
+    if not bool((mean + variance).isfinite().all()):
+        raise RuntimeError(
+            f"layer {name!r}: the moments of what it saw are not finite; is there inf or nan in the batches?"
+        )
+    return mean, variance
+
+
+def _running(layer: nn.modules.batchnorm._BatchNorm) -> Running:
+    if is_ours(layer):
+        return layer.running_statistics()
+    assert layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean, layer.running_var

@@ -1,0 +1,43 @@
+"""Batch normalization that takes the samples of all processes for one batch."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from batchnorm.passes.swap import become_ours, is_ours, layers_of
+from batchnorm.statistics.population import Population
+from batchnorm.statistics.sync import Sync
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert_sync(model: M, process_group: Any = None) -> M:
+    """Let every batch normalization of `model` normalise by the samples of all ranks; in place, and return `model`.
+
+    torch's layers and its SyncBatchNorm become ours with `statistics=Sync(process_group)`; parameters, buffers,
+    hooks and state_dict keys stay. A layer that is frozen stays so, until `unfreeze`.
+
+    process_group: whose ranks; None: all of them, or those that a SyncBatchNorm was given.
+
+    Raises: ValueError that names each layer that cannot become ours, or whose statistics Sync cannot be combined
+        with, and why; then nothing has been changed.
+    """
+    layers = layers_of(model)
+    for name, layer in layers.items():
+        own = _beneath(layer.statistics) if is_ours(layer) else None
+        if own is not None and not isinstance(own, Sync):
+            raise ValueError(
+                f"layer {name!r} has statistics={own!r}, which cannot be combined with Sync: "
+                "set layer.statistics = None first if Sync is to take its place"
+            )
+    groups = [process_group or getattr(layer, "process_group", None) for layer in layers.values()]
+    for layer, group in zip(become_ours(layers), groups, strict=True):
+        sync = Sync(group)
+        layer.statistics = Population(sync) if isinstance(layer.statistics, Population) else sync
+    return model
+
+
+def _beneath(statistics: object) -> object:
+    return statistics.instead_of if isinstance(statistics, Population) else statistics

@@ -1,0 +1,42 @@
+"""Ghost batches: moments for each group of a few samples, in batches as large as the machine likes them."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from batchnorm.moments import Moments, count_per_channel
+from batchnorm.statistics.source import Batch, Statistics
+
+
+@dataclass(frozen=True)
+class Ghost(Statistics):
+    """Normalise each `size` consecutive samples by their own moments (Hoffer, Hubara & Soudry 2017, alg. 1).
+
+        x̂ᵢ = (xᵢ - mean_g) / √(variance_g + eps)      g = min(⌊i / size⌋, ⌊N / size⌋ - 1)
+
+    Samples that are left over join the last group, so that no group is smaller than `size`, unless the batch is.
+    Running statistics follow the moments of the whole batch, all groups merged: evaluation is that of a plain layer.
+
+    On a CPU one call of the native kernels, forward and backward; never a loop in Python.
+
+    Raises: ValueError for a size below 1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if operator.index(self.size) < 1:
+            raise ValueError(f"Ghost(size) is a number of samples and at least 1, got {self.size}")
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:
+        if self.size >= batch.input.size(0):
+            return batch.normalised()
+        output, of_groups = batch.normalised(group=self.size)
+        assert of_groups is not None
+        whole = of_groups.total()
+        return output, whole if batch.mask is not None else Moments(
+            count_per_channel(batch.input), whole.mean, whole.m2
+        )

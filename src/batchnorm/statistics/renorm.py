@@ -1,0 +1,112 @@
+"""Batch Renormalization: training outputs that do not depend on which samples came together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from batchnorm import functional
+from batchnorm.kernels.reference import mean_and_variance
+from batchnorm.moments import Moments
+from batchnorm.statistics.source import Batch, Statistics
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A limit that goes in a straight line from `start` to `stop` while the step goes from `begin` to `end`."""
+
+    start: float
+    stop: float
+    begin: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end:
+            raise ValueError(f"a Ramp begins before it ends, at a step of 0 or later, got {self}")
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The limit at `step`, the number of batches that the running statistics have seen."""
+        part = ((step.double() - self.begin) / (self.end - self.begin)).clamp(0, 1)
+        return self.start + (self.stop - self.start) * part
+
+
+Limit = float | Callable[[Tensor], Tensor | float]
+
+
+@dataclass(frozen=True)
+class Renorm(Statistics):
+    """Normalise as evaluation would, as far as the limits allow (Ioffe 2017, alg. 1).
+
+        x̂ = (x - mean) / σ · r + d
+        r = clip(σ / σ_run, 1/rmax, rmax)      d = clip((mean - running_mean) / σ_run, -dmax, dmax)
+
+    with σ = √(variance + eps) of the batch, biased, and σ_run = √(running_var + eps). r and d are constants to the
+    gradient. Within the limits x̂ is (x - running_mean) / σ_run; with rmax=1, dmax=0 this is batch normalization,
+    with which training should begin, as long as the running statistics say little.
+
+    rmax, dmax: numbers, or functions of the step (`Ramp`, say): how many batches the running statistics have seen, a
+        0-dimensional int64 tensor.
+
+    Raises: ValueError for an rmax below 1 or a dmax below 0; RuntimeError, when called, for a layer without running
+        statistics.
+    """
+
+    rmax: Limit = 3.0
+    dmax: Limit = 5.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.rmax) and not self.rmax >= 1:
+            raise ValueError(f"Renorm's rmax is at least 1 (1 does not correct at all), got {self.rmax}")
+        if not callable(self.dmax) and not self.dmax >= 0:
+            raise ValueError(f"Renorm's dmax is at least 0 (0 does not correct at all), got {self.dmax}")
+
+    @classmethod
+    def scheduled(cls) -> Renorm:
+        """The paper's (section 4): nothing for 5,000 steps, then rmax to 3 by step 40,000 and dmax to 5 by 25,000."""
+        return cls(Ramp(1, 3, 5_000, 40_000), Ramp(0, 5, 5_000, 25_000))
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:
+        if batch.running_mean is None or batch.running_var is None or batch.step is None:
+            raise RuntimeError(
+                "Renorm corrects towards running statistics, and this layer keeps none: "
+                "make it with track_running_stats=True"
+            )
+        own = functional.moments(batch.input, batch.mask)
+        mean, variance = mean_and_variance(own)
+        with torch.no_grad():
+            running = (batch.running_var.to(mean.dtype) + batch.eps).sqrt()
+            ratio = (variance + batch.eps).sqrt() / running
+            distance = (mean - batch.running_mean) / running
+            rmax, dmax = (_at(limit, batch.step).to(mean) for limit in (self.rmax, self.dmax))
+            r, d = ratio.clamp(1 / rmax, rmax), distance.clamp(-dmax, dmax)
+        weight, bias = batch.weight, batch.bias
+        corrected = replace(
+            batch,
+            weight=r if weight is None else weight * r,
+            bias=_sum(bias, d if weight is None else weight * d),
+        )
+        return corrected.normalised(exchange=_Known(own))
+
+
+def _at(limit: Limit, step: Tensor) -> Tensor:
+    return torch.as_tensor(limit(step) if callable(limit) else limit)
+
+
+def _sum(bias: Tensor | None, shift: Tensor) -> Tensor:
+    return shift if bias is None else bias + shift
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The moments have been taken already."""
+
+    known: Moments
+
+    def moments(self, own: Callable[[], Moments]) -> Moments:
+        return self.known
+
+    def sums(self, own: Tensor) -> Tensor:
+        return own

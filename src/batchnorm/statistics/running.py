@@ -1,0 +1,80 @@
+"""Running statistics: how fast they follow, how wide they stay, and the named sets beside a layer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def rate(momentum: float | None, batches: Tensor | None, debiased: bool) -> float | Tensor:
+    """The weight of the next batch after `batches` others.
+
+    momentum: that weight itself, the exponential average; None: 1/n for the nth batch, the cumulative one.
+    debiased: momentum / (1 - (1 - momentum)ⁿ) for the nth, the exponential average of the batches alone, without
+        the values that the buffers began with (Kingma & Ba 2014, section 3).
+    """
+    if momentum is None:
+        # as torch: without a count there is no average
+        return 0.0 if batches is None else 1 / (batches + 1).double()
+    if not debiased or batches is None or momentum == 0:
+        return momentum
+    return momentum / (1 - (1 - momentum) ** (batches + 1).double())
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the statistics of a layer converted to `dtype`, even one it can only be stored in (float8)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(module: nn.Module) -> None:
+    """Make the running statistics of `module` float32 or wider."""
+    for name in STATISTICS:
+        values = module._buffers[name]
+        if values is not None:
+            module._buffers[name] = values.to(wide(values.dtype))
+
+
+def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
+    """`apply`, nn.Module's own, after which running statistics are on another device but not of a narrower dtype.
+
+    They would stop moving: in bfloat16 a mean of 100 is never reached from below 96.
+    """
+    before = {name: module._buffers[name] for name in STATISTICS}
+    apply()
+    for name, values in before.items():
+        after = module._buffers[name]
+        if values is not None and after is not None and after.dtype != wide(after.dtype):
+            module._buffers[name] = values.to(after.device, wide(after.dtype))
+
+
+class RunningStatistics(nn.Module):
+    """A named set of them, with the shapes, dtype and device of those `like` which it is."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros_like(like))
+        self.register_buffer("running_var", torch.ones_like(like))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=like.device))
+
+    def reset(self) -> None:
+        """As if no batch had been seen."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        apply_widely(self, lambda: super(RunningStatistics, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        widen(self)
