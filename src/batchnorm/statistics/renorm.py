@@ -81,7 +81,8 @@ class Renorm(Statistics):
             ratio = (variance + batch.eps).sqrt() / running
             distance = (mean - batch.running_mean) / running
             rmax, dmax = (_at(limit, batch.step).to(mean) for limit in (self.rmax, self.dmax))
-            r, d = ratio.clamp(1 / rmax, rmax), distance.clamp(-dmax, dmax)
+            # detached: forward mode is not stopped by no_grad
+            r, d = ratio.clamp(1 / rmax, rmax).detach(), distance.clamp(-dmax, dmax).detach()
         weight, bias = batch.weight, batch.bias
         corrected = replace(
             batch,
@@ -101,12 +102,12 @@ def _sum(bias: Tensor | None, shift: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Known:
-    """The moments have been taken already."""
+    """The moments have been taken already, but for autograd, which has to see how they depend on the input."""
 
     known: Moments
 
     def moments(self, own: Callable[[], Moments]) -> Moments:
-        return self.known
+        return own() if torch.is_grad_enabled() else self.known
 
     def sums(self, own: Tensor) -> Tensor:
         return own
