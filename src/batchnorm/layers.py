@@ -250,11 +250,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         entered = functional.track(moments, mean, var, following, batches)
         if entered is True:  # known at once, on a CPU
             return
-        entered = torch.as_tensor(entered)
+        skipped = ~torch.as_tensor(entered)
+        if isinstance(moments.count, Tensor):
+            skipped = skipped & (moments.count > 0).any()  # of padding alone it says nothing
         if self.num_batches_skipped is not None:
-            self.num_batches_skipped.add_(~entered)
-            if entered.device.type == "cpu":
-                self._warn_of_skipped(~entered)
+            self.num_batches_skipped.add_(skipped)
+            if skipped.device.type == "cpu":
+                self._warn_of_skipped(skipped)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; where asking in every step would stall the device, this is where skipped batches warn."""
