@@ -56,7 +56,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mean rounded to the input's accumulator", "moments.py",
-        "return cls(count, shift.to(wide) + delta, m2.to(wide))\n\n    @classmethod", "return cls(count, (shift + delta).to(wide), m2.to(wide))\n\n    @classmethod",
+        "return cls(count, shift.to(wide) + delta, m2.to(wide))", "return cls(count, (shift + delta).to(wide), m2.to(wide))",
         "a mean of 1e4 in float32 is off by 5e-4", MOMENTS,
     ),
     Mutation(
@@ -66,7 +66,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mask ignored by the count", "moments.py",
-        "count = mask.sum()", "count = mask.numel() + 0 * mask.sum()",
+        "> 1 else mask.sum()", "> 1 else mask.numel() + 0 * mask.sum()",
         "padding counted", MOMENTS,
     ),
     Mutation(
@@ -76,7 +76,7 @@ MUTATIONS = [
     ),
     Mutation(
         "count ignored in merge", "moments.py",
-        "((mean - origin) * weight).sum(0) / weight.sum().clamp(min=1)", "(mean - origin).mean(0)",
+        "((mean - origin) * weight).sum(0) / weight.sum(0).clamp(min=1)", "(mean - origin).mean(0)",
         "the plain mean of means, wrong for unequal parts", MOMENTS,
     ),
     Mutation(
@@ -86,7 +86,7 @@ MUTATIONS = [
     ),
     Mutation(
         "empty parts not masked", "moments.py",
-        "mean, m2 = torch.where(weight > 0, mean, 0), torch.where(weight > 0, m2, 0)", "pass",
+        "mean, m2 = torch.where(weight > 0, self.mean, 0), torch.where(weight > 0, self.m2, 0)", "mean, m2 = self.mean, self.m2",
         "what stands in an empty part leaks", MOMENTS,
     ),
     Mutation(
@@ -163,7 +163,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one node under torch.func", "kernels/ops.py",
-        "if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:", "if False:",
+        "if choice.transformed():", "if False:",
         "vmap and forward mode need the steps", FUNCTIONAL,
     ),
     Mutation(
@@ -178,12 +178,12 @@ MUTATIONS = [
     ),
     Mutation(
         "inf and nan enter", "kernels/reference.py",
-        "entered = (mean + variance).isfinite().all()", "entered = torch.ones((), dtype=torch.bool)",
+        "else:\n        entered = (mean + variance).isfinite().all()", "else:\n        entered = torch.ones((), dtype=torch.bool)",
         "one bad batch ruins the statistics for good", NONFINITE, "reference",
     ),
     Mutation(
         "finite in float64 only", "kernels/reference.py",
-        "entered = (mean + variance).isfinite().all()", "entered = (moments.mean + moments.m2).sum().isfinite()",
+        "else:\n        entered = (mean + variance).isfinite().all()", "else:\n        entered = (moments.mean + moments.m2).sum().isfinite()",
         "asked before the values are narrowed", NONFINITE, "reference",
     ),
     Mutation(
@@ -204,7 +204,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the running mean itself kept for backward", "kernels/reference.py",
-        "mean = given[0].clone()", "mean = given[0]",
+        "(given[0].clone(), given[1])", "given",
         "training before the backward pass of an evaluation fails", FUNCTIONAL, "reference",
     ),
     Mutation(
@@ -254,14 +254,9 @@ MUTATIONS = [
         "in a layout that the kernels cannot write, dx is what memory held", GRID,
     ),
     Mutation(
-        "given variance divided by a count", "kernels/native.py",
-        "_dense(given[1]), 1\n", "_dense(given[1]), layout.count\n",
-        "a variance is not a sum of squares", GRID,
-    ),
-    Mutation(
-        "given variance divided by a count going backward", "kernels/native.py",
-        "1 if given else layout.count", "layout.count",
-        "a variance is not a sum of squares", GRID,
+        "given statistics taken for the batch's going backward", "kernels/native.py",
+        "_values(mean), _values(m2), given, of_dx", "_values(mean), _values(m2), False, of_dx",
+        "a variance is not a sum of squares, and constants have no gradient", GRID,
     ),
     Mutation(
         "moved behind autograd's back", "kernels/native.py",
@@ -285,8 +280,8 @@ MUTATIONS = [
         "where the activation was cut is not known", GRID,
     ),
     Mutation(
-        "the weight's gradient asked of the bias", "kernels/node.py",
-        "dweight if needed[1] else None", "dweight if needed[2] else None",
+        "the weight's gradient asked of the bias", "kernels/graph.py",
+        "in zip(values, needed, strict=False)", "in zip(values, (needed[0], needed[2], *needed[2:]), strict=False)",
         "lost where the bias is frozen", FUNCTIONAL,
     ),
     Mutation(
@@ -311,7 +306,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the operator's residual without a gradient", "kernels/operators.py",
-        "gradients.append(dy if y is None else dresidual)", "gradients.append(dresidual)",
+        "dbias, dy if y is None else dresidual)", "dbias, dresidual)",
         "without an activation dy is the gradient", OPERATORS,
     ),
     Mutation(
@@ -352,7 +347,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an empty batch given to a kernel", "kernels/ops.py",
-        "if x.numel() == 0:", "if False:",
+        "if x.numel() == 0 and not in_steps:", "if False:",
         "a division by zero", FUNCTIONAL,
     ),
     Mutation(
@@ -388,8 +383,8 @@ MUTATIONS = [
     ),
     Mutation(
         "statistics move before the activation", "functional.py",
-        "        input, running_mean, running_var, weight, bias, training, eps, activation, residual\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing\n    return output",
-        "        input, running_mean, running_var, weight, bias, training, eps, None, residual\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)\n    return ops.activate(output, activation)",
+        "        input, running_mean, running_var, weight, bias, training, eps, activation, residual, mask\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing\n    return output",
+        "        input, running_mean, running_var, weight, bias, training, eps, None, residual, mask\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)\n    return ops.activate(output, activation)",
         "a refused call has moved them", FUNCTIONAL,
     ),
     Mutation(
@@ -410,22 +405,22 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoint guard removed", "layers.py",
-        "if moments.count == 0 or _recomputing():", "if moments.count == 0:",
+        "moments.count == 0) or _recomputing():", "moments.count == 0):",
         "a checkpointed batch counts twice", CHECKPOINTING,
     ),
     Mutation(
         "empty batch counted as skipped", "layers.py",
-        "if moments.count == 0 or _recomputing():", "if _recomputing():",
+        "if (isinstance(moments.count, int) and moments.count == 0) or _recomputing():", "if _recomputing():",
         "nothing was wrong with it", NONFINITE,
     ),
     Mutation(
-        "cumulative average off by one", "layers.py",
-        "1 / (self.num_batches_tracked + 1)", "1 / (self.num_batches_tracked + 2)",
+        "cumulative average off by one", "statistics/running.py",
+        "1 / (batches + 1)", "1 / (batches + 2)",
         "the first batch's weight is 1", RUNNING,
     ),
     Mutation(
-        "cumulative average in float32", "layers.py",
-        "(self.num_batches_tracked + 1).to(mean.dtype)", "(self.num_batches_tracked + 1)",
+        "cumulative average in float32", "statistics/running.py",
+        "1 / (batches + 1).double()", "1 / (batches + 1)",
         "1/3 is wrong by 1e-8", RUNNING,
     ),
     Mutation(
@@ -469,8 +464,8 @@ MUTATIONS = [
         "to_empty and skip_init", LAYERS,
     ),
     Mutation(
-        "an average without a count", "layers.py",
-        "rate = 0.0  # as torch", "rate = 1.0  # as torch",
+        "an average without a count", "statistics/running.py",
+        "return 0.0 if batches is None", "return 1.0 if batches is None",
         "num_batches_tracked = None with momentum=None", LAYERS,
     ),
     Mutation(
@@ -480,32 +475,32 @@ MUTATIONS = [
     ),
     Mutation(
         "a traced residual not seen", "layers.py",
-        "for value in (input, residual):", "for value in (input,):",
+        "for value in (input, residual, mask):", "for value in (input, mask):",
         "torch.fx walks into the layer", LAYERS,
     ),
     Mutation(
-        "float64 statistics narrowed", "layers.py",
+        "float64 statistics narrowed", "statistics/running.py",
         "return torch.float64 if dtype == torch.float64 else torch.float32", "return torch.float32",
         "a float64 layer is compared to 1e-9", LAYERS,
     ),
     Mutation(
-        "statistics stored in float8", "layers.py",
+        "statistics stored in float8", "statistics/running.py",
         "return torch.float64 if dtype == torch.float64 else torch.float32", "return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype",
         "lost for good when the layer is converted back", LAYERS,
     ),
     Mutation(
-        "statistics follow .half()", "layers.py",
-        "if values is not None and after is not None and after.dtype != _wide(after.dtype):", "if False:",
+        "statistics follow .half()", "statistics/running.py",
+        "if values is not None and after is not None and after.dtype != wide(after.dtype):", "if False:",
         "in bfloat16 they stop moving", LAYERS,
     ),
     Mutation(
-        "statistics rounded on the way through .half()", "layers.py",
-        "self._buffers[name] = values.to(after.device, _wide(after.dtype))", "self._buffers[name] = after.to(_wide(after.dtype))",
+        "statistics rounded on the way through .half()", "statistics/running.py",
+        "module._buffers[name] = values.to(after.device, wide(after.dtype))", "module._buffers[name] = after.to(wide(after.dtype))",
         "float32 again, but with a half type's digits", LAYERS,
     ),
     Mutation(
         "assigned checkpoints not widened", "layers.py",
-        "        self._widen_statistics()  # load_state_dict", "        # load_state_dict",
+        "        widen(self)  # load_state_dict", "        # load_state_dict",
         "the buffers become the checkpoint's bfloat16", LAYERS,
     ),
     # --- the package
