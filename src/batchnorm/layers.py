@@ -134,10 +134,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        mean, var, batches = self._running()
+        mean = var = batches = None
+        if self.track_running_stats or not self.training:  # it may be switched off after construction
+            mean, var, batches = self._running()
         by_batch = self.training or (mean is None and var is None)
-        if self.training and not self.track_running_stats:  # it may be switched off after construction
-            mean = var = None
         try:
             if self.statistics is None or not self.training:
                 output, moments = functional.normalise(
@@ -228,7 +228,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _add_domain(self, name: str) -> None:
         assert self.running_mean is not None
         if "domains" not in self._modules:
-            self.domains = nn.ModuleDict()
+            self.domains = nn.ModuleDict().train(self.training)
         self.domains[name] = RunningStatistics(self.running_mean).train(self.training)
 
     def _name(self) -> str:

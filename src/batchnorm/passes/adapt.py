@@ -15,6 +15,7 @@ from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments, positions
 from batchnorm.passes import batches as of_batches
 from batchnorm.passes.swap import is_ours, layers_of
+from batchnorm.statistics.population import Population
 from batchnorm.statistics.sync import Sync
 
 Running = tuple[Tensor, Tensor]
@@ -79,6 +80,7 @@ def adapt(
             (forward or of_batches.call)(model, batch)
     targets = {}
     for name, layer in layers.items():
+        seen[layer].on_all_ranks(name, layer)
         if seen[layer].samples:
             targets[name] = _target(name, layer, seen[layer])
     if not targets:
@@ -109,6 +111,14 @@ class _Seen:
         self.moments = moments if self.moments is None else self.moments.merge(moments)
         self.samples += x.size(0)
 
+    def on_all_ranks(self, name: str, layer: nn.Module) -> None:
+        """Let it be what all ranks have seen together, if the layer is one of several."""
+        sync = _sync(layer)
+        if sync is not None and self.moments is not None:
+            nothing = self.moments.mean.new_zeros(1)
+            self.moments = sync.merged(self.moments, name)
+            self.samples = int(sync.merged(Moments(self.samples, nothing, nothing), name).count)
+
 
 @contextmanager
 def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Seen]) -> Iterator[None]:
@@ -122,8 +132,8 @@ def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Se
             hooks.append(layer.register_forward_pre_hook(_watch(its), with_kwargs=True))
             nn.Module.train(layer)
             layer.track_running_stats = False  # in training: by the batch, and nothing moves
-            if is_ours(layer) and not isinstance(layer.statistics, Sync):
-                layer.statistics = None
+            if is_ours(layer):
+                layer.statistics = _sync(layer)
         yield
     finally:
         for hook in hooks:
@@ -132,6 +142,14 @@ def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Se
             vars(layer).update(values)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _sync(layer: nn.Module) -> Sync | None:
+    """That of a layer which is one of several, frozen or not."""
+    statistics = layer.statistics if is_ours(layer) else None
+    if isinstance(statistics, Population):
+        statistics = statistics.instead_of
+    return statistics if isinstance(statistics, Sync) else None
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
@@ -150,18 +168,16 @@ def _watch(its: _Seen) -> Any:
     return hook
 
 
-def _target(name: str, layer: nn.Module, seen: _Seen) -> Running:
-    """The mean and unbiased variance of all that the layer has seen, on all ranks if it is one of several."""
+def _target(name: str, layer: nn.modules.batchnorm._BatchNorm, seen: _Seen) -> Running:
+    """The mean and unbiased variance of all that the layer has seen."""
     moments = seen.moments
-    assert moments is not None
-    if is_ours(layer) and isinstance(layer.statistics, Sync):
-        moments = layer.statistics.merged(moments, name)
+    assert moments is not None and layer.running_mean is not None
     if bool((torch.as_tensor(moments.count) == 1).any()):
         raise ValueError(
             f"layer {name!r} saw one value per channel, which has no variance: adapt to more samples"
         )
     mean, variance = moments.mean, moments.variance(unbiased=True)
-    if not bool((mean + variance).isfinite().all()):
+    if not bool((mean + variance).to(layer.running_mean.dtype).isfinite().all()):
         raise RuntimeError(
             f"layer {name!r}: the moments of what it saw are not finite; is there inf or nan in the batches?"
         )
