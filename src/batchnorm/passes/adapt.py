@@ -129,7 +129,7 @@ def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Se
     try:
         model.eval()
         for layer, its in seen.items():
-            hooks.append(layer.register_forward_pre_hook(_watch(its), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(_watch(its), with_kwargs=True))
             nn.Module.train(layer)
             layer.track_running_stats = False  # in training: by the batch, and nothing moves
             if is_ours(layer):
@@ -157,7 +157,8 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 
 
 def _watch(its: _Seen) -> Any:
-    def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    # after the layer, whose errors say more
+    def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], _: Tensor) -> None:
         given = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | named
         x, mask = given["input"], given.get("mask")
         mask = None if mask is None else positions(mask, x)
