@@ -79,6 +79,16 @@ NB_MODULE(_native, m) {
       nb::arg("channels"), nb::arg("count"), nb::arg("mean"), nb::arg("m2"), nb::arg("running_mean"),
       nb::arg("running_var"), nb::arg("rate"), nb::arg("batches"),
       "Move the running statistics and count the batch; False, and nothing done, when the moments are not all finite.");
+  m.def(
+      "merge",
+      [](int64_t parts, int64_t channels, Address counts, int64_t count_step, Address means, Address m2s, int64_t step,
+         Address mean, Address m2) {
+        return merge(parts, channels, reinterpret_cast<const double*>(counts), count_step,
+                     reinterpret_cast<const double*>(means), reinterpret_cast<const double*>(m2s), step,
+                     reinterpret_cast<double*>(mean), reinterpret_cast<double*>(m2));
+      },
+      nb::arg("parts"), nb::arg("channels"), nb::arg("counts"), nb::arg("count_step"), nb::arg("means"), nb::arg("m2s"),
+      nb::arg("step"), nb::arg("mean"), nb::arg("m2"), "Merge the moments of parts, all float64; return the count of all.");
   m.def("instruction_set", [] { return kernels().name; }, "That of the kernels in use: avx512, avx2 or baseline.");
   m.def(
       "use_instruction_set",

@@ -80,6 +80,25 @@ bool track(int64_t channels, double count, const double* mean, const double* m2,
   return entered;
 }
 
+double merge(int64_t parts, int64_t channels, const double* counts, int64_t count_step, const double* means,
+             const double* m2s, int64_t step, double* mean, double* m2) {
+  double count = 0;
+  for (int64_t c = 0; c < channels; c++) mean[c] = m2[c] = 0;
+  for (int64_t part = 0; part < parts; part++) {
+    const double added = counts[part * count_step];
+    if (!(added > 0)) continue;  // whatever its mean and m2 are
+    const double total = count + added, moved = added / total, spread = count * moved;
+    const double *middle = means + part * step, *squares = m2s + part * step;
+    for (int64_t c = 0; c < channels; c++) {
+      const double distance = middle[c] - mean[c];
+      mean[c] = count == 0 ? middle[c] : mean[c] + distance * moved;
+      m2[c] += count == 0 ? squares[c] : squares[c] + distance * distance * spread;
+    }
+    count = total;
+  }
+  return count;
+}
+
 bool forked() { return in_fork; }
 
 }  // namespace batchnorm

@@ -89,6 +89,11 @@ void backward(const Layer&, const Backward&, int64_t group);
 bool track(int64_t channels, double count, const double* mean, const double* m2, Values running_mean,
            Values running_var, double rate, int64_t* batches);
 
+// The moments of `parts`, of one count each, merged into `mean` and `m2` in their order (Chan, Golub & LeVeque 1979); steps are
+// in float64, from a part to the next. Returns the count of all.
+double merge(int64_t parts, int64_t channels, const double* counts, int64_t count_step, const double* means,
+             const double* m2s, int64_t step, double* mean, double* m2);
+
 // True once this process was forked off one that may have had threads: they are gone, so nothing may wait for them.
 bool forked();
 

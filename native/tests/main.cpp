@@ -12,7 +12,8 @@ int main(int count, char** words) {
     const char* name;
     void (*run)();
   } suites[] = {{"numbers", numbers}, {"values", values}, {"accuracy", accuracy},
-                {"shapes", shapes},   {"large", large},   {"selections", selections}};
+                {"shapes", shapes},   {"large", large},   {"selections", selections},
+                {"groups", groups}};
   for (const auto& suite : suites) {
     bool wanted = count == 1;
     for (int i = 1; i < count; i++) wanted |= std::strcmp(words[i], suite.name) == 0;

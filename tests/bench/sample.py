@@ -29,6 +29,27 @@ def network(name, layout, ours, **others):
     )  # fmt: skip
 
 
+def mode(name, shape, ours, plain, **others):
+    """As `layer`, of one with statistics."""
+    seconds = {"ours": ours, "plain": plain, **{who.replace("_", " "): s for who, s in others.items()}}
+    one = {who: {"forward": s, "backward": 2 * s} for who, s in seconds.items()}
+    return [
+        Row(
+            name=name, shape=shape, layout="NCHW", dtype="float32", part=part, calls=5, rounds=7,
+            times=times([one] * 7, part),
+        )
+        for part in ("forward", "backward", "both")
+    ]  # fmt: skip
+
+
+def virtual():
+    one = {"ours": {"step": 0.4}, "one batch": {"step": 0.2}, "accumulation": {"step": 0.3}}
+    return Row(
+        name="virtual_batch", shape=(32, 3, 64, 64), layout="NCHW", dtype="float32", part="step", calls=1, rounds=9,
+        times=times([one] * 9, "step"),
+    )  # fmt: skip
+
+
 def measured(command: Command = "kernels", *, finished: bool = True, compiled: bool = True) -> Measured:
     with_compile = 0.25 if compiled else None
     rows = (
@@ -42,6 +63,13 @@ def measured(command: Command = "kernels", *, finished: bool = True, compiled: b
             ]
         ]
         if command == "kernels"
+        else [
+            *mode("Ghost(16)", (32, 64, 56, 56), 0.01, 0.008, loop=0.03, timm=0.02),
+            *mode("Ghost(16)", (32, 256, 14, 14), 0.004, 0.002, loop=0.016),
+            *mode("Sync, 2 ranks", (60, 100), 0.0004, 0.0001),
+            virtual(),
+        ]
+        if command == "statistics"
         else [
             network("resnet18", "NCHW", 0.2, torch=0.25, compile=1.5, without_BN=0.18),
             network("mobilenet_v2", "NCHW", 0.1, torch=0.16, compile=1.5, without_BN=0.07),

@@ -6,10 +6,13 @@ import subprocess
 
 import pytest
 
-from batchnorm.bench.rows import read
+from batchnorm.bench.rows import COMMANDS, read
 from tests.test_cli import COMMAND, batchnorm
 
 pytest.importorskip("torchvision", reason="the networks are torchvision's")
+
+
+_GUESTS = {"timm", "Keras"}  # where they are installed
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +25,7 @@ def test_all_of_it_on_one_page(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
         "RESULTS.md",
-        *(f"{command}.{kind}" for command in ("kernels", "step", "infer") for kind in ("json", "png")),
+        *(f"{command}.{kind}" for command in COMMANDS for kind in ("json", "png")),
     }
     page = (tmp_path / "RESULTS.md").read_text()
     assert "tiny shapes: no measurement" in page
@@ -38,6 +41,16 @@ def test_all_of_it_on_one_page(tmp_path):
     ]
     assert set(steps.rows[1].times) == {"ours", "torch", "without BN"}
     assert all(time.ms > 0 for row in steps.rows for time in row.times.values())
+    modes = read(tmp_path / "statistics.json")
+    assert {row.name: set(row.times) - _GUESTS for row in modes.rows} == {
+        "Ghost(2)": {"ours", "plain", "loop", "copy"},
+        "Renorm": {"ours", "plain", "copy"},
+        "Population": {"ours", "plain", "torch", "copy"},
+        "mask": {"ours", "plain", "by hand", "copy"},
+        "per activation": {"ours", "plain", "torch", "copy"},
+        "Sync, 2 ranks": {"ours", "plain"},
+        "virtual_batch": {"ours", "one batch", "accumulation"},
+    }
 
 
 @pytest.mark.parametrize(

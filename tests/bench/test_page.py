@@ -44,7 +44,21 @@ def test_a_table_of_networks():
     assert grid("Our settings", "step").rows == [["resnet18", "150", "0%", "300", "0%", "2.00×"]]
 
 
-@pytest.mark.parametrize("command", ["kernels", "step"])
+def test_a_table_of_statistics():
+    shown = grid("Ghost(16), NCHW", "statistics")
+    assert shown.columns == [
+        "shape", "pass", "ours", "±", "copies", "plain", "/ours", "loop", "/ours", "timm", "/ours",
+    ]  # fmt: skip
+    assert shown.rows[0] == [
+        "32×64×56×56", "forward", "10.0", "0%", "", "8.00", "0.80×", "30.0", "3.00×", "20.0", "2.00×",
+    ]  # fmt: skip
+    assert shown.rows[-1][2:] == ["12.0", "0%", "", "6.00", "0.50×", "48.0", "4.00×", "", ""]
+    assert grid("virtual_batch", "statistics").rows == [
+        ["32×3×64×64", "step", "400", "0%", "", "200", "0.50×", "300", "0.75×"]
+    ]
+
+
+@pytest.mark.parametrize("command", ["kernels", "step", "statistics"])
 def test_a_terminal_of_80_columns_shows_every_cell_on_one_line(command):
     console = Console(width=80, force_terminal=False)
     for shown in table.grids(measured(command)):
@@ -55,7 +69,7 @@ def test_a_terminal_of_80_columns_shows_every_cell_on_one_line(command):
         assert "…" not in capture.get()
 
 
-@pytest.mark.parametrize("command", ["kernels", "step"])
+@pytest.mark.parametrize("command", ["kernels", "step", "statistics"])
 def test_the_same_results_give_the_same_picture(command):
     picture = figure.png(measured(command))
     assert picture.startswith(b"\x89PNG")

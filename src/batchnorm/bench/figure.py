@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from batchnorm.bench import table
 from batchnorm.bench.case import sizes
 from batchnorm.bench.rows import Measured, Row
 from batchnorm.report.figures import settings
@@ -22,6 +23,8 @@ from batchnorm.report.scale import human
 
 # Colour, marker and name of each contender, the one that is drawn last in front.
 _LOOKS = {
+    "others": (LIGHT.other, "s", "what others offer, the fastest"),
+    "plain": (LIGHT.plain, "o", "ours without it"),
     "without BN": (LIGHT.other_2, "D", "without BN"),
     "compile": (LIGHT.other, "s", "torch.compile"),
     "torch": (LIGHT.plain, "o", "torch"),
@@ -99,12 +102,16 @@ _TITLES = {
     "kernels": "Layers in training: time in copies of the input",
     "step": "A training step: time relative to ours",
     "infer": "Evaluation",
+    "statistics": "Statistics and masks: time relative to ours",
 }
 
 
 def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
     """Lines of panels: layers in copies, a line for each operation and dtype; networks relative to ours."""
     lines = []
+    modes = [row for row in rows if table.is_of_statistics(row)]
+    if modes:
+        return [[_relative(part, [row for row in modes if row.part == part])] for part in ("both", "step")]
     layers = [row for row in rows if "copy" in row.times]
     for name, dtype in dict.fromkeys((row.name, row.dtype) for row in layers):
         own = [row for row in layers if (row.name, row.dtype) == (name, dtype)]
@@ -119,6 +126,17 @@ def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
     if steps:
         lines.append([_dots("Networks", "time / our time", steps, "over_ours")])
     return lines
+
+
+def _relative(part: str, rows: Sequence[Row]) -> Dots:
+    """What each row's contenders took for `part`, in times of ours."""
+    labels = [f"{row.name}  {sizes(row.shape)}  {row.layout}" for row in rows]
+    plain = [None if (time := table.without(row)) is None else time.over_ours for row in rows]
+    others = [min((row.times[who].over_ours or 0 for who in table.others(row)), default=None) for row in rows]
+    title = "Forward and backward" if part == "both" else "ResNet-18, forward and backward"
+    return Dots(
+        title, "time / our time", labels, {"others": others, "plain": plain, "ours": [1.0] * len(rows)}
+    )
 
 
 def _dots(title: str, x_label: str, rows: Sequence[Row], field: str) -> Dots:

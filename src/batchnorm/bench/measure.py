@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 
-from batchnorm.bench import infer, kernels, step
+from batchnorm.bench import infer, kernels, statistics, step
 from batchnorm.bench.case import Case
 from batchnorm.bench.options import Options
 from batchnorm.bench.rows import Command, Measured, Row
@@ -22,10 +23,19 @@ _CASES: dict[Command, Callable[[Options], list[Case]]] = {
     "kernels": kernels.training,
     "step": step.cases,
     "infer": infer.cases,
+    "statistics": statistics.cases,
+}
+
+# Other packages that take part, where they are installed.
+_OTHERS: dict[Command, tuple[str, ...]] = {
+    "kernels": (),
+    "step": ("torchvision",),
+    "infer": ("torchvision",),
+    "statistics": ("torchvision", "keras", "timm"),
 }
 
 # Variables that change what is measured.
-_VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "BATCHNORM_")
+_VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "BATCHNORM_", "KERAS_")
 
 
 class Watcher(Protocol):
@@ -71,7 +81,7 @@ def measure(command: Command, options: Options, line: str, watcher: Watcher) -> 
         threads=torch.get_num_threads(),
         machine=machine(),
         versions=versions()
-        | ({"torchvision": version("torchvision")} if command != "kernels" else {})
+        | {name: version(name) for name in _OTHERS[command] if find_spec(name)}
         | {"kernels": f"{choice.active()} {choice.instruction_set()}".strip()},
         environment={
             name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)

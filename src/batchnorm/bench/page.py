@@ -14,6 +14,7 @@ _TITLES: dict[Command, str] = {
     "kernels": "Layers in training",
     "step": "Training steps",
     "infer": "Evaluation",
+    "statistics": "Where the moments come from",
 }
 
 _HEAD = f"""# Measured speed
@@ -74,7 +75,7 @@ def _circumstances(measured: Measured) -> str:
         + (", tiny shapes: no measurement" if options.quick else ""),
         "freed memory kept by the process" if measured.kept_memory else "freed memory not kept",
     ]
-    if measured.command != "kernels":
+    if measured.options.networks:
         facts.append(
             f"batches of {options.batch} images of {options.size}×{options.size}, the MLP's of 60 digits"
         )

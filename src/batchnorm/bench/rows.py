@@ -11,8 +11,8 @@ from batchnorm.bench.options import Options
 
 SCHEMA = 1
 
-Command = Literal["kernels", "step", "infer"]
-COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer")
+Command = Literal["kernels", "step", "infer", "statistics"]
+COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer", "statistics")
 
 
 class ResultsError(Exception):
@@ -47,7 +47,7 @@ class Row(_Value):
     part: str = Field(description="forward, backward, both; step; evaluation")
     calls: int = Field(description="a sample is the mean of so many calls")
     rounds: int
-    times: dict[str, Time] = Field(description="by contender: ours, torch, compile, copy, without BN")
+    times: dict[str, Time] = Field(description="by contender: ours, torch, copy, plain and so on")
 
 
 class Measured(_Value):

@@ -24,6 +24,9 @@ NOTE = (
 def grids(measured: Measured) -> list[Grid]:
     """The tables of one command's results."""
     found = []
+    modes = [row for row in measured.rows if is_of_statistics(row)]
+    if modes:
+        return [_statistics(rows) for rows in _groups(modes, lambda row: (row.name, row.layout))]
     of_layers = _groups(
         (row for row in measured.rows if "copy" in row.times), lambda row: (row.name, row.dtype, row.layout)
     )
@@ -99,6 +102,39 @@ def _layers(rows: Sequence[Row], rival: str) -> Grid:
         title = f"{title}, {parts[0]}"
         columns, *body = [line[:1] + line[2:] for line in [columns, *body]]
     return Grid(title, columns, body)
+
+
+def is_of_statistics(row: Row) -> bool:
+    """Whether `row` is about statistics or a mask, beside the same without them."""
+    return without(row) is not None
+
+
+def without(row: Row) -> Time | None:
+    """Of a row about statistics, what ours took without them."""
+    return row.times.get("plain") or row.times.get("one batch")
+
+
+def others(row: Row) -> list[str]:
+    """Of a row about statistics, those that are not ours."""
+    return [who for who in row.times if who not in ("ours", "plain", "one batch", "copy")]
+
+
+def _statistics(rows: Sequence[Row]) -> Grid:
+    first = rows[0]
+    rivals = [
+        who for who in dict.fromkeys(who for row in rows for who in row.times) if who not in ("ours", "copy")
+    ]
+    columns = ["shape", "pass", "ours", "±", "copies"]
+    for who in rivals:
+        columns += [who, "/ours"]
+    body = []
+    for row in rows:
+        cells = [sizes(row.shape), row.part, *_cells(row.times["ours"])]
+        for who in rivals:
+            time = row.times.get(who)
+            cells += [_ms(time.ms), _ratio(time.over_ours)] if time else ["", ""]
+        body.append(cells)
+    return Grid(f"{first.name}, {first.layout}, {first.dtype}", columns, body)
 
 
 def _networks(rows: Sequence[Row]) -> Grid:

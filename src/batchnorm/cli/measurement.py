@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.bench.rows import Command
 
 # How long a row takes unless told, in seconds: together a few minutes.
-_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5}
+_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5, "statistics": 5.0}
 
 
 def take(
@@ -60,6 +60,8 @@ def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
         values[name] = words(values[name])
     if command == "kernels":
         values.pop("networks", None)
+    elif command == "statistics":
+        values.setdefault("networks", ("resnet18",) if find_spec("torchvision") else ())
     else:
         values.setdefault("networks", ("mlp", "resnet18") if quick else tuple(NETWORKS))
     unknown = set(values.get("networks", ())) - set(NETWORKS)

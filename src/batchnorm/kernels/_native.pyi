@@ -19,6 +19,9 @@ def track(channels: int, count: float, mean: int, m2: int, running_mean: tuple[i
     Move the running statistics and count the batch; False, and nothing done, when the moments are not all finite.
     """
 
+def merge(parts: int, channels: int, counts: int, count_step: int, means: int, m2s: int, step: int, mean: int, m2: int) -> float:
+    """Merge the moments of parts, all float64; return the count of all."""
+
 def instruction_set() -> str:
     """That of the kernels in use: avx512, avx2 or baseline."""
 

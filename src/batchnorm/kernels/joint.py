@@ -22,7 +22,8 @@ def own_moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moment
     """Those of the values of `x` themselves, which is 0 where `mask` is False."""
     if x.numel() == 0:
         nothing = x.new_zeros(x.size(1), dtype=torch.float64)
-        return Moments(0, nothing, nothing)
+        each = mask is not None and mask.size(1) == x.size(1) > 1  # other ranks have a count for each channel
+        return Moments(nothing.long() if each else 0, nothing, nothing)
     padding = None if mask is None else Padding.of(x, mask, group)
     mean, m2 = native.moments(x if padding is None else padding.fill(x), group)
     whole = Moments(reference.count(x, group), mean, m2)

@@ -188,6 +188,17 @@ def track(
     return entered
 
 
+def total(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[int, Tensor, Tensor]:
+    """The count, mean and m2 of parts that lie side by side: float64, (parts,) and (parts, C) of the same strides."""
+    parts, channels = means.shape
+    mean, m2 = means.new_empty(channels), means.new_empty(channels)
+    count: float = _native.merge(
+        parts, channels, counts.data_ptr(), counts.stride(0), means.data_ptr(), m2s.data_ptr(), means.stride(0),
+        mean.data_ptr(), m2.data_ptr(),
+    )  # fmt: skip
+    return int(count), mean, m2
+
+
 def gradient_of(values: Tensor | None, x: Tensor) -> Tensor:
     """Memory for the gradient of a weight or bias of x's layer, float64 where there is none."""
     return _statistics(x) if values is None else torch.empty_like(values)

@@ -88,6 +88,21 @@ def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
         return reference.moments(x, mask, group)
 
 
+def total(parts: Moments) -> Moments:
+    """`Moments.total`, with a count that is a number where the native kernels know it."""
+    count, mean, m2 = parts.count, parts.mean, parts.m2
+    assert isinstance(count, Tensor)
+    if (
+        count.numel() != mean.size(0)
+        or _kernels_for(mean, in_steps=True) != "native"
+        or (torch.is_grad_enabled() and (mean.requires_grad or m2.requires_grad))
+        or mean.stride(1) != 1
+        or mean.stride() != m2.stride()
+    ):
+        return parts.total()
+    return Moments(*native.total(count.reshape(-1).double(), mean, m2))
+
+
 def _kernels_for(x: Tensor, in_steps: bool = False) -> choice.Name:
     """Which kernels compute for `x`; `in_steps`: by several calls, which only autograd may see."""
     # torch.func's transforms and forward-mode gradients need every step, not one node

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from batchnorm import functional
 from batchnorm.moments import Moments, count_per_channel
 from batchnorm.statistics.source import Batch, Statistics
 
@@ -36,7 +37,7 @@ class Ghost(Statistics):
             return batch.normalised()
         output, of_groups = batch.normalised(group=self.size)
         assert of_groups is not None
-        whole = of_groups.total()
-        return output, whole if batch.mask is not None else Moments(
-            count_per_channel(batch.input), whole.mean, whole.m2
-        )
+        whole = functional.total(of_groups)
+        if batch.mask is not None:
+            return output, whole
+        return output, Moments(count_per_channel(batch.input), whole.mean, whole.m2)

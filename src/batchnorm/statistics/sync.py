@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from batchnorm import functional
 from batchnorm.kernels import choice
 from batchnorm.moments import Moments
 from batchnorm.statistics.source import Batch, Statistics
@@ -59,11 +60,15 @@ class Sync(Statistics):
                 f"this Sync was of a process group of ranks {self.process_group.ranks}, which could not be pickled: "
                 "give the layer a new one, layer.statistics = bn.Sync(process_group)"
             )
-        return (
-            not dist.is_available()
-            or not dist.is_initialized()
-            or dist.get_world_size(self.process_group) == 1
-        )
+        if not dist.is_available() or not dist.is_initialized():
+            return True
+        size = dist.get_world_size(self.process_group)
+        if size < 1:
+            raise RuntimeError(f"rank {dist.get_rank()} is not one of this Sync's process group")
+        return size == 1
+
+    def __copy__(self) -> Sync:
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sync:
         return self  # a copy of a layer is in the same group
@@ -92,20 +97,20 @@ class _Ranks:
     def moments(self, own: Callable[[], Moments]) -> Moments:
         mine = own()
         channels = mine.mean.size(0)
-        count = torch.as_tensor(mine.count, dtype=mine.mean.dtype, device=mine.mean.device).reshape(-1)
-        packed = torch.cat([count, mine.mean, mine.m2])
-        counts, means, m2s = self._gather(packed).split([count.numel(), channels, channels], dim=1)
-        merged = Moments(counts, means, m2s).total()
-        assert isinstance(merged.count, Tensor)
-        if merged.count.dim() == 0 and merged.count.is_cpu and not torch.compiler.is_compiling():
-            return Moments(int(merged.count), merged.mean, merged.m2)
-        return merged
+        own_count = torch.as_tensor(mine.count, dtype=mine.mean.dtype, device=mine.mean.device).reshape(-1)
+        packed = torch.cat([own_count, mine.mean, mine.m2])
+        counts, means, m2s = self._gather(packed).split([own_count.numel(), channels, channels], dim=1)
+        merged = functional.total(Moments(counts, means, m2s))
+        count = merged.count
+        if isinstance(count, int) or count.dim() > 0 or not count.is_cpu or torch.compiler.is_compiling():
+            return merged
+        return Moments(int(count), merged.mean, merged.m2)
 
     def sums(self, own: Tensor) -> Tensor:
         return self._named(lambda: _sum(own.clone(), self.group), "its gradient's sums")
 
     def _gather(self, row: Tensor) -> Tensor:
-        return self._named(lambda: _Gather.apply(row, self.group), "its moments")
+        return self._named(lambda: _Gather.apply(row, self), "its moments")
 
     def _named(self, collective: Callable[[], Any], what: str) -> Tensor:
         try:
@@ -121,27 +126,27 @@ class _Ranks:
 # All rows, (ranks, values), of one each; the gradient of a row is the sum of what the ranks did with it.
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, row: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        rows = row.new_empty(dist.get_world_size(group) * row.numel())
-        _all_gather(rows, row, group=group)
+    def forward(ctx: Any, row: Tensor, ranks: _Ranks) -> Tensor:
+        ctx.ranks = ranks
+        rows = row.new_empty(dist.get_world_size(ranks.group) * row.numel())
+        _all_gather(rows, row, group=ranks.group)
         return rows.reshape(-1, row.numel())
 
     @staticmethod
     def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor, None]:
-        total: Tensor = _Sum.apply(of_rows, ctx.group)
-        return total[dist.get_rank(ctx.group)], None
+        total: Tensor = _Sum.apply(of_rows, ctx.ranks)
+        return total[dist.get_rank(ctx.ranks.group)], None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _sum(values.clone(), group)
+    def forward(ctx: Any, values: Tensor, ranks: _Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sums(values)
 
     @staticmethod
     def backward(ctx: Any, of_sum: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(of_sum, ctx.group), None
+        return _Sum.apply(of_sum, ctx.ranks), None
 
 
 def _sum(values: Tensor, group: Any) -> Tensor:
