@@ -148,7 +148,8 @@ inline Results run(const Problem& p, const Plan& plan, const Block* y = nullptr)
                              plan.without.dx ? Tensor{} : Tensor(*results.dx),
                              !p.from_y || plan.without.dr ? Tensor{} : Tensor(*results.dr),
                              plan.without.dweight ? Values{} : Values(*results.dweight),
-                             plan.without.dbias ? Values{} : Values(*results.dbias)});
+                             plan.without.dbias ? Values{} : Values(*results.dbias),
+                             {}});
   return results;
 }
 
