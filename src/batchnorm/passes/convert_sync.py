@@ -19,7 +19,7 @@ def convert_sync(model: M, process_group: Any = None) -> M:
     torch's layers and its SyncBatchNorm become ours with `statistics=Sync(process_group)`; parameters, buffers,
     hooks and state_dict keys stay. A layer that is frozen stays so, until `unfreeze`.
 
-    process_group: whose ranks; None: all of them, or those that a SyncBatchNorm was given.
+    process_group: whose ranks; None: those that a SyncBatchNorm or Sync was given, or else all of them.
 
     Raises: ValueError that names each layer that cannot become ours, or whose statistics Sync cannot be combined
         with, and why; then nothing has been changed.
@@ -32,7 +32,7 @@ def convert_sync(model: M, process_group: Any = None) -> M:
                 f"layer {name!r} has statistics={own!r}, which cannot be combined with Sync: "
                 "set layer.statistics = None first if Sync is to take its place"
             )
-    groups = [process_group or getattr(layer, "process_group", None) for layer in layers.values()]
+    groups = [process_group or _group(layer) for layer in layers.values()]
     for layer, group in zip(become_ours(layers), groups, strict=True):
         sync = Sync(group)
         layer.statistics = Population(sync) if isinstance(layer.statistics, Population) else sync
@@ -41,3 +41,8 @@ def convert_sync(model: M, process_group: Any = None) -> M:
 
 def _beneath(statistics: object) -> object:
     return statistics.instead_of if isinstance(statistics, Population) else statistics
+
+
+def _group(layer: nn.Module) -> Any:
+    own = _beneath(layer.statistics) if is_ours(layer) else layer
+    return getattr(own, "process_group", None)

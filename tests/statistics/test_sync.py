@@ -1,0 +1,229 @@
+"""Sync: many processes, one batch. What ranks do together is in ranks.py; here they are launched."""
+
+import copy
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import batchnorm as bn
+from tests.statistics import ranks
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+def started(command: list[str], **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], seconds: float) -> str:
+    """What it said; past its time it is asked to end its ranks, which are sessions of their own, and then killed."""
+    for patience, number in ((seconds, signal.SIGTERM), (10, signal.SIGKILL)):
+        try:
+            return process.communicate(timeout=patience)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, number)
+    return f"{process.communicate()[0]}\nkilled after {seconds} s"
+
+
+def failures(count: int) -> dict[str, str]:
+    """Why tasks of so many ranks fail; all in one launch, but for a new one after each of the first that fail."""
+    found: dict[str, str] = {}
+    left = list(ranks.TASKS[count])
+    launch = ["torch.distributed.run", f"--nproc-per-node={count}", "--standalone", "-m", ranks.__name__]
+    for _ in range(3):
+        said = ended(started([*launch, *left]), 120)
+        done = [name for name in left if f"{name}: done" in said]
+        left = left[len(done) :]
+        if not left:
+            return found
+        found[left.pop(0)] = said
+    return found | dict.fromkeys(left, "not reached, for others failed")
+
+
+@pytest.fixture(scope="module")
+def of_two() -> dict[str, str]:
+    return failures(2)
+
+
+@pytest.fixture(scope="module")
+def of_four() -> dict[str, str]:
+    return failures(4)
+
+
+@pytest.mark.parametrize("task", ranks.TASKS[2])
+def test_two_ranks(task, of_two):
+    assert task not in of_two, of_two[task]
+
+
+@pytest.mark.parametrize("task", ranks.TASKS[4])
+def test_four_ranks(task, of_four):
+    assert task not in of_four, of_four[task]
+
+
+def survivors(task: str, tmp_path: Path, **env: str) -> list[str]:
+    """What the first and the last of three ranks say, which end by themselves, and with an error."""
+    # no launcher, for that would end them; a file to meet in, for it does not die with a rank
+    env = {"WORLD_SIZE": "3", "STORE": str(tmp_path / "store"), **env}
+    processes = [started([ranks.__name__, task], RANK=str(rank), **env) for rank in range(3)]
+    try:
+        said = [ended(processes[rank], 45) for rank in (0, 2)]
+    finally:
+        os.killpg(processes[1].pid, signal.SIGKILL)
+        processes[1].communicate()
+    for rank, its in zip((0, 2), said, strict=True):
+        assert processes[rank].returncode == 1, its
+    return said
+
+
+@pytest.mark.parametrize(
+    ("way", "where", "kernels"),
+    [
+        ("dies", "forward", "native"),
+        ("dies", "backward", "native"),
+        ("dies", "backward", "reference"),
+        ("hangs", "forward", "native"),
+        ("hangs", "backward", "native"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_an_error_that_names_the_layer(way, where, kernels, tmp_path):
+    for said in survivors(f"a_rank_{way}_{where}", tmp_path, BATCHNORM_KERNELS=kernels):
+        assert re.search(r"RuntimeError: layer 'body.1': BatchNorm1d\(.*rank [02] could not exchange", said)
+        assert ("forward is done" in said) == (where == "backward"), said
+
+
+def test_without_a_process_group_it_costs_nothing():
+    ranks.costs_nothing(bn.Sync())
+
+
+def test_nobody_else_has_to_be_there_for_a_pickle():
+    layer = pickle.loads(pickle.dumps(bn.BatchNorm2d(3, statistics=bn.Sync())))
+    assert layer.statistics == bn.Sync()
+    layer(torch.randn(2, 3, 4, 4))
+    assert copy.deepcopy(layer).statistics == bn.Sync()
+    assert "statistics=Sync(process_group=None)" in repr(layer)
+    assert layer.state_dict().keys() == nn.BatchNorm2d(3).state_dict().keys()
+
+
+class Group:
+    """Stands for a process group, of which conversion has to know nothing."""
+
+
+def each_kind() -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm1d(3, eps=1e-3),
+        nn.BatchNorm2d(3, momentum=None),
+        nn.BatchNorm3d(3, affine=False),
+        nn.SyncBatchNorm(3, process_group=Group()),
+        bn.BatchNorm2d(3, activation="relu", on_single="running"),
+        bn.BatchNorm1d((3, 2), debiased=True),
+    )
+
+
+def groups(model: nn.Sequential) -> list[Any]:
+    return [vars(layer)["statistics"].process_group for layer in model]
+
+
+def test_every_kind_becomes_sync_in_place():
+    model = each_kind()
+    seen = []
+    model[1].register_forward_hook(lambda *_: seen.append("hook"))
+    layers, parameters = list(model), [id(each) for each in model.parameters()]
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    group = vars(model[3])["process_group"]
+    assert bn.convert_sync(model) is model
+    kinds = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d, bn.BatchNorm, bn.BatchNorm2d, bn.BatchNorm1d]
+    assert [type(layer) for layer in model] == kinds
+    assert all(a is b for a, b in zip(model, layers, strict=True))
+    assert [id(each) for each in model.parameters()] == parameters
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+    assert groups(model) == [None, None, None, group, None, None]
+    assert model[0].eps == 1e-3 and vars(model[1])["momentum"] is None and model[4].activation == "relu"
+    assert model[4].on_single == "running" and model[5].debiased
+    model[1](torch.randn(2, 3, 4, 4))
+    assert seen == ["hook"]
+    for shape in ((4, 3), (4, 3, 2), (4, 3, 2, 2), (4, 3, 2, 2, 2)):
+        torch.testing.assert_close(model[3](torch.ones(shape)), torch.zeros(shape))
+
+
+def test_a_group_stays_unless_another_is_given():
+    model, other = each_kind(), Group()
+    group = vars(model[3])["process_group"]
+    for change in (bn.convert_sync, bn.freeze, bn.convert_sync, bn.unfreeze, bn.convert_sync):
+        change(model)
+    assert groups(model) == [None, None, None, group, None, None]
+    bn.convert_sync(model, other)
+    assert all(layer.statistics == bn.Sync(other) for layer in model)
+
+
+def test_frozen_layers_stay_frozen():
+    model = bn.freeze(nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3)), affine=True)
+    bn.convert_sync(model)
+    assert all(layer.statistics == bn.Population(bn.Sync()) for layer in model)
+    assert not any(values.requires_grad for values in model.parameters())
+    x = torch.randn(4, 3) + 5
+    torch.testing.assert_close(model.train()(x), x, rtol=1e-4, atol=1e-4)
+    assert all(layer.num_batches_tracked == 0 for layer in model)
+    bn.unfreeze(model)
+    assert all(layer.statistics == bn.Sync() for layer in model)
+    torch.testing.assert_close(model(x).mean(0), torch.zeros(3), rtol=0, atol=1e-6)
+
+
+def test_an_upgraded_resnet():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet18(num_classes=4)
+    x = torch.randn(2, 3, 64, 64)
+    upgraded, _ = bn.upgrade(copy.deepcopy(model))
+    before = upgraded.state_dict().keys()
+    bn.convert_sync(upgraded)
+    layers = [each for each in upgraded.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    assert len(layers) == 20 and all(layer.statistics == bn.Sync() for layer in layers)
+    assert any(layer.activation == "relu" for layer in layers)
+    assert upgraded.state_dict().keys() == before
+    torch.testing.assert_close(upgraded(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+class Odd(nn.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (lambda: bn.BatchNorm2d(3, statistics=bn.Ghost(4)), "'2' has statistics=Ghost"),
+        (lambda: bn.freeze(bn.BatchNorm2d(3, statistics=bn.Ghost(4))), "'2' has statistics=Ghost"),
+        (lambda: bn.BatchNorm2d(3, statistics=bn.Renorm()), "'2' has statistics=Renorm"),
+        (lambda: Odd(3), "2 is Odd of "),
+        (lambda: nn.LazyBatchNorm2d(), "2 is lazy"),
+    ],
+    ids=["ghost", "frozen ghost", "renorm", "subclass", "lazy"],
+)
+def test_what_cannot_become_sync_is_named_and_nothing_changes(last, why):
+    model = nn.Sequential(nn.BatchNorm2d(3), bn.BatchNorm2d(3), last())
+    before, kinds = repr(model), [type(layer) for layer in model]
+    with pytest.raises(ValueError, match=why):
+        bn.convert_sync(model)
+    assert repr(model) == before
+    assert [type(layer) for layer in model] == kinds
