@@ -7,25 +7,21 @@ What they do better is in docs/numerics.md.
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable
-from types import FrameType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm import functional
 from batchnorm.kernels.reference import Activation, activation_function
-from batchnorm.moments import Moments, positions
-from batchnorm.statistics.domain import active
-from batchnorm.statistics.running import RunningStatistics, apply_widely, rate, widen
+from batchnorm.moments import positions
+from batchnorm.statistics.path import name_of, qualified_name
 from batchnorm.statistics.source import Batch, Statistics
+from batchnorm.statistics.tracking import Tracking
 
 
 # What the three layers share; they differ in the ranks they accept, which torch's classes check.
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Tracking):
     """Batch normalization by the batch when training, by running statistics in evaluation.
 
     In training the output is activation(weight·x̂ + bias + residual), x̂ normalised by the batch's moments, and
@@ -55,8 +51,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             the "running" statistics for this batch, which then does not enter them.
     """
 
-    num_batches_skipped: Tensor | None
-    domains: nn.ModuleDict
     num_features: int | tuple[int, ...]  # type: ignore[assignment]
     _shapes: str
     _ranks: tuple[int, ...]
@@ -90,12 +84,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             dtype,
             **without_bias,
         )
-        widen(self)
-        skipped = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
-        # not in the state_dict, whose keys are torch's
-        self.register_buffer("num_batches_skipped", skipped, persistent=False)
-        self._warned_of_skipped = False
-        self._path = ""
+        self._begin_tracking()
         self.activation = activation
         self.statistics = statistics
         self.debiased, self.on_single = debiased, on_single
@@ -123,7 +112,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 return self._normalised(input, residual, mask, self.weight, self.bias)
             return self._each_activation(input, residual, mask)
         except Exception as error:
-            error.add_note(f"in layer {_qualified_name(self)}")
+            error.add_note(f"in layer {qualified_name(self)}")
             raise
 
     def _normalised(
@@ -156,7 +145,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                         mean,
                         var,
                         batches,
-                        self._name,
+                        lambda: name_of(self),
                     )
                 )
         except functional.OneValueError:
@@ -185,134 +174,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             bias,
         )
         return output.reshape(input.shape)
-
-    def _running(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The running mean and variance, (C,), and how many batches they have seen, of the domain that is active."""
-        name = active()
-        its = self if name is None or self.running_mean is None else self._domain(name)
-        mean, var, batches = its.running_mean, its.running_var, its.num_batches_tracked
-        if mean is not None and mean.dim() > 1:
-            return mean.flatten(), None if var is None else var.flatten(), batches  # views
-        return mean, var, batches
-
-    def running_statistics(self) -> tuple[Tensor, Tensor]:
-        """The running mean and variance of the domain that is active, (C,) each; a new domain's begin as a layer's do.
-
-        Raises: RuntimeError for a layer that keeps none.
-        """
-        name = active()
-        if name is not None and self.running_mean is not None and name not in self._domains():
-            self._add_domain(name)
-        mean, var, _ = self._running()
-        if mean is None or var is None:
-            raise RuntimeError(
-                "this layer keeps no running statistics: make it with track_running_stats=True"
-            )
-        return mean, var
-
-    def _domain(self, name: str) -> RunningStatistics:
-        """The named set of running statistics, made when a training batch first comes to it."""
-        if name not in self._domains():
-            if not self.training:
-                names = ", ".join(self._domains()) or "none"
-                raise RuntimeError(
-                    f"no running statistics of domain {name!r} (there are: {names}): "
-                    f"train on it, or adapt to it, within bn.domain({name!r}) first"
-                )
-            self._add_domain(name)
-        return self._domains()[name]
-
-    def _domains(self) -> dict[str, RunningStatistics]:
-        return cast(dict[str, RunningStatistics], getattr(self._modules.get("domains"), "_modules", {}))
-
-    def _add_domain(self, name: str) -> None:
-        assert self.running_mean is not None
-        if "domains" not in self._modules:
-            self.domains = nn.ModuleDict().train(self.training)
-        self.domains[name] = RunningStatistics(self.running_mean).train(self.training)
-
-    def _name(self) -> str:
-        """The layer's path in its model and its repr; looked for once, unless the layer stands alone."""
-        if torch.compiler.is_compiling():
-            return type(self).__name__
-        if not self._path:
-            name = _qualified_name(self)
-            if not name.startswith("'"):
-                return name
-            self._path = name
-        return self._path
-
-    def _track(self, moments: Moments, mean: Tensor, var: Tensor, batches: Tensor | None) -> None:
-        """Let the batch enter the running statistics, if it may, and count it."""
-        if (isinstance(moments.count, int) and moments.count == 0) or _recomputing():
-            return
-        following = rate(self.momentum, batches, self.debiased)
-        entered = functional.track(moments, mean, var, following, batches)
-        if entered is True:  # known at once, on a CPU
-            return
-        skipped = ~torch.as_tensor(entered)
-        if isinstance(moments.count, Tensor):
-            skipped = skipped & (moments.count > 0).any()  # of padding alone it says nothing
-        if self.num_batches_skipped is not None:
-            self.num_batches_skipped.add_(skipped)
-            if skipped.device.type == "cpu":
-                self._warn_of_skipped(skipped)
-
-    def train(self, mode: bool = True) -> Self:
-        """As torch's; where asking in every step would stall the device, this is where skipped batches warn."""
-        if self.num_batches_skipped is not None:
-            self._warn_of_skipped(self.num_batches_skipped)
-        return super().train(mode)
-
-    def _warn_of_skipped(self, skipped: Tensor) -> None:
-        """Warn, once, if `skipped` is not 0, and if its value can be asked for: not compiled, traced or mapped."""
-        # compiling first: compiled code that had read the flag would be compiled again once it is set
-        if torch.compiler.is_compiling() or self._warned_of_skipped or skipped.is_meta:
-            return
-        try:
-            self._warned_of_skipped = bool(skipped)
-        except RuntimeError:
-            return
-        if self._warned_of_skipped:
-            warnings.warn(
-                f"layer {_qualified_name(self)} saw a batch whose mean or variance is inf or nan: its running "
-                "statistics keep their last good value. num_batches_skipped counts such batches; "
-                "this warning is given once",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def reset_running_stats(self) -> None:
-        """As torch's, in every domain; also forget the batches that were skipped."""
-        super().reset_running_stats()
-        for its in self._domains().values():
-            its.reset()
-        self._forget_skipped()
-
-    def _forget_skipped(self) -> None:
-        skipped = self._buffers.get("num_batches_skipped")  # torch's constructor resets before it exists
-        if skipped is not None and self.running_mean is not None:
-            if skipped.device != self.running_mean.device:  # the statistics were assigned to a layer on meta
-                self.num_batches_skipped = torch.empty_like(skipped, device=self.running_mean.device)
-            self._buffers["num_batches_skipped"].zero_()  # type: ignore[union-attr]
-            self._warned_of_skipped = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        skipped = self.num_batches_skipped
-        apply_widely(self, lambda: super(_BatchNorm, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        if skipped is not None and skipped.is_meta:
-            self._forget_skipped()  # what was materialised is arbitrary, and no checkpoint brings a value
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        state_dict, prefix = args[:2]
-        if self.running_mean is not None:
-            for name in sorted(_domains_in(state_dict, prefix).difference(self._domains())):
-                self._add_domain(name)
-        super()._load_from_state_dict(*args)
-        widen(self)  # load_state_dict(assign=True) takes the checkpoint's tensors as they are
-        if f"{prefix}running_mean" in state_dict:
-            self._forget_skipped()
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() in self._ranks:
@@ -379,38 +240,7 @@ def _check_options(statistics: Statistics | None, on_single: str) -> None:
         raise ValueError(f'on_single is "raise" or "running", got {on_single!r}')
 
 
-def _domains_in(state_dict: dict[str, Any], prefix: str) -> set[str]:
-    """The names of the domains that a layer has in `state_dict`."""
-    prefix += "domains."
-    return {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
-
-
 def _advice(dims: int) -> str:
     if 3 <= dims <= 5:
         return f"use BatchNorm{dims - 2}d, or add the missing dimension with unsqueeze"
     return "use BatchNorm1d" if dims == 2 else "reshape it: the batch comes first, the channels second"
-
-
-def _recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass, as activation checkpointing does it.
-
-    Then its batch has been seen already. Both modes of torch.utils.checkpoint recompute from within the autograd
-    engine, where a graph task is current. A compiled model recomputes below the level of modules; only an eager
-    checkpoint around a compiled layer is not noticed, since compiled code cannot ask.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _qualified_name(layer: nn.Module) -> str:
-    """The path of `layer` in the outermost module that is running now, and its repr; for messages only.
-
-    A layer does not know its name, but the modules that called it stand on the call stack.
-    """
-    path = ""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, nn.Module) and caller is not layer:
-            path = next((name for name, module in caller.named_modules() if module is layer), path)
-        frame = frame.f_back
-    return f"{path!r}: {layer}" if path else str(layer)

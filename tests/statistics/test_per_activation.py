@@ -279,3 +279,12 @@ def test_a_residual_or_a_rank_of_another_shape():
         layer(x, torch.randn(5, 3, 4, 3))
     with pytest.raises(ValueError, match="expected 4D input"):
         layer(x.flatten(2))
+
+
+def test_statistics_move_in_a_model_that_was_made_channels_last():
+    # buffers of four dimensions are laid out anew, and what is flattened then is a copy
+    layer = bn.BatchNorm3d((3, 2, 4, 5), momentum=1.0).to(memory_format=torch.channels_last)
+    x = torch.randn(6, 3, 2, 4, 5)
+    layer(x)
+    assert_close(layer.running_mean, x.mean(0))
+    assert_close(layer.running_var, x.var(0))

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 from batchnorm import layers
 from batchnorm.kernels.reference import Activation
 from batchnorm.layers import _BatchNorm
-from batchnorm.statistics.running import widen
 from batchnorm.statistics.sync import Sync
 
 OURS: dict[type[nn.Module], type[_BatchNorm]] = {
@@ -110,13 +109,10 @@ def swap(layer: nn.Module) -> None:
     statistics = Sync(group) if type(layer) is nn.SyncBatchNorm else None
     layer.__class__ = kind
     assert isinstance(layer, _BatchNorm)
-    mean = layer.running_mean
-    skipped = None if mean is None else torch.zeros((), dtype=torch.long, device=mean.device)
-    layer.register_buffer("num_batches_skipped", skipped, persistent=False)
+    layer._begin_tracking()
     for name, value in vars(kind(1, affine=False, track_running_stats=False)).items():
         vars(layer).setdefault(name, value)  # the attributes that only ours has
     layer.statistics = statistics
-    widen(layer)
     act = layer._modules.get("act") if timms else None
     if act is not None and (type(act) is not nn.Identity or has_hooks(act)):
         named = None if has_hooks(act) else activation_of(act)

@@ -32,11 +32,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def widen(module: nn.Module) -> None:
-    """Make the running statistics of `module` float32 or wider."""
+    """Make the running statistics of `module` float32 or wider, and contiguous: those of activations are seen flat."""
     for name in STATISTICS:
         values = module._buffers[name]
         if values is not None:
-            module._buffers[name] = values.to(wide(values.dtype))
+            module._buffers[name] = values.to(wide(values.dtype)).contiguous()
 
 
 def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
@@ -50,6 +50,7 @@ def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
         after = module._buffers[name]
         if values is not None and after is not None and after.dtype != wide(after.dtype):
             module._buffers[name] = values.to(after.device, wide(after.dtype))
+    widen(module)
 
 
 class RunningStatistics(nn.Module):
