@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -114,6 +115,11 @@ class _Call:
     shown: Any = None
 
     def cut(self) -> None:
+        if self.arguments is None:
+            raise RuntimeError(
+                "`forward` did not call the model, or only parts of it, whose outputs virtual_batch does not see: "
+                "hand it a model whose own call is all that is needed"
+            )
         self.cuts: list[tuple[Tensor, Tensor]] = []
 
         def cut(value: Any) -> Any:
@@ -221,6 +227,8 @@ class _Lockstep:
         self._at: list[tuple[_BatchNorm, dict[str, Any]] | None] = [None] * count
         self._found: tuple[Tensor, ...] = ()
         self._own = threading.local()
+        self._left = count
+        self._over = threading.Event()
 
     def place(self) -> int:
         """Which of the threads this is."""
@@ -230,16 +238,17 @@ class _Lockstep:
     def run(self, tasks: list[Callable[[], None]]) -> None:
         """Run each task in a thread; raise what the first that failed raised."""
         threads = [threading.Thread(target=self._run, args=each, daemon=True) for each in enumerate(tasks)]
-        for thread in threads:
-            thread.start()
         try:
             for thread in threads:
-                thread.join()
-        except BaseException as error:  # Ctrl-C: nobody shall wait for a turn that does not come
+                thread.start()
+            self._over.wait()  # not join, which takes a thread for stopped when Ctrl-C comes (until Python 3.13)
+        except BaseException as error:  # nobody shall wait for a turn that does not come
             self._stop(error)
-            for thread in threads:
-                thread.join()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.01)
             raise
+        for thread in threads:
+            thread.join()
         if self._error is not None:
             raise self._error
 
@@ -250,12 +259,16 @@ class _Lockstep:
             task()
             if any(self._at):
                 raise _apart()
+            self._pass_on(place)
         except _Stopped:
-            return
+            pass
         except BaseException as error:
             self._stop(error)
-            return
-        self._pass_on(place)
+        finally:
+            with self._changed:
+                self._left -= 1
+            if not self._left:
+                self._over.set()
 
     def meet(self, layer: _BatchNorm, forward: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
         """The layer's output for this thread's part of the batch, once all have come to it."""
@@ -303,7 +316,11 @@ def _together(
     """The outputs of `layer` for the parts of one batch."""
     inputs: list[Tensor] = [part["input"] for part in parts]
     residuals, masks = ([part.get(name) for part in parts] for name in ("residual", "mask"))
-    masks = [None if mask is None else positions(mask, x) for mask, x in zip(masks, inputs, strict=True)]
+    if any(mask is not None for mask in masks):  # then each has one
+        masks = [
+            torch.ones_like(x[:, :1], dtype=torch.bool) if mask is None else positions(mask, x)
+            for mask, x in zip(masks, inputs, strict=True)
+        ]
     if len({x.shape[1:] for x in inputs}) == 1:
         output = forward(torch.cat(inputs), _cat(residuals), _cat(masks))
         # copies, for what comes next may work in place
@@ -323,12 +340,6 @@ def _of_different_sizes(
         )
     for x in inputs:
         layer._check_input_dim(x)
-    masks = [
-        torch.ones_like(x[:, :1], dtype=torch.bool)
-        if mask is None and any(m is not None for m in masks)
-        else mask
-        for mask, x in zip(masks, inputs, strict=True)
-    ]
     rows = [
         _cat([None if value is None else _rows(value) for value in values])
         for values in (inputs, residuals, masks)
