@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import batchnorm as bn
+from tests.kernels.observer import Observer
 from tests.statistics.inputs import (
     KERNELS,
     asking,
@@ -260,6 +262,16 @@ def test_gradients_of_the_first_and_the_second_order(shape, size, kernels):
     with bn.kernels.use(kernels):
         assert gradcheck(called(layer), given)
         assert gradgradcheck(called(layer), given)
+
+
+@pytest.mark.parametrize("way", [nullcontext, Observer])
+@pytest.mark.parametrize("kernels", [k for k in KERNELS if k != "torch"])
+def test_a_gradient_that_keeps_its_graph_is_the_same_gradient(kernels, way):
+    given, dy = asking(*given_to(layer_of(torch.empty(7, 3, 4), 3), (7, 3, 4))), random(7, 3, 4)
+    call = called(layer_of(dy, 3, "relu"))
+    with bn.kernels.use(kernels), way():
+        found = [torch.autograd.grad(call(*given), given, dy, create_graph=keep) for keep in (False, True)]
+    assert_close(*found)
 
 
 def test_stacked_models_with_vmap_are_each_of_them():

@@ -178,6 +178,30 @@ def test_a_mean_of_1e4_keeps_its_digits(layout, kernels):
     assert_close(layer.running_var, var, rtol=1e-5, atol=0)
 
 
+@each_kernels
+def test_a_mean_that_is_rounded_is_no_part_of_the_variance(kernels):
+    # In bfloat16 numbers near 100 are 0.5 apart, and so is what stands under the mask from the mean.
+    x, mask = (random(16, 40, 30) + 100).bfloat16(), mask_for(16, 40, 30)
+    layer = bn.BatchNorm1d(40, momentum=1.0, dtype=torch.float64)
+    with bn.kernels.use(kernels):
+        layer(x, mask=mask)
+    mean, var = by_definition(x.double(), mask)
+    assert_close(layer.running_mean, mean, rtol=1e-6, atol=0)
+    assert_close(layer.running_var, var, rtol=1e-4, atol=0)
+
+
+@each_kernels
+def test_equal_values_have_no_variance_and_never_a_negative_one(kernels):
+    for size in range(2, 40):
+        layer = bn.BatchNorm1d(64, momentum=1.0, eps=1e-30)
+        x, mask = torch.randn(64, 1).expand(size, 64, size).contiguous(), mask_for(size, 64, size)
+        with bn.kernels.use(kernels):
+            y = layer(x, mask=mask)
+        assert y.isfinite().all()
+        assert (layer.running_var >= 0).all()
+        assert (layer.running_var.sqrt() <= 1e-6).all()
+
+
 # --- running statistics
 
 
@@ -309,6 +333,21 @@ def test_gradients_of_the_first_and_the_second_order(statistics, kernels):
     with bn.kernels.use(kernels):
         assert gradcheck(call, given)
         assert gradgradcheck(call, given)
+
+
+@pytest.mark.parametrize("kernels", [k for k in KERNELS if k != "torch"])
+@pytest.mark.parametrize("statistics", [None, bn.Ghost(2), bn.Renorm()], ids=str)
+def test_a_gradient_that_keeps_its_graph_is_the_same_gradient(statistics, kernels):
+    shape = (7, 3, 5)
+    layer = bn.BatchNorm1d(3, activation="relu", statistics=statistics, momentum=0.0, dtype=torch.float64)
+    given, mask = asking(random(*shape), random(*shape)), mask_for(*shape)
+    of = [*given, *layer.parameters()]
+    with bn.kernels.use(kernels):
+        found = [
+            torch.autograd.grad(layer(*given, mask).sin().sum(), of, create_graph=keep)
+            for keep in (False, True)
+        ]
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("statistics", [None, bn.Ghost(2), bn.Renorm()], ids=str)
