@@ -680,14 +680,16 @@ def alive():
 
 
 INTERRUPTED = """
-    import sys, threading, time
+    import signal, threading, time
     import torch, batchnorm as bn
     from torch import nn
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
     class Slow(nn.Module):
         def forward(self, x):
             print("slow", flush=True)
-            time.sleep(0.5)
+            time.sleep(0.2)
             return x
 
     model = nn.Sequential(*[layer for _ in range(100) for layer in (Slow(), bn.BatchNorm1d(3))])

@@ -241,7 +241,10 @@ class _Lockstep:
         try:
             for thread in threads:
                 thread.start()
-            self._over.wait()  # not join, which takes a thread for stopped when Ctrl-C comes (until Python 3.13)
+            # Ctrl-C is lost to a wait without end that it comes just before, and makes a thread that is joined look
+            # as if it had stopped (until Python 3.13)
+            while not self._over.wait(0.1):
+                pass
         except BaseException as error:  # nobody shall wait for a turn that does not come
             self._stop(error)
             while any(thread.is_alive() for thread in threads):
