@@ -146,34 +146,42 @@ void examine(const Shape& shape, int64_t group, Number number, uint64_t seed) {
   }
 }
 
-// Of a batch that is cut in two the first part is normalised by the mean and variance of both, and its gradient is that of
-// the whole batch there: with the averages of g and g·x̂ over both.
-void examine_part(const Shape& shape, int64_t group, Number number, uint64_t seed) {
+// Moments and averages of any values but x: dx = weight/√(variance + eps) · (g - averages.g - x̂·averages.product).
+void examine_averages(const Shape& shape, int64_t group, Number number, uint64_t seed) {
   Chance chance(seed);
-  Problem whole = problem(shape, number, chance);
-  const Answer answer = solve(whole);
-  const int64_t rows = shape.outer / 2;
-  Problem part = rows_of(whole, 0, rows);
-  const int64_t groups = group == 0 ? 1 : rows < 2 * group ? 1 : rows / group;
-  const auto repeated = [&](const std::vector<Real>& values) {
-    auto of_groups = std::make_unique<Block>(Number::f64, Shape{groups, shape.channels, 1});
-    of_groups->fill([&](int64_t, int64_t c, int64_t) { return static_cast<double>(values[c] / shape.count()); });
-    return of_groups;
+  Problem p = problem(shape, number, chance);
+  const int64_t groups = group == 0 || shape.outer < 2 * group ? 1 : shape.outer / group;
+  const Shape of_groups{groups, shape.channels, 1};
+  const auto values = [&](double middle, double spread) {
+    auto some = std::make_unique<Block>(Number::f64, of_groups);
+    some->fill([&](auto...) { return middle + spread * (chance.uniform() - 0.5); });
+    return some;
   };
-  const Owned variance = repeated(answer.m2), g = repeated(answer.dbias), product = repeated(answer.dweight);
-  const Owned mean = std::make_unique<Block>(Number::f64, Shape{groups, shape.channels, 1});
-  mean->fill([&](int64_t, int64_t c, int64_t) { return static_cast<double>(answer.mean[c]); });
+  const Owned mean = values(0.5, 1), variance = values(2, 2), g = values(0, 2), product = values(0, 2);
+  std::vector<Problem> parts;
+  std::vector<Answer> answers;
+  for (int64_t i = 0; i < groups; i++) {
+    const int64_t first = i * group, rows = i == groups - 1 ? shape.outer - first : group;
+    Problem part = rows_of(p, first, rows);
+    part.given = true;
+    part.count = 1;
+    part.mean = rows_of(*mean, i, 1);
+    part.m2 = rows_of(*variance, i, 1);
+    answers.push_back(solve(part));
+    clear_as(p, part, first);
+    parts.push_back(std::move(part));
+  }
   static const auto sets = instruction_sets();
   for (const char* name : sets) {
     choose(name);
-    say("averages", part, group, seed);
+    say("averages", p, group, seed);
     for (const int threads : {1, 3}) {
-      const Layer layer = layer_of(part, threads);
+      const Layer layer = layer_of(p, threads);
       const Moments moments{*mean, *variance, 1};
-      Block y(number, part.shape), dx(number, part.shape, Layout::spaced), dr(number, part.shape);
-      const Forward forth{*part.x, part.residual ? Tensor(*part.r) : Tensor{}, y, moments, true};
-      const Backward back{*part.dy, *part.x, part.from_y ? Tensor(y) : Tensor{}, moments, false, dx,
-                          part.from_y ? Tensor(dr) : Tensor{}, {}, {}, {g->doubles(), product->doubles()}};
+      Block y(number, shape), dx(number, shape, Layout::spaced), dr(number, shape);
+      const Forward forth{*p.x, p.residual ? Tensor(*p.r) : Tensor{}, y, moments, true};
+      const Backward back{*p.dy, *p.x, p.from_y ? Tensor(y) : Tensor{}, moments, false, dx,
+                          p.from_y ? Tensor(dr) : Tensor{}, {}, {}, {g->doubles(), product->doubles()}};
       if (group > 0) {
         forward(layer, forth, group);
         backward(layer, back, group);
@@ -188,15 +196,62 @@ void examine_part(const Shape& shape, int64_t group, Number number, uint64_t see
           good = check(false, "%s is %.9Lg, not %.9Lg, with %d threads", what, found, expected, threads);
       };
       const Real slack = tolerance(number).result;
-      part.x->fill([&](int64_t n, int64_t c, int64_t i) {
-        const int64_t k = whole.at(n, c, i);
-        near("y", y.get(n, c, i), answer.y[k], slack * answer.y_scale[k]);
-        near("dx", dx.get(n, c, i), answer.dx[k], slack * answer.dx_scale[k]);
-        if (part.from_y) near("dresidual", dr.get(n, c, i), answer.dr[k], 1e-15L);
-        return part.x->get(n, c, i);
-      });
+      for (int64_t part = 0; part < groups; part++) {
+        const Problem& its = parts[part];
+        for (int64_t n = 0; n < its.shape.outer; n++)
+          for (int64_t c = 0; c < shape.channels; c++)
+            for (int64_t i = 0; i < shape.inner; i++) {
+              const int64_t k = its.at(n, c, i), row = part * group + n;
+              const Real inverse = 1 / std::sqrt(Real(its.m2->get(c)) + Real(p.layer.eps));
+              const Real by = inverse * (p.weight ? p.weight->get(c) : 1);
+              const Real normal = (its.x->get(n, c, i) - Real(its.mean->get(c))) * inverse;
+              const Real of_g = g->get(part, c, 0), of_product = product->get(part, c, 0);
+              near("y", y.get(row, c, i), answers[part].y[k], slack * answers[part].y_scale[k]);
+              const Real size = std::fabs(of_g) + (std::fabs(normal) + 1) * std::fabs(of_product);
+              near("dx", dx.get(row, c, i), answers[part].dx[k] - by * (of_g + normal * of_product),
+                   slack * (answers[part].dx_scale[k] + std::fabs(by) * size));
+              if (p.from_y) near("dresidual", dr.get(row, c, i), answers[part].dr[k], 1e-15L);
+            }
+      }
       for (Block* block : {&y, &dx, &dr}) check(block->kept_within(), "bytes were written that belong to no tensor");
     }
+  }
+}
+
+// Of a batch that is cut in two the first part is normalised by the moments of both, and its gradient is the whole batch's
+// there: with the averages of both.
+void examine_part(const Shape& shape, Number number, uint64_t seed) {
+  Chance chance(seed);
+  Problem whole = problem(shape, number, chance);
+  const Answer answer = solve(whole);
+  const Problem part = rows_of(whole, 0, shape.outer / 2);
+  const auto average = [&](const std::vector<Real>& sums) {
+    auto values = std::make_unique<Block>(Number::f64, Shape{1, shape.channels, 1});
+    values->fill([&](int64_t, int64_t c, int64_t) { return static_cast<double>(sums[c] / shape.count()); });
+    return values;
+  };
+  const Owned variance = average(answer.m2), g = average(answer.dbias), product = average(answer.dweight);
+  Block mean(Number::f64, Shape{1, shape.channels, 1});
+  mean.fill([&](int64_t, int64_t c, int64_t) { return static_cast<double>(answer.mean[c]); });
+  static const auto sets = instruction_sets();
+  for (const char* name : sets) {
+    choose(name);
+    say("a part", part, 0, seed);
+    const Layer layer = layer_of(part, 2);
+    const Moments moments{mean, *variance, 1};
+    Block y(number, part.shape), dx(number, part.shape), dr(number, part.shape);
+    kernels().forward(layer, {*part.x, part.residual ? Tensor(*part.r) : Tensor{}, y, moments, true});
+    kernels().backward(layer, {*part.dy, *part.x, part.from_y ? Tensor(y) : Tensor{}, moments, false, dx,
+                               part.from_y ? Tensor(dr) : Tensor{}, {}, {}, {g->doubles(), product->doubles()}});
+    bool good = true;
+    for (int64_t n = 0; n < part.shape.outer; n++)
+      for (int64_t c = 0; c < shape.channels; c++)
+        for (int64_t i = 0; i < shape.inner; i++) {
+          const int64_t k = whole.at(n, c, i);
+          const Real found = dx.get(n, c, i), slack = tolerance(number).result * answer.dx_scale[k];
+          if (good && !(std::fabs(found - answer.dx[k]) <= slack + rounding(number, answer.dx[k]) * (1 + slack)))
+            good = check(false, "dx[%ld, %ld, %ld] is %.9Lg, not %.9Lg", n, c, i, found, answer.dx[k]);
+        }
   }
 }
 
@@ -221,7 +276,8 @@ void groups() {
       for (int trial = 0; trial < (sanitized ? 1 : 4); trial++) {
         seed++;
         examine(one.shape, one.group, number, seed);
-        examine_part(one.shape, trial % 2 ? 0 : one.group, number, seed);
+        examine_averages(one.shape, trial % 2 ? 0 : one.group, number, seed);
+        examine_part(one.shape, number, seed);
       }
 }
 

@@ -193,7 +193,7 @@ def test_a_mean_that_is_rounded_is_no_part_of_the_variance(kernels):
 @each_kernels
 def test_equal_values_have_no_variance_and_never_a_negative_one(kernels):
     for size in range(2, 40):
-        layer = bn.BatchNorm1d(64, momentum=1.0, eps=1e-30)
+        layer: Any = bn.BatchNorm1d(64, momentum=1.0, eps=1e-30)
         x, mask = torch.randn(64, 1).expand(size, 64, size).contiguous(), mask_for(size, 64, size)
         with bn.kernels.use(kernels):
             y = layer(x, mask=mask)
