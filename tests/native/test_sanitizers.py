@@ -44,6 +44,8 @@ def program(request, tmp_path_factory) -> Path:
     return folder / "native_tests"
 
 
-@pytest.mark.parametrize("suite", ["numbers", "values", "accuracy", "shapes", "large", "selections", "groups"])
+@pytest.mark.parametrize(
+    "suite", ["numbers", "values", "accuracy", "shapes", "large", "selections", "groups"]
+)
 def test_suite(program, suite):
     assert f"{suite}: 0 failures" in output_of([program, suite], 120)
