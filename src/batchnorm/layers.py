@@ -16,6 +16,7 @@ from batchnorm import functional
 from batchnorm.kernels.reference import Activation, activation_function
 from batchnorm.moments import positions
 from batchnorm.statistics.path import name_of, qualified_name
+from batchnorm.statistics.running import flat
 from batchnorm.statistics.source import Batch, Statistics
 from batchnorm.statistics.tracking import Tracking
 
@@ -73,6 +74,8 @@ class _BatchNorm(Tracking):
     ) -> None:
         activation_function(activation)  # an unknown name fails here, not in the first forward
         _check_options(statistics, on_single)
+        if not isinstance(num_features, int):
+            num_features = tuple(num_features)  # a list would be no shape
         without_bias = {} if bias else {"bias": False}
         super().__init__(
             num_features,  # type: ignore[arg-type]  # its tensors are made for any shape
@@ -123,9 +126,11 @@ class _BatchNorm(Tracking):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        mean = var = batches = None
+        its = mean = var = batches = None
         if self.track_running_stats or not self.training:  # it may be switched off after construction
-            mean, var, batches = self._running()
+            its = self._set()
+            mean, var = flat(its)
+            batches = its.num_batches_tracked
         by_batch = self.training or (mean is None and var is None)
         try:
             if self.statistics is None or not self.training:
@@ -149,13 +154,15 @@ class _BatchNorm(Tracking):
                     )
                 )
         except functional.OneValueError:
-            if self.on_single == "raise" or mean is None:
+            if self.on_single == "raise" or mean is None or its is None or not self._keeps(its):
                 raise
             output, moments = functional.normalise(
                 input, mean, var, weight, bias, False, self.eps, self.activation, residual, mask
             )
         if moments is not None and mean is not None and var is not None:
             self._track(moments, mean, var, batches)  # last: a call that fails moves nothing
+            if its is not self and its is not None:
+                self._keep(its)
         return output
 
     def _each_activation(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:

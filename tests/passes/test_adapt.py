@@ -176,6 +176,19 @@ def wrong_size():
     return [*target(), torch.randn(4, 2, 4)]
 
 
+def domains_of(model):
+    """Where it can be adapted: torch's layers have no domains."""
+    return (None, "target") if isinstance(model[0], bn.BatchNorm1d) else (None,)
+
+
+def test_torch_s_layers_have_no_domain_to_adapt():
+    model = small(nn.BatchNorm1d)
+    before = everything(model)
+    with bn.domain("target"), pytest.raises(ValueError, match=r"no domains.*bn\.upgrade"):
+        bn.adapt(model, target())
+    same(everything(model), before)
+
+
 @EITHER
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
@@ -186,7 +199,7 @@ def wrong_size():
 def test_an_error_leaves_everything_as_it_was(kind, training, batches, error):
     model = small(kind).train(training)
     before = everything(model)
-    for place in (None, "target"):
+    for place in domains_of(model):
         with bn.domain(place), pytest.raises(error):
             bn.adapt(model, batches())
         same(everything(model), before)
@@ -201,7 +214,7 @@ def test_a_layer_that_sees_no_numbers_is_named(kind, bad):
     before = everything(model)
     xs = target()
     xs[1][0, 1, 2] = bad
-    for place in (None, "target"):
+    for place in domains_of(model):
         with bn.domain(place), pytest.raises(RuntimeError, match=r"layer '0'.*inf or nan"):
             bn.adapt(model, xs)
         same(everything(model), before)

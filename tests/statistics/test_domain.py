@@ -351,3 +351,24 @@ def test_a_compiled_layer_changes_domains():
             assert_close(compiled(batch(k)), eager(batch(k)))
     assert_close(layer.state_dict(), eager.state_dict())
     torch._dynamo.reset()
+
+
+def test_a_batch_that_fails_makes_no_set():
+    layer = bn.BatchNorm1d(3)
+    with bn.domain("new"), pytest.raises(ValueError, match="more than 1 value"):
+        layer(torch.randn(1, 3))
+    with bn.domain("new"), pytest.raises(RuntimeError, match=r"domain 'new' \(there are: none\)"):
+        layer.eval()(torch.randn(4, 3))
+
+
+def test_one_value_has_nothing_to_take_in_a_new_domain():
+    layer = bn.BatchNorm1d(3, on_single="running")
+    with bn.domain("new"), pytest.raises(ValueError, match="more than 1 value"):
+        layer(torch.randn(1, 3))
+    layer(torch.randn(1, 3))
+
+
+def test_a_frozen_layer_has_nothing_to_take_in_a_new_domain():
+    layer = bn.BatchNorm1d(3, statistics=bn.Population())
+    with bn.domain("new"), pytest.raises(RuntimeError, match="domain 'new'"):
+        layer(torch.randn(4, 3))

@@ -288,3 +288,9 @@ def test_statistics_move_in_a_model_that_was_made_channels_last():
     layer(x)
     assert_close(layer.running_mean, x.mean(0))
     assert_close(layer.running_var, x.var(0))
+
+
+def test_a_shape_may_come_as_a_list():
+    layer = bn.BatchNorm2d([3, 2, 2])
+    assert layer.num_features == (3, 2, 2)
+    assert layer(torch.randn(4, 3, 2, 2)).shape == (4, 3, 2, 2)

@@ -373,3 +373,26 @@ def test_evaluation_is_a_plain_layer_s():
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(4, 3)
     assert torch.equal(layer.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_would_see_other_statistics_and_is_refused(reentrant):
+    layer = bn.BatchNorm1d(3, statistics=bn.Renorm())
+    x = torch.randn(6, 3, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="Renorm cannot be combined with activation checkpointing"):
+        y.sum().backward()
+
+
+def test_inductor_keeps_the_correction_for_the_backward_pass():
+    torch._dynamo.reset()
+    x, dy = random(13, 3, 5), random(13, 3, 5)
+
+    def gradients(compile):
+        layer = bn.BatchNorm1d(3, statistics=bn.Renorm(1.5, 0.25), dtype=torch.float64, activation="sigmoid")
+        layer.running_mean += 0.1
+        leaf = x.clone().requires_grad_()
+        y = (torch.compile(layer, fullgraph=True) if compile else layer)(leaf)
+        return torch.autograd.grad(y, [leaf, layer.weight, layer.bias], dy)
+
+    assert_close(gradients(True), gradients(False), rtol=1e-12, atol=1e-12)

@@ -15,6 +15,7 @@ from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments, positions
 from batchnorm.passes import batches as of_batches
 from batchnorm.passes.swap import is_ours, layers_of
+from batchnorm.statistics.domain import active
 from batchnorm.statistics.population import Population
 from batchnorm.statistics.sync import Sync
 
@@ -58,7 +59,7 @@ def adapt(
 
     While the samples pass through, layers normalise by the batch they see and everything else is in evaluation mode;
     afterwards every mode is as before. One pass; with many batches of a few samples the statistics of deep layers
-    are those of activations that were normalised by few samples.
+    are those of activations that were normalised by few samples. With Sync every rank needs as many batches.
 
     Args:
         model: with layers of torch's or ours that keep running statistics.
@@ -68,11 +69,14 @@ def adapt(
 
     Returns: an Adaptation; its `reset()` undoes this.
 
-    Raises: ValueError for a negative prior, for no samples at all and for a layer that saw one value per channel;
+    Raises: ValueError for a negative prior, for no samples at all, for a layer that saw one value per channel and for
+        layers of torch's within a domain;
         RuntimeError that names a layer whose target statistics are not finite. Then nothing has been changed.
     """
     if not prior >= 0:
         raise ValueError(f"prior is a number of samples, 0 or more, got {prior}")
+    if active() is not None and any(not is_ours(layer) for layer in layers_of(model).values()):
+        raise ValueError(f"torch's layers have no domains, {active()!r} among them: bn.upgrade(model) first")
     layers = {name: layer for name, layer in layers_of(model).items() if layer.running_mean is not None}
     seen = {layer: _Seen() for layer in layers.values()}
     with _measuring(model, seen), torch.no_grad():

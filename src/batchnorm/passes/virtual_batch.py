@@ -175,7 +175,7 @@ def _replay(calls: list[_Call]) -> Callable[..., Any]:
 def _recomputed(*_: Any, **__: Any) -> Tensor:
     raise RuntimeError(
         "a layer of a virtual batch was called in the backward pass, which activation checkpointing does: "
-        "it would see one micro-batch alone; use virtual_batch without checkpointing, or with offload=True"
+        "it would see one micro-batch alone; instead of checkpointing use virtual_batch(..., offload=True)"
     )
 
 

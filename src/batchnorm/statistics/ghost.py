@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,8 +28,8 @@ class Ghost(Statistics):
     size: int
 
     def __post_init__(self) -> None:
-        if operator.index(self.size) < 1:
-            raise ValueError(f"Ghost(size) is a number of samples and at least 1, got {self.size}")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"Ghost(size) is a whole number of samples and at least 1, got {self.size!r}")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:
         if self.size >= batch.input.size(0):

@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm import functional
 from batchnorm.kernels.reference import mean_and_variance
 from batchnorm.moments import Moments
-from batchnorm.statistics.source import Batch, Statistics
+from batchnorm.statistics.source import Batch, Statistics, recomputing
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Renorm(Statistics):
         0-dimensional int64 tensor.
 
     Raises: ValueError for an rmax below 1 or a dmax below 0; RuntimeError, when called, for a layer without running
-        statistics.
+        statistics, and in a recomputation (activation checkpointing), which would see others than the first pass.
     """
 
     rmax: Limit = 3.0
@@ -74,6 +74,11 @@ class Renorm(Statistics):
                 "Renorm corrects towards running statistics, and this layer keeps none: "
                 "make it with track_running_stats=True"
             )
+        if recomputing():
+            raise RuntimeError(
+                "Renorm cannot be combined with activation checkpointing: what is computed again in the backward "
+                "pass would be corrected towards running statistics that have moved"
+            )
         own = functional.moments(batch.input, batch.mask)
         mean, variance = mean_and_variance(own)
         with torch.no_grad():
@@ -81,8 +86,7 @@ class Renorm(Statistics):
             ratio = (variance + batch.eps).sqrt() / running
             distance = (mean - batch.running_mean) / running
             rmax, dmax = (_at(limit, batch.step).to(mean) for limit in (self.rmax, self.dmax))
-            # detached: forward mode is not stopped by no_grad
-            r, d = ratio.clamp(1 / rmax, rmax).detach(), distance.clamp(-dmax, dmax).detach()
+            r, d = _constant(ratio.clamp(1 / rmax, rmax)), _constant(distance.clamp(-dmax, dmax))
         weight, bias = batch.weight, batch.bias
         corrected = replace(
             batch,
@@ -92,8 +96,25 @@ class Renorm(Statistics):
         return corrected.normalised(exchange=_Known(own))
 
 
+def _constant(values: Tensor) -> Tensor:
+    """`values` without their history; forward-mode gradients are not stopped by no_grad."""
+    return _saved(values) if torch.compiler.is_compiling() else values.detach()
+
+
+# What a compiler cannot look into it saves for the backward pass. Else it would compute r and d again, from running
+# statistics that have moved.
+@torch.library.custom_op("batchnorm::saved", mutates_args=())
+def _saved(values: Tensor) -> Tensor:
+    return values.clone()
+
+
+@_saved.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
 def _at(limit: Limit, step: Tensor) -> Tensor:
-    return torch.as_tensor(limit(step) if callable(limit) else limit)
+    return torch.as_tensor(limit(step) if callable(limit) else limit, dtype=torch.float64)
 
 
 def _sum(bias: Tensor | None, shift: Tensor) -> Tensor:

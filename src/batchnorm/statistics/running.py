@@ -53,15 +53,24 @@ def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
     widen(module)
 
 
+def flat(holder: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The running mean and variance of `holder`, (C,) each, a view of those of single activations."""
+    mean, var = holder.running_mean, holder.running_var
+    if mean is not None and mean.dim() > 1:
+        return mean.flatten(), None if var is None else var.flatten()
+    return mean, var
+
+
 class RunningStatistics(nn.Module):
-    """A named set of them, with the shapes, dtype and device of those `like` which it is."""
+    """A set of them called `name`, with the shapes, dtype and device of those `like` which it is."""
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, name: str) -> None:
         super().__init__()
+        self.name = name
         self.register_buffer("running_mean", torch.zeros_like(like))
         self.register_buffer("running_var", torch.ones_like(like))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=like.device))

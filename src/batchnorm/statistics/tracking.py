@@ -13,7 +13,9 @@ from batchnorm import functional
 from batchnorm.moments import Moments
 from batchnorm.statistics.domain import active
 from batchnorm.statistics.path import qualified_name
-from batchnorm.statistics.running import RunningStatistics, apply_widely, rate, widen
+from batchnorm.statistics.population import Population
+from batchnorm.statistics.running import RunningStatistics, apply_widely, flat, rate, widen
+from batchnorm.statistics.source import Statistics, recomputing
 
 
 class Tracking(nn.modules.batchnorm._BatchNorm):
@@ -21,6 +23,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
 
     num_batches_skipped: Tensor | None
     domains: nn.ModuleDict
+    statistics: Statistics | None = None
     debiased: bool = False
 
     def _begin_tracking(self) -> None:
@@ -32,14 +35,36 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
         self._warned_of_skipped = False
 
-    def _running(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The running mean and variance, (C,), and how many batches they have seen, of the domain that is active."""
+    def _set(self) -> Tracking | RunningStatistics:
+        """Whose running statistics a batch meets: the layer's own, or those of the domain that is active.
+
+        A training batch that comes to a new domain gets a new set, which `_keep` makes one of the layer's.
+        """
         name = active()
-        its = self if name is None or self.running_mean is None else self._domain(name)
-        mean, var, batches = its.running_mean, its.running_var, its.num_batches_tracked
-        if mean is not None and mean.dim() > 1:
-            return mean.flatten(), None if var is None else var.flatten(), batches  # views
-        return mean, var, batches
+        if name is None or self.running_mean is None:
+            return self
+        known = self._domains().get(name)
+        if known is not None:
+            return known
+        if not self.training or isinstance(self.statistics, Population):
+            names = ", ".join(self._domains()) or "none"
+            raise RuntimeError(
+                f"no running statistics of domain {name!r} (there are: {names}): "
+                f"train on it, or adapt to it, within bn.domain({name!r}) first"
+            )
+        return RunningStatistics(self.running_mean, name)
+
+    def _keep(self, its: Tracking | RunningStatistics) -> None:
+        if isinstance(its, RunningStatistics) and its.name not in self._domains():
+            if "domains" not in self._modules:
+                self.domains = nn.ModuleDict().train(self.training)
+            self.domains[its.name] = its.train(self.training)
+
+    def _keeps(self, its: Tracking | RunningStatistics) -> bool:
+        return its is self or its in self._domains().values()
+
+    def _domains(self) -> dict[str, RunningStatistics]:
+        return cast(dict[str, RunningStatistics], getattr(self._modules.get("domains"), "_modules", {}))
 
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """The running mean and variance of the domain that is active, (C,) each; a new domain's begin as a layer's do.
@@ -48,38 +73,17 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         """
         name = active()
         if name is not None and self.running_mean is not None and name not in self._domains():
-            self._add_domain(name)
-        mean, var, _ = self._running()
+            self._keep(RunningStatistics(self.running_mean, name))
+        mean, var = flat(self._set())
         if mean is None or var is None:
             raise RuntimeError(
                 "this layer keeps no running statistics: make it with track_running_stats=True"
             )
         return mean, var
 
-    def _domain(self, name: str) -> RunningStatistics:
-        """The named set of running statistics, made when a training batch first comes to it."""
-        if name not in self._domains():
-            if not self.training:
-                names = ", ".join(self._domains()) or "none"
-                raise RuntimeError(
-                    f"no running statistics of domain {name!r} (there are: {names}): "
-                    f"train on it, or adapt to it, within bn.domain({name!r}) first"
-                )
-            self._add_domain(name)
-        return self._domains()[name]
-
-    def _domains(self) -> dict[str, RunningStatistics]:
-        return cast(dict[str, RunningStatistics], getattr(self._modules.get("domains"), "_modules", {}))
-
-    def _add_domain(self, name: str) -> None:
-        assert self.running_mean is not None
-        if "domains" not in self._modules:
-            self.domains = nn.ModuleDict().train(self.training)
-        self.domains[name] = RunningStatistics(self.running_mean).train(self.training)
-
     def _track(self, moments: Moments, mean: Tensor, var: Tensor, batches: Tensor | None) -> None:
         """Let the batch enter the running statistics, if it may, and count it."""
-        if (isinstance(moments.count, int) and moments.count == 0) or _recomputing():
+        if (isinstance(moments.count, int) and moments.count == 0) or recomputing():
             return
         following = rate(self.momentum, batches, self.debiased)
         entered = functional.track(moments, mean, var, following, batches)
@@ -143,7 +147,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         state_dict, prefix = args[:2]
         if self.running_mean is not None:
             for name in sorted(_domains_in(state_dict, prefix).difference(self._domains())):
-                self._add_domain(name)
+                self._keep(RunningStatistics(self.running_mean, name))
         super()._load_from_state_dict(*args)
         widen(self)  # load_state_dict(assign=True) takes the checkpoint's tensors as they are
         if f"{prefix}running_mean" in state_dict:
@@ -154,13 +158,3 @@ def _domains_in(state_dict: dict[str, Any], prefix: str) -> set[str]:
     """The names of the domains that a layer has in `state_dict`."""
     prefix += "domains."
     return {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
-
-
-def _recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass, as activation checkpointing does it.
-
-    Then its batch has been seen already. Both modes of torch.utils.checkpoint recompute from within the autograd
-    engine, where a graph task is current. A compiled model recomputes below the level of modules; only an eager
-    checkpoint around a compiled layer is not noticed, since compiled code cannot ask.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
