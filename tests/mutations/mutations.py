@@ -31,6 +31,22 @@ AGREEMENT, CHOICE, DEVICES = (
 )
 GRADIENTS, OPERATORS = ("kernels/test_gradients.py",), ("kernels/test_operators.py",)
 CHECKPOINTING, PAPER = ("test_checkpointing.py",), ("test_paper_properties.py",)
+GHOST, MASKS, RENORM = (
+    ("statistics/test_ghost.py",),
+    ("statistics/test_masks.py",),
+    ("statistics/test_renorm.py",),
+)
+RATES, DOMAIN, SYNC = (
+    ("statistics/test_rates.py",),
+    ("statistics/test_domain.py",),
+    ("statistics/test_sync.py",),
+)
+VIRTUAL_BATCH = ("passes/test_virtual_batch.py",)
+EACH_ACTIVATION, FREEZE, ADAPT = (
+    ("statistics/test_per_activation.py",),
+    ("passes/test_freeze.py",),
+    ("passes/test_adapt.py",),
+)
 
 MUTATIONS = [
     # --- moments
@@ -254,6 +270,11 @@ MUTATIONS = [
         "in a layout that the kernels cannot write, dx is what memory held", GRID,
     ),
     Mutation(
+        "given variance divided by a count in the sums", "kernels/native.py",
+        "_values(mean), _values(variance), True,", "_values(mean), _values(variance), False,",
+        "a variance is not a sum of squares", MASKS,
+    ),
+    Mutation(
         "given statistics taken for the batch's going backward", "kernels/native.py",
         "_values(mean), _values(m2), given, of_dx", "_values(mean), _values(m2), False, of_dx",
         "a variance is not a sum of squares, and constants have no gradient", GRID,
@@ -405,12 +426,12 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoint guard removed", "statistics/tracking.py",
-        "moments.count == 0) or _recomputing():", "moments.count == 0):",
+        "moments.count == 0) or recomputing():", "moments.count == 0):",
         "a checkpointed batch counts twice", CHECKPOINTING,
     ),
     Mutation(
         "empty batch counted as skipped", "statistics/tracking.py",
-        "if (isinstance(moments.count, int) and moments.count == 0) or _recomputing():", "if _recomputing():",
+        "if (isinstance(moments.count, int) and moments.count == 0) or recomputing():", "if recomputing():",
         "nothing was wrong with it", NONFINITE,
     ),
     Mutation(
@@ -502,6 +523,198 @@ MUTATIONS = [
         "assigned checkpoints not widened", "statistics/tracking.py",
         "        widen(self)  # load_state_dict", "        # load_state_dict",
         "the buffers become the checkpoint's bfloat16", LAYERS,
+    ),
+    # --- statistics: masks
+    Mutation(
+        "padding filled with zeros", "kernels/padding.py",
+        "return cls(mask, valid, mean.to(x.dtype), group)", "return cls(mask, valid, torch.zeros_like(mean).to(x.dtype), group)",
+        "at large means what is taken out of the moments again is all there is", MASKS,
+    ),
+    Mutation(
+        "padding left in m2", "kernels/padding.py",
+        "m2 = whole.m2 - distance.square() * (filled * whole.count * share)", "m2 = whole.m2",
+        "the filling is rounded, so it has a distance from the mean", MASKS,
+    ),
+    Mutation(
+        "padding counted by the kernels", "kernels/padding.py",
+        "Moments(self.valid if self.valid.dim() else int(self.valid), mean", "Moments(whole.count, mean",
+        "the variance is of the valid values", MASKS,
+    ),
+    Mutation(
+        "padding a part of the gradient", "kernels/joint.py",
+        "torch.as_tensor(call.moments.count).clamp(min=1)", "torch.as_tensor(reference.count(x, group)).clamp(min=1)",
+        "the means of g and of g·x̂ are of the valid values", MASKS,
+    ),
+    Mutation(
+        "the gradient of the first group alone", "kernels/joint.py",
+        "own.sum(1) if own.dim() == 3 else own", "own[:, 0] if own.dim() == 3 else own",
+        "weight and bias are shared by the groups", MASKS,
+    ),
+    Mutation(
+        "padding comes out normalised", "kernels/ops.py",
+        "return torch.where(mask, y, 0), moments", "return y, moments",
+        "what was 0 becomes -mean·scale + bias", MASKS,
+    ),
+    Mutation(
+        "a residual's padding let through", "kernels/ops.py",
+        "residual = torch.where(mask, residual, 0)", "pass",
+        "0 times nan in an activation's gradient is nan", MASKS,
+    ),
+    # --- statistics: ghost batches
+    Mutation(
+        "what is left over a group of its own", "kernels/reference.py",
+        "return max(1, samples // size)", "return max(1, -(-samples // size))",
+        "a group may have one sample", GHOST,
+    ),
+    Mutation(
+        "spread between ghost batches ignored", "statistics/ghost.py",
+        "whole.mean, whole.m2", "whole.mean, of_groups.m2.sum(0)",
+        "evaluation is by the variance of the whole batch", GHOST,
+    ),
+    # --- statistics: renorm
+    Mutation(
+        "a correction of the wrong sign", "statistics/renorm.py",
+        "distance.clamp(-dmax, dmax)", "(-distance).clamp(-dmax, dmax)",
+        "away from the running mean", RENORM,
+    ),
+    Mutation(
+        "a correction without a lower limit", "statistics/renorm.py",
+        "ratio.clamp(1 / rmax, rmax)", "ratio.clamp(max=rmax)",
+        "r lies between 1/rmax and rmax", RENORM,
+    ),
+    Mutation(
+        "a shift that the weight does not scale", "statistics/renorm.py",
+        "d if weight is None else weight * d", "d",
+        "weight·(x̂·r + d) + bias", RENORM,
+    ),
+    Mutation(
+        "a ramp that goes on", "statistics/renorm.py",
+        "(self.end - self.begin)).clamp(0, 1)", "(self.end - self.begin)).clamp(min=0)",
+        "beyond the paper's limits", RENORM,
+    ),
+    # --- statistics: of many processes
+    Mutation(
+        "every rank counts the same", "statistics/sync.py",
+        "packed = torch.cat([own_count, ", "packed = torch.cat([own_count.clamp(max=1), ",
+        "the plain mean of means, wrong for unequal parts", SYNC,
+    ),
+    Mutation(
+        "a rank's gradient of its own samples", "kernels/joint.py",
+        "total = own if call.exchange is None else call.exchange.sums(own)", "total = own",
+        "the moments are of all ranks, and so is the gradient", SYNC,
+    ),
+    Mutation(
+        "a graph of gradients not summed over the ranks", "statistics/sync.py",
+        "total: Tensor = _Sum.apply(of_rows, ctx.ranks)", "total: Tensor = of_rows",
+        "what other ranks did with a rank's moments is forgotten", SYNC,
+    ),
+    # --- statistics: running
+    Mutation(
+        "debiased by one batch too many", "statistics/running.py",
+        "(1 - momentum) ** (batches + 1)", "(1 - momentum) ** (batches + 2)",
+        "the first batch's weight is 1", RATES,
+    ),
+    Mutation(
+        "one value moves the running statistics", "layers.py",
+        "input, mean, var, weight, bias, False, self.eps, self.activation, residual, mask\n            )\n", "input, mean, var, weight, bias, False, self.eps, self.activation, residual, mask\n            )\n            moments = Moments(2, mean.double() + 1, var.double())\n",
+        "it says nothing of a variance", RATES,
+    ),
+    Mutation(
+        "an inner domain forgets the outer", "statistics/domain.py",
+        "        _active = before", "        _active = None",
+        "contexts nest", DOMAIN,
+    ),
+    Mutation(
+        "a set of every domain left as it was", "statistics/tracking.py",
+        "            its.reset()\n", "            pass\n",
+        "reset_running_stats is for all of them", DOMAIN,
+    ),
+    Mutation(
+        "an unknown domain evaluated", "statistics/tracking.py",
+        "if not self.training or isinstance(self.statistics, Population):", "if isinstance(self.statistics, Population):",
+        "a mean of 0 and a variance of 1 normalise nothing", DOMAIN,
+    ),
+    Mutation(
+        "a position that nobody saw enters", "kernels/reference.py",
+        "mean, variance = torch.where(told, mean, running_mean), torch.where(told, variance, running_var)", "told = told | True",
+        "its variance is nan, and the others wait for it", EACH_ACTIVATION,
+    ),
+    # --- passes: freeze, convert_sync, adapt
+    Mutation(
+        "frozen statistics of the batch", "statistics/population.py",
+        "return batch.normalised(training=False)", "return batch.normalised()",
+        "a frozen layer trains as it is used", FREEZE,
+    ),
+    Mutation(
+        "frozen twice, unfrozen once", "passes/freeze.py",
+        "if not isinstance(layer.statistics, Population):", "if True:",
+        "what a layer did before is kept, not that it was frozen", FREEZE,
+    ),
+    Mutation(
+        "a frozen layer thawed by synchronising", "passes/convert_sync.py",
+        "Population(sync) if isinstance(layer.statistics, Population) else sync", "sync",
+        "it stays frozen until unfreeze", SYNC,
+    ),
+    Mutation(
+        "SyncBatchNorm's own group lost", "passes/convert_sync.py",
+        "groups = [process_group or _group(layer) for", "groups = [process_group for",
+        "statistics of ranks that the model's author kept apart", SYNC,
+    ),
+    Mutation(
+        "prior and samples swapped", "passes/adapt.py",
+        "samples / (prior + samples)", "prior / (prior + samples)",
+        "many samples would be worth little", ADAPT,
+    ),
+    Mutation(
+        "adapted to the last batch", "passes/adapt.py",
+        "moments if self.moments is None else self.moments.merge(moments)", "moments",
+        "the target is all batches merged", ADAPT,
+    ),
+    Mutation(
+        "adapted to a biased variance", "passes/adapt.py",
+        "moments.variance(unbiased=True)", "moments.variance()",
+        "running variances are unbiased", ADAPT,
+    ),
+    Mutation(
+        "a domain's prior its own", "passes/adapt.py",
+        "running, (layer.running_mean, layer.running_var), (mean, variance)", "running, running, (mean, variance)",
+        "a new domain has nothing but the layer's to start from", ADAPT,
+    ),
+    Mutation(
+        "left in training", "passes/adapt.py",
+        "            module.training = mode\n", "            pass\n",
+        "the next evaluation is by the batch", ADAPT,
+    ),
+    # --- passes: virtual_batch
+    Mutation(
+        "parts of one tensor", "passes/virtual_batch.py",
+        "tuple(part.clone() for part in output.split(", "tuple(part for part in output.split(",
+        "what comes next may work in place", VIRTUAL_BATCH,
+    ),
+    Mutation(
+        "gradients of the first part alone", "passes/virtual_batch.py",
+        "for call in calls for true, cut in call.cuts", "for call in calls[:1] for true, cut in call.cuts",
+        "every loss has its say", VIRTUAL_BATCH,
+    ),
+    Mutation(
+        "checkpointing let into a virtual batch", "passes/virtual_batch.py",
+        "            patches.enter_context(_patched(layer, _recomputed))", "            pass",
+        "what is recomputed would be normalised by one part", VIRTUAL_BATCH,
+    ),
+    Mutation(
+        "threads without autocast", "passes/virtual_batch.py",
+        "if torch.is_autocast_enabled(device)", "if False",
+        "modes are a thread's own", VIRTUAL_BATCH,
+    ),
+    Mutation(
+        "a part that left early", "passes/virtual_batch.py",
+        "            if any(self._at):\n", "            if False:\n",
+        "the others wait at a layer for nothing", VIRTUAL_BATCH,
+    ),
+    Mutation(
+        "a part without a mask taken for padding", "passes/virtual_batch.py",
+        "torch.ones_like(x[:, :1], dtype=torch.bool)", "torch.zeros_like(x[:, :1], dtype=torch.bool)",
+        "no mask means that all is valid", VIRTUAL_BATCH,
     ),
     # --- the package
     Mutation(
