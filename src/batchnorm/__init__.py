@@ -52,7 +52,7 @@ _HOME = {
     "Ramp": "statistics",
     "Renorm": "statistics",
     "Sync": "statistics",
-    "domain": "statistics",
+    "domain": "statistics.domain",
     "adapt": "passes.adapt",
     "convert_sync": "passes.convert_sync",
     "freeze": "passes.freeze",
