@@ -371,7 +371,7 @@ def compiled_as_one_graph_it_is_the_same():
     whole = torch.randn(8, 5, 6, requires_grad=True)
     eager = bn.BatchNorm1d(5, activation="relu", statistics=bn.Sync())
     layer = copy.deepcopy(eager)
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     found = []
     for model in (compiled, eager):
         x = mine(whole).detach().requires_grad_()
