@@ -439,3 +439,19 @@ def test_digits_in_another_light_are_recognised_again(trained, contrast, light):
     with bn.adapt(network, [shifted[:32]], prior=8):  # few samples help as well
         assert accuracy(network, shifted, labels) > lost + 0.15
     assert accuracy(network, images, labels) == clean
+
+
+def test_a_layer_that_is_called_twice_counts_a_sample_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = bn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(x) + self.norm(x + 1)
+
+    model, xs = Twice(), [torch.randn(4, 3), torch.randn(6, 3)]
+    adapted = bn.adapt(model, xs, prior=10)
+    assert adapted.samples == 10
+    mean, _ = moments([x for each in xs for x in (each, each + 1)])
+    assert_close(model.norm.running_mean.double(), mean / 2, rtol=1e-6, atol=1e-6)

@@ -717,3 +717,16 @@ def test_an_interrupt_ends_it():
             raise
     assert child.returncode == 0, err
     assert out.endswith("ended\n")
+
+
+def test_equal_micro_batches_are_answered_one_after_the_other():
+    # one input twice, for dropout to see it in two ways
+    model = nn.Sequential(nn.Linear(3, 64), bn.BatchNorm1d(64), nn.Dropout(0.5))
+    x = torch.randn(6, 3)
+    for inputs in ([x, x], [x, x.clone()]):
+        with bn.virtual_batch(model, inputs) as outputs:
+            first, second, again = (model(each) for each in (*inputs, inputs[0]))
+        assert first is outputs[0]
+        assert second is outputs[1]
+        assert any(again is output for output in outputs)
+        assert not torch.equal(first, second)

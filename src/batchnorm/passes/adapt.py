@@ -82,6 +82,8 @@ def adapt(
     with _measuring(model, seen), torch.no_grad():
         for batch in batches:
             (forward or of_batches.call)(model, batch)
+            for its in seen.values():
+                its.end_of_batch()
     targets = {}
     for name, layer in layers.items():
         seen[layer].on_all_ranks(name, layer)
@@ -108,12 +110,17 @@ class _Seen:
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
-        self.samples = 0
+        self.samples = self._of_batch = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         moments = functional.moments(x, mask)
         self.moments = moments if self.moments is None else self.moments.merge(moments)
-        self.samples += x.size(0)
+        self._of_batch = max(self._of_batch, x.size(0))
+
+    def end_of_batch(self) -> None:
+        """Count its samples once, however often the layer was called."""
+        self.samples += self._of_batch
+        self._of_batch = 0
 
     def on_all_ranks(self, name: str, layer: nn.Module) -> None:
         """Let it be what all ranks have seen together, if the layer is one of several."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextvars
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from batchnorm.layers import _BatchNorm
-from batchnorm.moments import positions
 from batchnorm.passes import batches as of_batches
+from batchnorm.passes.lockstep import Lockstep
 from batchnorm.passes.swap import is_ours, layers_of
-from batchnorm.statistics import Population, Renorm, Sync
+from batchnorm.passes.together import together
 
 _ARGUMENTS = ("input", "residual", "mask")
 
@@ -76,7 +76,7 @@ def virtual_batch(
         )
     joint = {layer for layer in layers.values() if is_ours(layer)}
     calls = [_Call() for _ in batches]
-    lockstep = _Lockstep(len(batches))
+    lockstep = Lockstep(len(batches))
     with ExitStack() as patches:
         for layer in joint:
             patches.enter_context(_patched(layer, _meet(layer, layer.forward, lockstep)))
@@ -113,6 +113,7 @@ class _Call:
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     output: Any = None
     shown: Any = None
+    answered = False
 
     def cut(self) -> None:
         if self.arguments is None:
@@ -148,7 +149,7 @@ def _equal(a: Any, b: Any) -> bool:
     return _same(a, b)
 
 
-def _record(forward: Callable[..., Any], calls: list[_Call], lockstep: _Lockstep) -> Callable[..., Any]:
+def _record(forward: Callable[..., Any], calls: list[_Call], lockstep: Lockstep) -> Callable[..., Any]:
     def recorded(*arguments: Any, **named: Any) -> Any:
         call = calls[lockstep.place()]
         output = forward(*arguments, **named)
@@ -160,10 +161,11 @@ def _record(forward: Callable[..., Any], calls: list[_Call], lockstep: _Lockstep
 
 def _replay(calls: list[_Call]) -> Callable[..., Any]:
     def replayed(*arguments: Any, **named: Any) -> Any:
-        for same in (_same, _equal):
-            for call in calls:
-                if call.is_of((arguments, named), same):
-                    return call.shown
+        # of micro-batches that are equal each is answered once before one is answered again
+        for answered, same, call in product((False, True), (_same, _equal), calls):
+            if call.answered == answered and call.is_of((arguments, named), same):
+                call.answered = True
+                return call.shown
         raise RuntimeError(
             "within virtual_batch the model answers for its micro-batches, and this input is none of them: "
             "hand virtual_batch exactly what the model will be called with"
@@ -205,162 +207,9 @@ def _task(model: nn.Module, batch: Any, forward: of_batches.Forward, offload: bo
     return task
 
 
-def _meet(layer: _BatchNorm, forward: Callable[..., Tensor], lockstep: _Lockstep) -> Callable[..., Tensor]:
+def _meet(layer: _BatchNorm, forward: Callable[..., Tensor], lockstep: Lockstep) -> Callable[..., Tensor]:
     def met(*arguments: Any, **named: Any) -> Tensor:
-        return lockstep.meet(layer, forward, dict(zip(_ARGUMENTS, arguments, strict=False)) | named)
+        part = dict(zip(_ARGUMENTS, arguments, strict=False)) | named
+        return lockstep.meet(layer, part, partial(together, layer, forward))
 
     return met
-
-
-class _Stopped(BaseException):
-    """Another thread failed."""
-
-
-class _Lockstep:
-    """Threads that take turns, and wait for each other at every layer."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._turn = 0
-        self._changed = threading.Condition()
-        self._error: BaseException | None = None
-        self._at: list[tuple[_BatchNorm, dict[str, Any]] | None] = [None] * count
-        self._found: tuple[Tensor, ...] = ()
-        self._own = threading.local()
-        self._left = count
-        self._over = threading.Event()
-
-    def place(self) -> int:
-        """Which of the threads this is."""
-        place: int = self._own.place
-        return place
-
-    def run(self, tasks: list[Callable[[], None]]) -> None:
-        """Run each task in a thread; raise what the first that failed raised."""
-        threads = [threading.Thread(target=self._run, args=each, daemon=True) for each in enumerate(tasks)]
-        try:
-            for thread in threads:
-                thread.start()
-            # Ctrl-C is lost to a wait without end that it comes just before, and makes a thread that is joined look
-            # as if it had stopped (until Python 3.13)
-            while not self._over.wait(0.1):
-                pass
-        except BaseException as error:  # nobody shall wait for a turn that does not come
-            self._stop(error)
-            while any(thread.is_alive() for thread in threads):
-                time.sleep(0.01)
-            raise
-        for thread in threads:
-            thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self, place: int, task: Callable[[], None]) -> None:
-        self._own.place = place
-        try:
-            self._wait_for_turn(place)
-            task()
-            if any(self._at):
-                raise _apart()
-            self._pass_on(place)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._stop(error)
-        finally:
-            with self._changed:
-                self._left -= 1
-            if not self._left:
-                self._over.set()
-
-    def meet(self, layer: _BatchNorm, forward: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        """The layer's output for this thread's part of the batch, once all have come to it."""
-        place = self.place()
-        if any(at is not None and at[0] is not layer for at in self._at):
-            raise _apart()
-        self._at[place] = (layer, arguments)
-        if place == self._count - 1:
-            parts = [at[1] for at in self._at if at is not None]
-            if len(parts) < self._count:
-                raise _apart()
-            self._found = _together(layer, forward, parts)
-            self._at = [None] * self._count
-        self._pass_on(place)
-        self._wait_for_turn(place)
-        return self._found[place]
-
-    def _pass_on(self, place: int) -> None:
-        with self._changed:
-            self._turn = (place + 1) % self._count
-            self._changed.notify_all()
-
-    def _wait_for_turn(self, place: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._turn == place or self._error is not None)
-            if self._error is not None:
-                raise _Stopped
-
-    def _stop(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-
-def _apart() -> RuntimeError:
-    return RuntimeError(
-        "the micro-batches of a virtual batch took different ways through the model: "
-        "its layers must be called in the same order for each"
-    )
-
-
-def _together(
-    layer: _BatchNorm, forward: Callable[..., Tensor], parts: list[dict[str, Any]]
-) -> tuple[Tensor, ...]:
-    """The outputs of `layer` for the parts of one batch."""
-    inputs: list[Tensor] = [part["input"] for part in parts]
-    residuals, masks = ([part.get(name) for part in parts] for name in ("residual", "mask"))
-    if any(mask is not None for mask in masks):  # then each has one
-        masks = [
-            torch.ones_like(x[:, :1], dtype=torch.bool) if mask is None else positions(mask, x)
-            for mask, x in zip(masks, inputs, strict=True)
-        ]
-    if len({x.shape[1:] for x in inputs}) == 1:
-        output = forward(torch.cat(inputs), _cat(residuals), _cat(masks))
-        # copies, for what comes next may work in place
-        return tuple(part.clone() for part in output.split([x.size(0) for x in inputs]))
-    return _of_different_sizes(layer, inputs, residuals, masks)
-
-
-def _of_different_sizes(
-    layer: _BatchNorm, inputs: list[Tensor], residuals: list[Tensor | None], masks: list[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """As rows: to moments over all positions it does not matter how these are arranged."""
-    if layer.statistics is not None and not isinstance(layer.statistics, (Sync, Renorm, Population)):
-        raise ValueError(f"micro-batches of different sizes cannot be joined for {layer.statistics!r}")
-    if not isinstance(layer.num_features, int):
-        raise ValueError(
-            "micro-batches of different sizes cannot be joined where every activation has statistics of its own"
-        )
-    for x in inputs:
-        layer._check_input_dim(x)
-    rows = [
-        _cat([None if value is None else _rows(value) for value in values])
-        for values in (inputs, residuals, masks)
-    ]
-    assert rows[0] is not None
-    output = layer._normalised(rows[0], rows[1], rows[2], layer.weight, layer.bias)
-    parts = output.split([x.numel() // x.size(1) for x in inputs])
-    return tuple(
-        part.reshape(x.size(0), *x.shape[2:], x.size(1)).movedim(-1, 1).clone()
-        for part, x in zip(parts, inputs, strict=True)
-    )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, *S) as (N·|S|, C)."""
-    return x.movedim(1, -1).flatten(0, -2)
-
-
-def _cat(values: list[Tensor | None]) -> Tensor | None:
-    there = [value for value in values if value is not None]
-    return torch.cat(there) if there else None
