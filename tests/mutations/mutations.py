@@ -687,7 +687,7 @@ MUTATIONS = [
     ),
     # --- passes: virtual_batch
     Mutation(
-        "parts of one tensor", "passes/virtual_batch.py",
+        "parts of one tensor", "passes/together.py",
         "tuple(part.clone() for part in output.split(", "tuple(part for part in output.split(",
         "what comes next may work in place", VIRTUAL_BATCH,
     ),
@@ -707,12 +707,12 @@ MUTATIONS = [
         "modes are a thread's own", VIRTUAL_BATCH,
     ),
     Mutation(
-        "a part that left early", "passes/virtual_batch.py",
+        "a part that left early", "passes/lockstep.py",
         "            if any(self._at):\n", "            if False:\n",
         "the others wait at a layer for nothing", VIRTUAL_BATCH,
     ),
     Mutation(
-        "a part without a mask taken for padding", "passes/virtual_batch.py",
+        "a part without a mask taken for padding", "passes/together.py",
         "torch.ones_like(x[:, :1], dtype=torch.bool)", "torch.zeros_like(x[:, :1], dtype=torch.bool)",
         "no mask means that all is valid", VIRTUAL_BATCH,
     ),
