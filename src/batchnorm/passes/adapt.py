@@ -86,7 +86,7 @@ def adapt(
                 its.end_of_batch()
     targets = {}
     for name, layer in layers.items():
-        seen[layer].on_all_ranks(name, layer)
+        seen[layer].on_all_ranks(name or "of the model", layer)
         if seen[layer].samples:
             targets[name] = _target(name, layer, seen[layer])
     if not targets:

@@ -25,13 +25,17 @@ def convert_sync(model: M, process_group: Any = None) -> M:
         with, and why; then nothing has been changed.
     """
     layers = layers_of(model)
-    for name, layer in layers.items():
-        own = _beneath(layer.statistics) if is_ours(layer) else None
-        if own is not None and not isinstance(own, Sync):
-            raise ValueError(
-                f"layer {name!r} has statistics={own!r}, which cannot be combined with Sync: "
-                "set layer.statistics = None first if Sync is to take its place"
-            )
+    others = {
+        name or "the model itself": own
+        for name, layer in layers.items()
+        if is_ours(layer) and not isinstance(own := _beneath(layer.statistics), Sync | None)
+    }
+    if others:
+        listed = ", ".join(f"{name} has statistics={own!r}" for name, own in others.items())
+        raise ValueError(
+            f"{listed}, which cannot be combined with Sync: "
+            "set layer.statistics = None first if Sync is to take its place"
+        )
     groups = [process_group or _group(layer) for layer in layers.values()]
     for layer, group in zip(become_ours(layers), groups, strict=True):
         sync = Sync(group)
