@@ -26,7 +26,7 @@ def convert_sync(model: M, process_group: Any = None) -> M:
     """
     layers = layers_of(model)
     others = {
-        name or "the model itself": own
+        f"layer {name!r}" if name else "the model itself": own
         for name, layer in layers.items()
         if is_ours(layer) and not isinstance(own := _beneath(layer.statistics), Sync | None)
     }
