@@ -1,0 +1,137 @@
+"""The table of docs/statistics.md: each cell is what it says. What a column asks is in columns.py."""
+
+import contextlib
+import faulthandler
+import itertools
+import multiprocessing
+import re
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import batchnorm as bn
+from tests.statistics.columns import COLUMNS
+from tests.statistics.formulas import Kind
+
+PAGE = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
+ROWS: dict[str, Kind] = {
+    "Batch (None)": None,
+    "Ghost": bn.Ghost(4),
+    "Sync": bn.Sync(),
+    "Renorm": bn.Renorm(1.5, 0.25),
+    "Population": bn.Population(),
+}
+
+
+def table() -> tuple[list[str], dict[str, list[str]]]:
+    """The names of the columns, and the cells of each row."""
+    text = PAGE.split("<!-- combinations -->")[1].split("<!-- /combinations -->")[0]
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()
+    )
+    return header[1:], {row: cells for row, *cells in rows}
+
+
+NAMES, CELLS = table()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What an error says, of whatever process."""
+
+    kind: str
+    message: str
+    traceback: str
+
+    def refuses(self, row: str, column: str) -> bool:
+        """It is an error that names both."""
+        names = (name.lower() in self.message.lower() for name in column.split("/"))
+        return self.kind in ("RuntimeError", "ValueError", "TypeError") and row in self.message and any(names)
+
+
+def failure(row: str, column: str, part: int, *, last: Callable[[], object] = lambda: None) -> Failure | None:
+    try:
+        COLUMNS[column][part](ROWS[row])
+        last()
+    except Exception as error:
+        return Failure(type(error).__name__, str(error), traceback.format_exc())
+    return None
+
+
+def begin_rank() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+
+
+def failure_on_rank(rank: int, store: str, row: str, column: str, part: int) -> Failure | None:
+    """In a group of its own: a rank that fails leaves it, and nobody waits for what does not come."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", world_size=2, rank=rank, timeout=timedelta(seconds=30)
+    )
+    faulthandler.dump_traceback_later(100, exit=True)
+    try:
+        return failure(row, column, part, last=dist.barrier)
+    finally:
+        dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """Two processes, of which each does its part of every cell that it is asked for."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    folder = tmp_path_factory.mktemp("stores")
+    stores = (str(folder / str(n)) for n in itertools.count())
+    context = multiprocessing.get_context("spawn")  # torch does not survive a fork with its threads
+    with contextlib.ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, context, initializer=begin_rank)) for _ in range(2)
+        ]
+
+        def failures(*cell):
+            store = next(stores)
+            found = [pool.submit(failure_on_rank, rank, store, *cell) for rank, pool in enumerate(pools)]
+            return [each.result(timeout=120) for each in found]
+
+        yield failures
+
+
+def test_every_row_and_column_is_tested():
+    assert list(CELLS) == list(ROWS)
+    assert list(COLUMNS) == NAMES
+    assert {row: len(cells) for row, cells in CELLS.items()} == dict.fromkeys(ROWS, len(NAMES))
+
+
+def test_the_page_says_what_each_column_asks():
+    below = PAGE.split("<!-- /combinations -->")[1]
+    assert re.findall(r"\*\*(.+?)\*\*", below) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "claim"),
+    [
+        pytest.param(row, column, claim, id=f"{row}: {column}")
+        for row, cells in CELLS.items()
+        for column, claim in zip(NAMES, cells, strict=False)  # that there are as many is tested above
+    ],
+)
+def test_a_cell_is_what_it_says(row, column, claim, request):
+    ranks = row == "Sync" or column == "DDP"
+    attempt = request.getfixturevalue("on_ranks") if ranks else lambda *cell: [failure(*cell)]
+    assert claim == "yes" or claim.startswith("no: "), claim
+    for part in range(len(COLUMNS[column])):
+        for found in attempt(row, column, part):
+            if claim == "yes":
+                assert found is None, found.traceback
+            else:
+                assert found is not None, f"it works, and the page says {claim}"
+                assert found.refuses(row, column), found.traceback
