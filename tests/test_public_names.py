@@ -57,7 +57,11 @@ def test_batch_norm_begins_as_torch_s_and_adds_keywords():
     torch_s = arguments(torch.nn.functional.batch_norm, Parameter.POSITIONAL_OR_KEYWORD)
     ours = arguments(bn.batch_norm, Parameter.POSITIONAL_OR_KEYWORD)
     assert list(ours.items()) == list(torch_s.items())
-    assert arguments(bn.batch_norm, Parameter.KEYWORD_ONLY) == {"activation": None, "residual": None, "mask": None}
+    assert arguments(bn.batch_norm, Parameter.KEYWORD_ONLY) == {
+        "activation": None,
+        "residual": None,
+        "mask": None,
+    }
 
 
 @pytest.mark.parametrize("layer", LAYERS)

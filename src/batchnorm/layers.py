@@ -7,6 +7,7 @@ What they do better is in docs/numerics.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -58,7 +59,7 @@ class _BatchNorm(Tracking):
 
     def __init__(
         self,
-        num_features: int | tuple[int, ...],
+        num_features: int | Sequence[int],
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,

@@ -454,4 +454,4 @@ def test_a_layer_that_is_called_twice_counts_a_sample_once():
     adapted = bn.adapt(model, xs, prior=10)
     assert adapted.samples == 10
     mean, _ = moments([x for each in xs for x in (each, each + 1)])
-    assert_close(model.norm.running_mean.double(), mean / 2, rtol=1e-6, atol=1e-6)
+    assert_close(model.norm.get_buffer("running_mean").double(), mean / 2, rtol=1e-6, atol=1e-6)

@@ -390,7 +390,7 @@ def test_inductor_keeps_the_correction_for_the_backward_pass():
 
     def gradients(compile):
         layer = bn.BatchNorm1d(3, statistics=bn.Renorm(1.5, 0.25), dtype=torch.float64, activation="sigmoid")
-        layer.running_mean += 0.1
+        layer.get_buffer("running_mean").add_(0.1)
         leaf = x.clone().requires_grad_()
         y = (torch.compile(layer, fullgraph=True) if compile else layer)(leaf)
         return torch.autograd.grad(y, [leaf, layer.weight, layer.bias], dy)
