@@ -489,14 +489,18 @@ def micro_batches_of_all_ranks_are_one_batch():
     torch.manual_seed(0)
     whole = torch.randn(10, 3, 8, 8, dtype=torch.float64)
     micro = whole.split([2, 3, 1, 4])[2 * dist.get_rank() :][:2]
+    three = copy.deepcopy(two)
+    wrapped = DistributedDataParallel(three)
     one(whole).pow(2).sum().backward()
-    with bn.virtual_batch(two, micro):
-        for x in micro:
-            two(x).pow(2).sum().backward()
-    same_state(two, one, 1e-12)
-    for mine, whole_s in zip(two.parameters(), one.parameters(), strict=True):
-        assert whole_s.grad is not None
-        near(summed(mine.grad), whole_s.grad, 1e-12)
+    for model in (two, wrapped):
+        with bn.virtual_batch(model, micro):
+            for x in micro:
+                model(x).pow(2).sum().backward()
+    for its, together in ((two, summed), (three, lambda mean: 2 * mean)):
+        same_state(its, one, 1e-12)
+        for mine, whole_s in zip(its.parameters(), one.parameters(), strict=True):
+            assert whole_s.grad is not None
+            near(together(mine.grad), whole_s.grad, 1e-12)
 
 
 @on(2)
