@@ -64,7 +64,7 @@ def near(found, expected, tolerance=1e-12):
 def unpatched(*models):
     """Nothing is left of a virtual batch."""
     assert not any("forward" in vars(each) for model in models for each in model.modules())
-    assert threading.enumerate() == [threading.main_thread()]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("in lockstep")]
 
 
 def whole(model, xs, loss=loss_of):

@@ -36,7 +36,10 @@ class Lockstep:
 
     def run(self, tasks: list[Callable[[], None]]) -> None:
         """Run each task in a thread; raise what the first that failed raised."""
-        threads = [threading.Thread(target=self._run, args=each, daemon=True) for each in enumerate(tasks)]
+        threads = [
+            threading.Thread(target=self._run, args=each, daemon=True, name=f"in lockstep, {each[0]}")
+            for each in enumerate(tasks)
+        ]
         try:
             for thread in threads:
                 thread.start()
