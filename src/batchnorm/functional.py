@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import choice, ops
+from batchnorm.kernels.ops import moments as moments
+from batchnorm.kernels.ops import total as total
 from batchnorm.kernels.ops import track as track
 from batchnorm.kernels.reference import Activation, Exchange
 from batchnorm.moments import Moments, accumulator, count_per_channel, positions
@@ -110,16 +112,6 @@ def normalise(
     return output, moments
 
 
-def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
-    """Those by which `normalise` would normalise `input`, (N, C, *S), when training; detached."""
-    return ops.moments(input, mask)
-
-
-def total(parts: Moments) -> Moments:
-    """`parts.total()`, fast where it can be: moments side by side, (parts, C), merged."""
-    return ops.total(parts)
-
-
 class OneValueError(ValueError):
     """A channel of a training batch has one value, whose deviation from its mean is 0 whatever it is."""
 
@@ -184,7 +176,13 @@ def _check(
         raise ValueError(
             f"batch_norm eps must be {'positive' if training else 'non-negative'}, but got {eps}"
         )
-    if residual is not None and residual.shape != input.shape:
+    if residual is not None:
+        check_residual(residual, input)
+
+
+def check_residual(residual: Tensor, input: Tensor) -> None:
+    """Raise ValueError unless `residual` has the shape of `input`."""
+    if residual.shape != input.shape:
         raise ValueError(
             f"the residual has shape {tuple(residual.shape)} but is added to {tuple(input.shape)}: "
             "project or pad it first, it is not broadcast"

@@ -173,6 +173,8 @@ class _BatchNorm(Tracking):
                 f"expected (N, {str(self.num_features)[1:-1]}), got shape {tuple(input.shape)}: "
                 "num_features is (C, *S) of the input where every activation has statistics of its own"
             )
+        if residual is not None:
+            functional.check_residual(residual, input)
         weight, bias = (None if values is None else values.flatten() for values in (self.weight, self.bias))
         output = self._normalised(
             input.flatten(1),

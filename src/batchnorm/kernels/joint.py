@@ -18,14 +18,15 @@ from batchnorm.kernels.reference import Exchange, Given
 from batchnorm.moments import Moments
 
 
-def own_moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
-    """Those of the values of `x` themselves, which is 0 where `mask` is False."""
+def own_moments(x: Tensor, padding: Padding | None = None, group: int = 0) -> Moments:
+    """Those of the values of `x` themselves, in which `padding` is filled already."""
     if x.numel() == 0:
         nothing = x.new_zeros(x.size(1), dtype=torch.float64)
-        each = mask is not None and mask.size(1) == x.size(1) > 1  # other ranks have a count for each channel
+        each = padding is not None and padding.valid.dim() > 0  # other ranks have a count for each channel
         return Moments(nothing.long() if each else 0, nothing, nothing)
-    padding = None if mask is None else Padding.of(x, mask, group)
-    mean, m2 = native.moments(x if padding is None else padding.fill(x), group)
+    if padding is not None and padding.prevails(x):
+        return reference.moments(x, padding.mask, group)
+    mean, m2 = native.moments(x, group)
     whole = Moments(reference.count(x, group), mean, m2)
     return whole if padding is None else padding.taken_out_of(whole)
 
@@ -38,11 +39,11 @@ def forward(
     eps: float,
     activation: Fused,
     group: int,
-    mask: Tensor | None,
+    padding: Padding | None,
     exchange: Exchange | None,
 ) -> tuple[Tensor, Moments]:
     """As node.forward, by moments that are not those of all values of `x` alone; and these."""
-    call = _Call(eps, activation, group, mask, exchange)
+    call = _Call(eps, activation, group, padding, exchange)
     y: Tensor = _Normalise.apply(x, weight, bias, residual, call)
     return y, call.moments
 
@@ -50,16 +51,26 @@ def forward(
 class _Call:
     """What a joint call is beside its tensors, and the moments that come back."""
 
-    __slots__ = ("activation", "eps", "exchange", "given", "group", "mask", "moments")
+    __slots__ = ("activation", "eps", "exchange", "given", "group", "moments", "padding")
 
     moments: Moments
     given: Given
 
     def __init__(
-        self, eps: float, activation: Fused, group: int, mask: Tensor | None, exchange: Exchange | None
+        self,
+        eps: float,
+        activation: Fused,
+        group: int,
+        padding: Padding | None,
+        exchange: Exchange | None,
     ) -> None:
         self.eps, self.activation, self.group = eps, activation, group
-        self.mask, self.exchange = mask, exchange
+        self.padding, self.exchange = padding, exchange
+
+    @property
+    def of_its_own(self) -> bool:
+        """Whether the moments are those of all values of the input, and of no others."""
+        return self.padding is None and (self.exchange is None or not self.exchange.others)
 
 
 class _Normalise(torch.autograd.Function):
@@ -68,7 +79,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: _Call
     ) -> Tensor:
         def own() -> Moments:
-            return own_moments(x, call.mask, call.group)
+            return own_moments(x, call.padding, call.group)
 
         call.moments = own() if call.exchange is None else call.exchange.moments(own)
         call.given = reference.mean_and_variance(call.moments)
@@ -88,22 +99,17 @@ class _Normalise(torch.autograd.Function):
         needed = ctx.needs_input_grad
         eps, activation, group = call.eps, call.activation, call.group
         if torch.is_grad_enabled() or not torch._C._has_storage(dy):
+            mask = None if call.padding is None else call.padding.mask
             found = again(
-                dy,
-                x,
-                weight,
-                bias,
-                residual,
-                eps,
-                activation,
-                None,
-                needed[:4],
-                group,
-                call.mask,
-                call.exchange,
+                dy, x, weight, bias, residual, eps, activation, None, needed[:4], group, mask, call.exchange
             )
             return *found, None
         empty = x.numel() == 0
+        if call.of_its_own and not empty:
+            dx, dweight, dbias, dresidual = native.backward(
+                dy, x, y, weight, bias, call.moments.mean, call.moments.m2, False, eps, activation, group
+            )
+            return *asked(needed, dx, dweight, dbias, dy if dresidual is None else dresidual), None
         own = (
             x.new_zeros(2, x.size(1), dtype=torch.float64)
             if empty

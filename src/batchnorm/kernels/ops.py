@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels import choice, reference
+from batchnorm.kernels.padding import Padding
 from batchnorm.kernels.reference import Activation, Exchange, Given, activate
 from batchnorm.moments import Moments, accumulator, count_per_channel, statistics_dtype
 
@@ -42,8 +43,10 @@ def normalise(
         return _normalise(x, weight, bias, eps, activation, residual, given, group, None, exchange)
     if residual is not None:
         residual = torch.where(mask, residual, 0)
-    x = torch.where(mask, x, 0)
-    y, moments = _normalise(x, weight, bias, eps, activation, residual, given, group, mask, exchange)
+    padding = Padding.of(x, mask, group) if given is None else Padding.around(given[0], x, mask)
+    y, moments = _normalise(
+        padding.fill(x), weight, bias, eps, activation, residual, given, group, padding, exchange
+    )
     return torch.where(mask, y, 0), moments
 
 
@@ -56,17 +59,17 @@ def _normalise(
     residual: Tensor | None,
     given: Given | None,
     group: int,
-    mask: Tensor | None,  # x is 0 where it is False
+    padding: Padding | None,  # filled already
     exchange: Exchange | None,
 ) -> tuple[Tensor, Moments | None]:
     moments: Moments | None
-    in_steps = given is None and (mask is not None or exchange is not None)
+    in_steps = given is None and (padding is not None or exchange is not None)
     kernels = _kernels_for(x, in_steps)
     if kernels == "native":
         fused = _fused(x, activation, residual)
         within, added = (native.NONE, None) if fused is None else (fused, residual)
         if in_steps:
-            y, moments = joint.forward(x, weight, bias, added, eps, within, group, mask, exchange)
+            y, moments = joint.forward(x, weight, bias, added, eps, within, group, padding, exchange)
         else:
             y, moments = _native(x, weight, bias, added, eps, within, given, group)
         if fused is not None:
@@ -74,6 +77,7 @@ def _normalise(
     elif kernels == "torch" and (given is not None or not (in_steps or group)):
         y, moments = _by_torch(x, weight, bias, eps, given)
     else:
+        mask = None if padding is None else padding.mask
         y, moments = reference.batch_norm(x, weight, bias, eps, given, group, mask, exchange)
     return activate(y, activation, residual), moments
 
@@ -81,11 +85,10 @@ def _normalise(
 def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
     """The moments that `normalise` would find, detached."""
     with torch.no_grad():
-        if mask is not None:
-            x = torch.where(mask, x, 0)
-        if _kernels_for(x, in_steps=True) == "native":
-            return joint.own_moments(x, mask, group)
-        return reference.moments(x, mask, group)
+        if _kernels_for(x, in_steps=True) != "native":
+            return reference.moments(x, mask, group)
+        padding = None if mask is None else Padding.of(x, mask, group)
+        return joint.own_moments(x if padding is None else padding.fill(x), padding, group)
 
 
 def total(parts: Moments) -> Moments:

@@ -1,7 +1,7 @@
 """What a mask leaves out, in the terms of kernels that know no masks.
 
-It is filled with each channel's mean of what the mask lets through, and afterwards the filling is taken out of the
-moments again, which loses nothing, for it is near their mean.
+It is filled with each channel's mean of what the mask lets through, so that whatever is computed there is as
+harmless as it is elsewhere; and where the kernels have counted it, it is taken out of the moments again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import reference
-from batchnorm.moments import Moments, accumulator, batch_dims, channelwise
+from batchnorm.moments import Moments, accumulator, channelwise
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,34 @@ class Padding:
     group: int
 
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor, group: int) -> Padding:
-        """That of `x`, (N, C, *S), which is 0 there."""
-        if group:
-            found = reference.moments(x, mask, group)
-            return cls(mask, torch.as_tensor(found.count), found.mean.to(x.dtype), group)
-        dims = batch_dims(x)
-        valid = mask.sum(dims) if mask.size(1) == x.size(1) > 1 else mask.sum()
-        mean = x.sum(dims, dtype=accumulator(x.dtype)) / valid.clamp(min=1)
-        return cls(mask, valid, mean.to(x.dtype), group)
+    def of(cls, x: Tensor, mask: Tensor, group: int = 0) -> Padding:
+        """That of `x`, (N, C, *S); groups of `group` samples, if it is not 0."""
+        with torch.no_grad():
+            mean = _over_positions(torch.where(mask, x, 0), accumulator(x.dtype))
+            valid = _over_positions(mask, torch.int64)
+            if group:
+                its, number = reference.group_of(x, group), reference.groups(x.size(0), group)
+                mean, valid = (
+                    values.new_zeros(number, values.size(1)).index_add(0, its, values)
+                    for values in (mean, valid)
+                )
+            else:
+                mean, valid = mean.sum(0), valid.sum(0)
+                valid = valid[0] if mask.size(1) == 1 else valid
+            return cls(mask, valid, (mean / valid.clamp(min=1)).to(x.dtype), group)
+
+    @classmethod
+    def around(cls, mean: Tensor, x: Tensor, mask: Tensor) -> Padding:
+        """That of an `x` which is normalised by a given `mean`, (C,)."""
+        return cls(mask, mask.sum(), mean.detach().to(x.dtype), 0)
 
     def fill(self, x: Tensor) -> Tensor:
         filling = self.filling[reference.group_of(x, self.group)] if self.group else self.filling
         return torch.where(self.mask, x, channelwise(filling, x))
+
+    def prevails(self, x: Tensor) -> bool:
+        """Whether there is so much of it that taking it out again would lose digits."""
+        return bool((self.valid * 64 < reference.count(x, self.group)).any())
 
     def taken_out_of(self, whole: Moments) -> Moments:
         """The moments without the filling: the inverse of `merge`, for a part without spread."""
@@ -48,3 +63,8 @@ class Padding:
         m2 = whole.m2 - distance.square() * (filled * whole.count * share)
         # on a CPU the number is known at once
         return Moments(self.valid if self.valid.dim() else int(self.valid), mean, m2.clamp(min=0))
+
+
+def _over_positions(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ of each sample and channel, (N, C)."""
+    return values.to(dtype) if values.dim() == 2 else values.sum(list(range(2, values.dim())), dtype=dtype)

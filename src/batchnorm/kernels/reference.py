@@ -29,6 +29,10 @@ Given = tuple[Tensor, Tensor]  # a mean and a variance, (C,) each
 class Exchange(Protocol):
     """What stands between the values of one call and the moments they are normalised by: other ranks, say."""
 
+    @property
+    def others(self) -> bool:
+        """Whether others than the values at hand have a say."""
+
     def moments(self, own: Callable[[], Moments]) -> Moments:
         """The moments to normalise by; `own()` are those of the values at hand. Differentiable as `own()` is."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.functional import check_residual
 from batchnorm.layers import _BatchNorm
 from batchnorm.moments import positions
 from batchnorm.statistics import Population, Renorm, Sync
@@ -41,8 +42,10 @@ def _of_different_sizes(
         raise ValueError(
             "micro-batches of different sizes cannot be joined where every activation has statistics of its own"
         )
-    for x in inputs:
+    for x, residual in zip(inputs, residuals, strict=True):
         layer._check_input_dim(x)
+        if residual is not None:
+            check_residual(residual, x)
     rows = [
         _cat([None if value is None else _rows(value) for value in values])
         for values in (inputs, residuals, masks)

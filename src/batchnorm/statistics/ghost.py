@@ -32,7 +32,7 @@ class Ghost(Statistics):
             raise ValueError(f"Ghost(size) is a whole number of samples and at least 1, got {self.size!r}")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:
-        if self.size >= batch.input.size(0):
+        if self.size >= batch.input.size(0) or batch.input.numel() == 0:
             return batch.normalised()
         output, of_groups = batch.normalised(group=self.size)
         assert of_groups is not None

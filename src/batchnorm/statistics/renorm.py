@@ -126,6 +126,7 @@ class _Known:
     """The moments have been taken already, but for autograd, which has to see how they depend on the input."""
 
     known: Moments
+    others: bool = False
 
     def moments(self, own: Callable[[], Moments]) -> Moments:
         return own() if torch.is_grad_enabled() else self.known

@@ -93,6 +93,7 @@ class _Ranks:
 
     group: Any
     layer: str
+    others: bool = True
 
     def moments(self, own: Callable[[], Moments]) -> Moments:
         mine = own()
