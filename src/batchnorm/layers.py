@@ -75,7 +75,7 @@ class _BatchNorm(Tracking):
     ) -> None:
         activation_function(activation)  # an unknown name fails here, not in the first forward
         _check_options(statistics, on_single)
-        if not isinstance(num_features, int):
+        if isinstance(num_features, Sequence):
             num_features = tuple(num_features)  # a list would be no shape
         without_bias = {} if bias else {"bias": False}
         super().__init__(
@@ -112,7 +112,7 @@ class _BatchNorm(Tracking):
             self._check_input_dim(input)
             if mask is not None:
                 mask = positions(mask, input)
-            if isinstance(self.num_features, int):
+            if not isinstance(self.num_features, tuple):
                 return self._normalised(input, residual, mask, self.weight, self.bias)
             return self._each_activation(input, residual, mask)
         except Exception as error:

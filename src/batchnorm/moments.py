@@ -12,6 +12,7 @@ a channel's statistics are taken over N and S, so `count` is NÂ·|S|, the m' = mÂ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ def positions(mask: Tensor, x: Tensor) -> Tensor:
 
     Raises: TypeError or ValueError for a mask that is not what `Moments.of` says.
     """
+    if not isinstance(cast(object, mask), Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}: use torch.as_tensor(mask)")
     if mask.dtype in (torch.int64, torch.int32) and x.dim() == 3 and mask.shape == x.shape[:1]:
         return (torch.arange(x.size(2), device=x.device) < mask[:, None])[:, None]
     if mask.dtype != torch.bool:

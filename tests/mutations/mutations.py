@@ -399,7 +399,7 @@ MUTATIONS = [
     # --- functional
     Mutation(
         "residual broadcast", "functional.py",
-        "if residual is not None and residual.shape != input.shape:", "if False:",
+        "if residual.shape != input.shape:", "if False:",
         "a forgotten dimension passes unseen", FUNCTIONAL,
     ),
     Mutation(
@@ -527,7 +527,7 @@ MUTATIONS = [
     # --- statistics: masks
     Mutation(
         "padding filled with zeros", "kernels/padding.py",
-        "return cls(mask, valid, mean.to(x.dtype), group)", "return cls(mask, valid, torch.zeros_like(mean).to(x.dtype), group)",
+        "return cls(mask, valid, (mean / valid.clamp(min=1)).to(x.dtype), group)", "return cls(mask, valid, (0 * mean).to(x.dtype), group)",
         "at large means what is taken out of the moments again is all there is", MASKS,
     ),
     Mutation(
@@ -677,8 +677,18 @@ MUTATIONS = [
     ),
     Mutation(
         "a domain's prior its own", "passes/adapt.py",
-        "running, (layer.running_mean, layer.running_var), (mean, variance)", "running, running, (mean, variance)",
+        "_running(layer), (layer.running_mean, layer.running_var), (mean, variance)", "_running(layer), _running(layer), (mean, variance)",
         "a new domain has nothing but the layer's to start from", ADAPT,
+    ),
+    Mutation(
+        "nearly all padding taken out again", "kernels/padding.py",
+        "return bool((self.valid * 64 < reference.count(x, self.group)).any())", "return False",
+        "what is left has lost digits", MASKS,
+    ),
+    Mutation(
+        "a reset that keeps the domain", "passes/adapt.py",
+        "if self._is_new and is_ours(self._layer) and self._domain is not None:", "if False:",
+        "it says 0 and 1 from then on", ADAPT,
     ),
     Mutation(
         "left in training", "passes/adapt.py",

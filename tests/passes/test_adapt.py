@@ -327,7 +327,7 @@ def test_a_domain_takes_the_result_and_the_source_stays():
     bn.adapt(plain, xs, prior=6)
     assert_close(inside, plain(xs[0]))
     adaptation.reset()
-    near(model[0].domains["target"], [torch.zeros(3), torch.ones(3)])
+    assert not model[0].knows("target")
 
 
 def test_masked_positions_are_not_counted():
@@ -455,3 +455,52 @@ def test_a_layer_that_is_called_twice_counts_a_sample_once():
     assert adapted.samples == 10
     mean, _ = moments([x for each in xs for x in (each, each + 1)])
     assert_close(model.norm.get_buffer("running_mean").double(), mean / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_a_domain_that_began_with_it_is_gone_after_a_reset():
+    model = small()
+    before = everything(model)
+    with bn.domain("target"):
+        with bn.adapt(model, target()):
+            model.eval()(target()[0])
+        with pytest.raises(RuntimeError, match="domain 'target'"):
+            model.eval()(target()[0])
+    same(everything(model.eval()), before)
+
+
+def test_a_reset_finds_the_buffers_of_a_converted_model():
+    model = small()
+    before = [values.clone() for values in statistics(model[0])]
+    adapted = bn.adapt(model, target())
+    model.double()
+    adapted.reset()
+    assert_close([values.float() for values in statistics(model[0])], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"debiased": True}], ids=str)
+def test_training_goes_on_from_adapted_statistics_of_a_new_domain(options):
+    layer = bn.BatchNorm1d(3, **options)
+    with bn.domain("target"):
+        bn.adapt(layer, [100 + torch.randn(8, 3), 100 + torch.randn(8, 3)])
+        layer.train()(torch.randn(8, 3))
+    target_s = layer.domains.get_submodule("target")
+    assert (target_s.get_buffer("running_mean") > 30).all()
+    assert target_s.get_buffer("num_batches_tracked") == 3
+
+
+def test_adapting_under_inference_mode_leaves_a_layer_that_trains():
+    model = nn.Sequential(bn.BatchNorm1d(3))
+    with torch.inference_mode(), bn.domain("target"):
+        bn.adapt(model, [torch.randn(8, 3)])
+    model.load_state_dict(model.state_dict())
+    with bn.domain("target"):
+        model.train()(torch.randn(8, 3)).sum().backward()
+
+
+def test_an_activation_in_a_layer_stays_in_evaluation():
+    activation = nn.RReLU(0, 1)
+    seen = []
+    activation.register_forward_hook(lambda module, *_: seen.append(module.training))
+    bn.adapt(nn.Sequential(bn.BatchNorm1d(3, activation=activation)).train(), [torch.randn(8, 3)])
+    assert seen == [False]
+    assert activation.training

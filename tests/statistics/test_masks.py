@@ -419,3 +419,36 @@ def test_a_mask_of_another_shape_or_type_is_refused_with_advice(mask, error, mes
 def test_lengths_are_of_sequences_alone():
     with pytest.raises(TypeError, match=r"\(N, C, L\)"):
         bn.BatchNorm2d(3)(torch.randn(5, 3, 4, 4), mask=torch.ones(5, dtype=torch.int64))
+
+
+def test_an_activation_that_overflows_in_the_padding_reaches_no_gradient():
+    layer = bn.BatchNorm1d(2, activation=torch.exp)
+    x = (torch.randn(4, 2, 50) - 100).requires_grad_()
+    for training in (True, False):
+        y = layer.train(training)(x if training else x + 100, mask=torch.tensor([50, 20, 40, 10]))
+        gradients = torch.autograd.grad(y.sum(), [x, layer.weight, layer.bias])
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("valid", [8, 64, 1000])
+def test_a_few_values_in_a_sea_of_padding_keep_their_digits(valid):
+    x, mask = torch.randn(64, 8, 8192), torch.zeros(64, 1, 8192, dtype=torch.bool)
+    mask.view(-1)[torch.randperm(mask.numel())[:valid]] = True
+    y = bn.BatchNorm1d(8)(x, mask=mask)
+    packed = x.movedim(1, -1)[mask[:, 0]].double()
+    expected = torch.nn.functional.batch_norm(packed, None, None, training=True)
+    assert_close(y.movedim(1, -1)[mask[:, 0]].double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_mask_that_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"torch\.as_tensor"):
+        bn.BatchNorm1d(3)(torch.randn(2, 3, 4), mask=[4, 2])
+
+
+def test_nothing_counts_no_batch():
+    for shape in ((4, 0, 4), (4, 3, 0), (0, 3, 4)):
+        for statistics in (None, bn.Ghost(2)):
+            layer = bn.BatchNorm1d(shape[1], statistics=statistics)
+            layer(torch.randn(shape), mask=torch.ones(shape[0], 1, shape[2], dtype=torch.bool))
+            layer(torch.randn(shape))
+            assert layer.num_batches_tracked == 0

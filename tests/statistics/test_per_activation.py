@@ -294,3 +294,9 @@ def test_a_shape_may_come_as_a_list():
     layer = bn.BatchNorm2d([3, 2, 2])
     assert layer.num_features == (3, 2, 2)
     assert layer(torch.randn(4, 3, 2, 2)).shape == (4, 3, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 5, 4), (6, 60), (6, 3, 4, 5, 1)])
+def test_a_residual_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="residual has shape"):
+        bn.BatchNorm2d((3, 4, 5))(torch.randn(6, 3, 4, 5), torch.randn(shape))

@@ -15,25 +15,47 @@ from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments, positions
 from batchnorm.passes import batches as of_batches
 from batchnorm.passes.swap import is_ours, layers_of
-from batchnorm.statistics.domain import active
+from batchnorm.statistics.domain import active, domain
 from batchnorm.statistics.population import Population
 from batchnorm.statistics.sync import Sync
 
 Running = tuple[Tensor, Tensor]
 
 
+class _Before:
+    """The running statistics that a layer had in the domain that is active."""
+
+    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
+        self._layer, self._domain = layer, active()
+        self._is_new = is_ours(layer) and not layer.knows(self._domain)
+        self._values = [values.clone() for values in _running(layer)]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there was no such domain: its statistics are a new layer's."""
+        return self._is_new
+
+    def restore(self) -> None:
+        if self._is_new and is_ours(self._layer) and self._domain is not None:
+            self._layer.forget_domain(self._domain)
+            return
+        with domain(self._domain):
+            # looked up again, for the layer may have been moved or loaded
+            for buffer, value in zip(_running(self._layer), self._values, strict=True):
+                buffer.copy_(value)
+
+
 class Adaptation:
     """What `adapt` did; `reset()` undoes it, as the end of a `with` block does."""
 
-    def __init__(self, before: dict[str, tuple[Running, Running]], samples: int) -> None:
+    def __init__(self, before: list[_Before], samples: int) -> None:
         self._before = before
         self.samples = samples  # that the new statistics were taken from
 
     def reset(self) -> None:
-        """Give the layers the running statistics back that they had before, bit for bit."""
-        for running, values in self._before.values():
-            for buffer, value in zip(running, values, strict=True):
-                buffer.copy_(value)
+        """Give the layers the running statistics back that they had, bit for bit; a domain that began is gone."""
+        for each in self._before:
+            each.restore()
 
     def __enter__(self) -> Self:
         return self
@@ -53,9 +75,9 @@ def adapt(
         running ← prior/(prior + n) · running + n/(prior + n) · target
 
     for mean and variance alike, where the target's are the moments of all `batches` merged, the variance unbiased,
-    and n is the number of samples in them. prior=0 is AdaBN (Li et al. 2016); a prior of some samples is what few
-    samples need (Schneider et al. 2020, eq. 3). Within `bn.domain(name)` the result goes to the statistics of that
-    name; the prior's are always the layer's own.
+    and n is the number of samples in them, as they come to the layer: dimension 0 of its input. prior=0 is AdaBN (Li
+    et al. 2016); a prior of some samples is what few samples need (Schneider et al. 2020, eq. 3). Within
+    `bn.domain(name)` the result goes to the statistics of that name; the prior's are always the layer's own.
 
     While the samples pass through, layers normalise by the batch they see and everything else is in evaluation mode;
     afterwards every mode is as before. One pass; with many batches of a few samples the statistics of deep layers
@@ -91,17 +113,18 @@ def adapt(
             targets[name] = _target(name, layer, seen[layer])
     if not targets:
         raise ValueError("there were no samples to adapt to: `batches` gave none that reached a layer")
-    before = {}
+    before = []
     for name, (mean, variance) in targets.items():
         layer, samples = layers[name], seen[layers[name]].samples
-        running = _running(layer)
-        before[name] = (running, (running[0].clone(), running[1].clone()))
+        before.append(_Before(layer))
         share = 1.0 if prior == 0 else 0.0 if math.isinf(prior) else samples / (prior + samples)
         for buffer, source, target in zip(
-            running, (layer.running_mean, layer.running_var), (mean, variance), strict=True
+            _running(layer), (layer.running_mean, layer.running_var), (mean, variance), strict=True
         ):
             assert source is not None
             buffer.copy_(source.to(target.dtype).flatten().lerp(target, share))
+        if before[-1].is_new and is_ours(layer):  # or the first batch that trains it would take their place
+            layer.batches_seen(seen[layer].batches)
     return Adaptation(before, max(each.samples for each in seen.values()))
 
 
@@ -110,7 +133,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
-        self.samples = self._of_batch = 0
+        self.samples = self.batches = self._of_batch = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         moments = functional.moments(x, mask)
@@ -120,6 +143,7 @@ class _Seen:
     def end_of_batch(self) -> None:
         """Count its samples once, however often the layer was called."""
         self.samples += self._of_batch
+        self.batches += self._of_batch > 0
         self._of_batch = 0
 
     def on_all_ranks(self, name: str, layer: nn.Module) -> None:
@@ -141,7 +165,7 @@ def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Se
         model.eval()
         for layer, its in seen.items():
             hooks.append(layer.register_forward_hook(_watch(its), with_kwargs=True))
-            nn.Module.train(layer)
+            layer.training = True  # and not the activation in it
             layer.track_running_stats = False  # in training: by the batch, and nothing moves
             if is_ours(layer):
                 layer.statistics = _sync(layer)
@@ -173,7 +197,7 @@ def _watch(its: _Seen) -> Any:
         given = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | named
         x, mask = given["input"], given.get("mask")
         mask = None if mask is None else positions(mask, x)
-        if isinstance(layer, _BatchNorm) and not isinstance(layer.num_features, int):
+        if isinstance(layer, _BatchNorm) and isinstance(layer.num_features, tuple):
             x, mask = x.flatten(1), None if mask is None else mask.expand_as(x).flatten(1)
         its.add(x, mask)
 

@@ -38,7 +38,7 @@ def _of_different_sizes(
     """As rows: to moments over all positions it does not matter how these are arranged."""
     if layer.statistics is not None and not isinstance(layer.statistics, (Sync, Renorm, Population)):
         raise ValueError(f"micro-batches of different sizes cannot be joined for {layer.statistics!r}")
-    if not isinstance(layer.num_features, int):
+    if isinstance(layer.num_features, tuple):
         raise ValueError(
             "micro-batches of different sizes cannot be joined where every activation has statistics of its own"
         )

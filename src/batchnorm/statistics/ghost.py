@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,7 +29,11 @@ class Ghost(Statistics):
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
+        try:
+            size = operator.index(self.size)
+        except TypeError:
+            size = 0
+        if size < 1:
             raise ValueError(f"Ghost(size) is a whole number of samples and at least 1, got {self.size!r}")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:

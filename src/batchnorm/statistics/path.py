@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
+
+_KNOWN = "_name_for_messages"
+
+
+def forget_name(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a layer without its name: a copy may be called otherwise."""
+    return {name: value for name, value in state.items() if name != _KNOWN}
 
 
 def name_of(layer: nn.Module) -> str:
@@ -19,9 +27,6 @@ def name_of(layer: nn.Module) -> str:
         if known.startswith("'"):
             vars(layer)[_KNOWN] = known
     return known
-
-
-_KNOWN = "_name_for_messages"
 
 
 def qualified_name(layer: nn.Module) -> str:

@@ -56,9 +56,11 @@ def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
 def flat(holder: Any) -> tuple[Tensor | None, Tensor | None]:
     """The running mean and variance of `holder`, (C,) each, a view of those of single activations."""
     mean, var = holder.running_mean, holder.running_var
-    if mean is not None and mean.dim() > 1:
-        return mean.flatten(), None if var is None else var.flatten()
-    return mean, var
+    if mean is None or mean.dim() == 1:
+        return mean, var
+    if not (mean.is_contiguous() and var.is_contiguous()):
+        raise RuntimeError("running statistics of single activations are seen flat and must be contiguous")
+    return mean.flatten(), var.flatten()
 
 
 class RunningStatistics(nn.Module):
@@ -71,9 +73,10 @@ class RunningStatistics(nn.Module):
     def __init__(self, like: Tensor, name: str) -> None:
         super().__init__()
         self.name = name
-        self.register_buffer("running_mean", torch.zeros_like(like))
-        self.register_buffer("running_var", torch.ones_like(like))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=like.device))
+        with torch.inference_mode(False):  # or no training could move them ever
+            self.register_buffer("running_mean", torch.zeros_like(like))
+            self.register_buffer("running_var", torch.ones_like(like))
+            self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=like.device))
 
     def reset(self) -> None:
         """As if no batch had been seen."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm import functional
+from batchnorm.kernels import choice
 from batchnorm.moments import Moments
 from batchnorm.statistics.domain import active
-from batchnorm.statistics.path import qualified_name
+from batchnorm.statistics.path import forget_name, qualified_name
 from batchnorm.statistics.population import Population
 from batchnorm.statistics.running import RunningStatistics, apply_widely, flat, rate, widen
 from batchnorm.statistics.source import Statistics, recomputing
@@ -25,6 +26,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
     domains: nn.ModuleDict
     statistics: Statistics | None = None
     debiased: bool = False
+    on_single: Literal["raise", "running"] = "raise"
 
     def _begin_tracking(self) -> None:
         """What torch's constructor leaves to do, and a layer of torch's lacks."""
@@ -34,6 +36,9 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         # not in the state_dict, whose keys are torch's
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
         self._warned_of_skipped = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return forget_name(vars(self))
 
     def _set(self) -> Tracking | RunningStatistics:
         """Whose running statistics a batch meets: the layer's own, or those of the domain that is active.
@@ -52,6 +57,10 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
                 f"no running statistics of domain {name!r} (there are: {names}): "
                 f"train on it, or adapt to it, within bn.domain({name!r}) first"
             )
+        if choice.transformed():
+            raise RuntimeError(
+                f"domain {name!r} cannot begin under torch.func's transforms: let a batch enter it before"
+            )
         return RunningStatistics(self.running_mean, name)
 
     def _keep(self, its: Tracking | RunningStatistics) -> None:
@@ -63,6 +72,22 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
     def _keeps(self, its: Tracking | RunningStatistics) -> bool:
         return its is self or its in self._domains().values()
 
+    def knows(self, name: str | None) -> bool:
+        """Whether the layer has running statistics of the domain called `name`."""
+        return name is None or name in self._domains()
+
+    def forget_domain(self, name: str) -> None:
+        """Drop the running statistics called `name`, if there are any."""
+        self._domains().pop(name, None)
+        if not self._domains():
+            self._modules.pop("domains", None)
+
+    def batches_seen(self, count: int) -> None:
+        """Say how many batches the running statistics of the domain that is active stand for."""
+        batches = self._set().num_batches_tracked
+        if batches is not None:
+            batches.fill_(count)
+
     def _domains(self) -> dict[str, RunningStatistics]:
         return cast(dict[str, RunningStatistics], getattr(self._modules.get("domains"), "_modules", {}))
 
@@ -72,7 +97,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         Raises: RuntimeError for a layer that keeps none.
         """
         name = active()
-        if name is not None and self.running_mean is not None and name not in self._domains():
+        if name is not None and self.running_mean is not None and not self.knows(name):
             self._keep(RunningStatistics(self.running_mean, name))
         mean, var = flat(self._set())
         if mean is None or var is None:
@@ -92,7 +117,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         skipped = ~torch.as_tensor(entered)
         if isinstance(moments.count, Tensor):
             skipped = skipped & (moments.count > 0).any()  # of padding alone it says nothing
-        if self.num_batches_skipped is not None:
+        if self.num_batches_skipped is not None and not _mapped(skipped, self.num_batches_skipped):
             self.num_batches_skipped.add_(skipped)
             if skipped.device.type == "cpu":
                 self._warn_of_skipped(skipped)
@@ -158,3 +183,9 @@ def _domains_in(state_dict: dict[str, Any], prefix: str) -> set[str]:
     """The names of the domains that a layer has in `state_dict`."""
     prefix += "domains."
     return {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
+
+
+def _mapped(one: Tensor, other: Tensor) -> bool:
+    """Whether `one` stands for several under vmap and `other` does not: the counter, which is in no state_dict."""
+    batched = torch._C._functorch.is_batchedtensor
+    return choice.transformed() and batched(one) and not batched(other)
