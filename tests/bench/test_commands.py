@@ -48,7 +48,7 @@ def test_all_of_it_on_one_page(tmp_path):
         "Population": {"ours", "plain", "torch", "copy"},
         "mask": {"ours", "plain", "by hand", "copy"},
         "per activation": {"ours", "plain", "torch", "copy"},
-        "Sync, 2 ranks": {"ours", "plain"},
+        "Sync, 2 ranks": {"ours", "plain", "collectives"},
         "virtual_batch": {"ours", "one batch", "accumulation"},
     }
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from batchnorm.bench.rows import Command, Row
-from batchnorm.bench.table import RIVALS
 
 
 class Display:
@@ -56,12 +55,8 @@ class Display:
         assert self._bar is not None
         self._bars.advance(self._bar)
         if not self._console.is_terminal:
-            said = ", ".join(
-                f"{row.times[who].over_ours:.2f}× {row.part}"
-                for row in rows
-                for who in RIVALS
-                if who == "torch" and who in row.times
-            )
+            who = next(who for who in ("plain", "one batch", "torch") if who in rows[0].times)
+            said = ", ".join(f"{row.times[who].over_ours:.2f}× {row.part}" for row in rows)
             self._console.print(
-                f"{self._case}  torch/ours {said}", markup=False, highlight=False, soft_wrap=True
+                f"{self._case}  {who}/ours {said}", markup=False, highlight=False, soft_wrap=True
             )

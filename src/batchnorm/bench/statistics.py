@@ -6,6 +6,7 @@ timm     its SplitBatchNorm2d with as many splits as there are groups
 Keras    its BatchNormalization, on its torch backend
 torch    for Population its layer in evaluation mode, for per activation its BatchNorm1d on the flattened input
 by hand  the formula in torch's operations, as users write it
+collectives: the exchanges of Sync alone, without which it cannot be
 
 timm and Keras take part where they are installed. Layers stand alone, without an activation; inputs are cold.
 """
@@ -208,7 +209,8 @@ def _keras(seed: Tensor, axis: int = 1, **settings: Any) -> tuple[Operation, nn.
 def _over_ranks(shape: tuple[int, ...], options: Options) -> Iterator[Contest]:
     """Each rank has a batch of that shape, and one thread."""
     with Ranks(2, shape, options.quick) as ranks:
-        yield Contest(ranks.calls, {"ours": partial(ranks, "sync"), "plain": partial(ranks, "plain")})
+        names = {"ours": "sync", "plain": "plain", "collectives": "collectives"}
+        yield Contest(ranks.calls, {who: partial(ranks, name) for who, name in names.items()})
 
 
 @contextmanager

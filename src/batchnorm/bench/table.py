@@ -116,7 +116,7 @@ def without(row: Row) -> Time | None:
 
 def others(row: Row) -> list[str]:
     """Of a row about statistics, those that are not ours."""
-    return [who for who in row.times if who not in ("ours", "plain", "one batch", "copy")]
+    return [who for who in row.times if who not in ("ours", "plain", "one batch", "collectives", "copy")]
 
 
 def _statistics(rows: Sequence[Row]) -> Grid:
