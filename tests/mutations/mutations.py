@@ -302,7 +302,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the weight's gradient asked of the bias", "kernels/graph.py",
-        "in zip(values, needed, strict=False)", "in zip(values, (needed[0], needed[2], *needed[2:]), strict=False)",
+        "weight if needed[1] else None", "weight if needed[2] else None",
         "lost where the bias is frozen", FUNCTIONAL,
     ),
     Mutation(

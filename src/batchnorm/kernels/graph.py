@@ -18,9 +18,20 @@ def saved_of(y: Tensor, residual: Tensor | None, activation: Fused) -> tuple[Ten
     return (None, None) if residual is None or activation == native.NONE else (residual, y)
 
 
-def asked(needed: tuple[bool, ...], *values: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of `values` those that are needed, None for the others."""
-    return tuple(value if its else None for value, its in zip(values, needed, strict=False))
+def asked(
+    needed: tuple[bool, ...],
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of the four those that are needed, None for the others."""
+    return (
+        x if needed[0] else None,
+        weight if needed[1] else None,
+        bias if needed[2] else None,
+        residual if needed[3] else None,
+    )
 
 
 def again(
