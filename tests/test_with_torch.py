@@ -199,3 +199,17 @@ def test_torch_s_own_module_inputs():
     run = subprocess.run([sys.executable, "-c", TORCHS_CASES], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) >= 44  # as many as torch 2.14 has
+
+
+@pytest.mark.parametrize("statistics", [None, bn.Ghost(3), bn.Renorm(), bn.Population(), bn.Sync()], ids=repr)
+def test_models_stacked_by_their_state_dicts_are_mapped_over(statistics):
+    # num_batches_skipped is in no state_dict, so all of them share one
+    layers = [bn.BatchNorm1d(3, statistics=statistics) for _ in range(2)]
+    states = {
+        name: torch.stack([layer.state_dict()[name] for layer in layers]) for name in layers[0].state_dict()
+    }
+    xs = torch.randn(2, 6, 3)
+    expected = torch.stack([copy.deepcopy(layer)(x) for layer, x in zip(layers, xs, strict=True)])
+    template = bn.BatchNorm1d(3, statistics=statistics)
+    mapped = torch.func.vmap(lambda state, x: torch.func.functional_call(template, state, (x,)))(states, xs)
+    torch.testing.assert_close(mapped, expected)

@@ -64,6 +64,7 @@ def positions(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(cast(object, mask), Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}: use torch.as_tensor(mask)")
     if mask.dtype in (torch.int64, torch.int32) and x.dim() == 3 and mask.shape == x.shape[:1]:
+        _check_lengths(mask, x)
         return (torch.arange(x.size(2), device=x.device) < mask[:, None])[:, None]
     if mask.dtype != torch.bool:
         raise TypeError(
@@ -77,6 +78,19 @@ def positions(mask: Tensor, x: Tensor) -> Tensor:
             "give it a channel dimension of 1, e.g. with mask.unsqueeze(1)"
         )
     return mask.expand(per_position)
+
+
+def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+    """Refuse lengths that `x` cannot have, where they are known without waiting for a device."""
+    if (
+        not lengths.is_cpu
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or not lengths.numel()
+    ):
+        return
+    if lengths.min() < 0 or lengths.max() > x.size(2):
+        raise ValueError(f"lengths must be from 0 to {x.size(2)}, the input's, got {lengths.tolist()}")
 
 
 def count_per_channel(x: Tensor) -> int:

@@ -452,3 +452,9 @@ def test_nothing_counts_no_batch():
             layer(torch.randn(shape), mask=torch.ones(shape[0], 1, shape[2], dtype=torch.bool))
             layer(torch.randn(shape))
             assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("lengths", [[9, 3], [4, -1]])
+def test_lengths_that_the_input_cannot_have_are_refused(lengths):
+    with pytest.raises(ValueError, match="lengths must be from 0 to 4"):
+        bn.BatchNorm1d(3)(torch.randn(2, 3, 4), mask=torch.tensor(lengths))

@@ -396,3 +396,9 @@ def test_inductor_keeps_the_correction_for_the_backward_pass():
         return torch.autograd.grad(y, [leaf, layer.weight, layer.bias], dy)
 
     assert_close(gradients(True), gradients(False), rtol=1e-12, atol=1e-12)
+
+
+def test_a_limit_that_is_a_function_goes_no_lower_than_a_number_may():
+    layer = bn.BatchNorm1d(3, statistics=bn.Renorm(lambda step: 0.5, lambda step: -1.0))
+    x = torch.randn(8, 3)
+    assert_close(layer(x), bn.BatchNorm1d(3)(x))

@@ -85,7 +85,9 @@ class Renorm(Statistics):
             running = (batch.running_var.to(mean.dtype) + batch.eps).sqrt()
             ratio = (variance + batch.eps).sqrt() / running
             distance = (mean - batch.running_mean) / running
-            rmax, dmax = (_at(limit, batch.step).to(mean) for limit in (self.rmax, self.dmax))
+            # functions may return what a number may not be
+            rmax = _at(self.rmax, batch.step).to(mean).clamp(min=1)
+            dmax = _at(self.dmax, batch.step).to(mean).clamp(min=0)
             r, d = _constant(ratio.clamp(1 / rmax, rmax)), _constant(distance.clamp(-dmax, dmax))
         weight, bias = batch.weight, batch.bias
         corrected = replace(
