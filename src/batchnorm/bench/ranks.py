@@ -95,7 +95,8 @@ def _serve(pipe: Connection, store: str, rank: int, count: int, shape: tuple[int
     keep_memory()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
     seed = torch.randn(shape)
-    calls, cold = _calls(shape), counts(seed, quick)[1]
+    calls = _calls(shape)
+    cold = max(calls, counts(seed, quick)[1])
     inputs = Ring([seed.clone().requires_grad_() for _ in range(cold)], calls)
     gradients = [seed.clone() for _ in range(calls)]
     layers = {"sync": BatchNorm(shape[1], statistics=Sync()), "plain": BatchNorm(shape[1])}

@@ -15,7 +15,7 @@ app = typer.Typer(
     "batchnorm bench kernels         layers, forward and backward, 3 min\n\n"
     "batchnorm bench step            training steps of known networks, 8 min\n\n"
     "batchnorm bench infer           layers and networks in evaluation, 3 min\n\n"
-    "batchnorm bench statistics      Sync, Ghost, masks and others, 6 min\n\n"
+    "batchnorm bench statistics      Sync, Ghost, masks and others, 3 min\n\n"
     "batchnorm bench all --quick     does all of it run, in seconds",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -148,7 +148,7 @@ def infer(
 @app.command(
     "statistics",
     epilog="[bold]Examples[/]\n\n"
-    "batchnorm bench statistics             all of them, 6 min\n\n"
+    "batchnorm bench statistics             all of them, 3 min\n\n"
     "pip install keras timm                 and theirs take part",
 )
 def statistics(
