@@ -687,7 +687,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a reset that keeps the domain", "passes/adapt.py",
-        "if self._is_new and is_ours(self._layer) and self._domain is not None:", "if False:",
+        "if self.is_new and is_ours(self._layer) and self._domain is not None:", "if False:",
         "it says 0 and 1 from then on", ADAPT,
     ),
     Mutation(

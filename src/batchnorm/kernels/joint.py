@@ -104,6 +104,8 @@ class _Normalise(torch.autograd.Function):
                 dy, x, weight, bias, residual, eps, activation, None, needed[:4], group, mask, call.exchange
             )
             return *found, None
+        dx: Tensor | None = None
+        dresidual: Tensor | None = None
         empty = x.numel() == 0
         if call.of_its_own and not empty:
             dx, dweight, dbias, dresidual = native.backward(
@@ -116,11 +118,12 @@ class _Normalise(torch.autograd.Function):
             else native.sums(dy, x, y, weight, bias, *call.given, eps, activation, group)
         )
         dbias, dweight = own.sum(1) if own.dim() == 3 else own
-        dx, dresidual = torch.empty_like(x), None if y is None else torch.empty_like(x)
         if needed[0] or (needed[3] and y is not None):
             total = own if call.exchange is None else call.exchange.sums(own)
             averages = total / torch.as_tensor(call.moments.count).clamp(min=1)
-            if not empty:
+            if empty:
+                dx = torch.empty_like(x)
+            else:
                 dx, _, _, dresidual = native.backward(
                     dy, x, y, weight, bias, *call.given, False, eps, activation, group, averages
                 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from batchnorm.kernels import choice, reference
 from batchnorm.kernels.padding import Padding
 from batchnorm.kernels.reference import Activation, Exchange, Given, activate
-from batchnorm.moments import Moments, accumulator, count_per_channel, statistics_dtype
+from batchnorm.moments import Moments, accumulator, channelwise, count_per_channel, statistics_dtype
 
 if choice.built():
     from batchnorm.kernels import joint, native, node, operators
@@ -43,10 +43,13 @@ def normalise(
         return _normalise(x, weight, bias, eps, activation, residual, given, group, None, exchange)
     if residual is not None:
         residual = torch.where(mask, residual, 0)
-    padding = Padding.of(x, mask, group) if given is None else Padding.around(given[0], x, mask)
-    y, moments = _normalise(
-        padding.fill(x), weight, bias, eps, activation, residual, given, group, padding, exchange
-    )
+    padding = None
+    if given is None:
+        padding = Padding.of(x, mask, group)
+        x = padding.fill(x)
+    else:  # nobody counts: only what is under the mask must be harmless
+        x = torch.where(mask, x, channelwise(given[0].detach().to(x.dtype), x))
+    y, moments = _normalise(x, weight, bias, eps, activation, residual, given, group, padding, exchange)
     return torch.where(mask, y, 0), moments
 
 

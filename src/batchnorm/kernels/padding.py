@@ -41,11 +41,6 @@ class Padding:
                 valid = valid[0] if mask.size(1) == 1 else valid
             return cls(mask, valid, (mean / valid.clamp(min=1)).to(x.dtype), group)
 
-    @classmethod
-    def around(cls, mean: Tensor, x: Tensor, mask: Tensor) -> Padding:
-        """That of an `x` which is normalised by a given `mean`, (C,)."""
-        return cls(mask, mask.sum(), mean.detach().to(x.dtype), 0)
-
     def fill(self, x: Tensor) -> Tensor:
         filling = self.filling[reference.group_of(x, self.group)] if self.group else self.filling
         return torch.where(self.mask, x, channelwise(filling, x))

@@ -16,7 +16,7 @@ from batchnorm.moments import Moments, positions
 from batchnorm.passes import batches as of_batches
 from batchnorm.passes.swap import is_ours, layers_of
 from batchnorm.statistics.domain import active, domain
-from batchnorm.statistics.population import Population
+from batchnorm.statistics.population import thawed
 from batchnorm.statistics.sync import Sync
 
 Running = tuple[Tensor, Tensor]
@@ -27,16 +27,11 @@ class _Before:
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         self._layer, self._domain = layer, active()
-        self._is_new = is_ours(layer) and not layer.knows(self._domain)
+        self.is_new = is_ours(layer) and not layer.knows(self._domain)  # its statistics are a new layer's
         self._values = [values.clone() for values in _running(layer)]
 
-    @property
-    def is_new(self) -> bool:
-        """Whether there was no such domain: its statistics are a new layer's."""
-        return self._is_new
-
     def restore(self) -> None:
-        if self._is_new and is_ours(self._layer) and self._domain is not None:
+        if self.is_new and is_ours(self._layer) and self._domain is not None:
             self._layer.forget_domain(self._domain)
             return
         with domain(self._domain):
@@ -181,9 +176,7 @@ def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Se
 
 def _sync(layer: nn.Module) -> Sync | None:
     """That of a layer which is one of several, frozen or not."""
-    statistics = layer.statistics if is_ours(layer) else None
-    if isinstance(statistics, Population):
-        statistics = statistics.instead_of
+    statistics = thawed(layer.statistics) if is_ours(layer) else None
     return statistics if isinstance(statistics, Sync) else None
 
 

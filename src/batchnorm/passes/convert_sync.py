@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from batchnorm.passes.swap import become_ours, is_ours, layers_of
-from batchnorm.statistics.population import Population
+from batchnorm.statistics.population import Population, thawed
 from batchnorm.statistics.sync import Sync
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +28,7 @@ def convert_sync(model: M, process_group: Any = None) -> M:
     others = {
         f"layer {name!r}" if name else "the model itself": own
         for name, layer in layers.items()
-        if is_ours(layer) and not isinstance(own := _beneath(layer.statistics), Sync | None)
+        if is_ours(layer) and not isinstance(own := thawed(layer.statistics), Sync | None)
     }
     if others:
         listed = ", ".join(f"{name} has statistics={own!r}" for name, own in others.items())
@@ -43,10 +43,6 @@ def convert_sync(model: M, process_group: Any = None) -> M:
     return model
 
 
-def _beneath(statistics: object) -> object:
-    return statistics.instead_of if isinstance(statistics, Population) else statistics
-
-
 def _group(layer: nn.Module) -> Any:
-    own = _beneath(layer.statistics) if is_ours(layer) else layer
+    own = thawed(layer.statistics) if is_ours(layer) else layer
     return getattr(own, "process_group", None)

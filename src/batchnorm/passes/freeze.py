@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from batchnorm.passes.swap import become_ours, layers_of
-from batchnorm.statistics.population import Population
+from batchnorm.passes.swap import become_ours, is_ours, layers_of
+from batchnorm.statistics.population import Population, thawed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,9 +46,8 @@ def unfreeze(model: M, stats: bool = True, affine: bool = True) -> M:
     """
     if stats:
         for layer in layers_of(model).values():
-            frozen = getattr(layer, "statistics", None)
-            if isinstance(frozen, Population):
-                layer.statistics = frozen.instead_of  # type: ignore[assignment]
+            if is_ours(layer):
+                layer.statistics = thawed(layer.statistics)
     if affine:
         _require_gradients(model, True)
     return model

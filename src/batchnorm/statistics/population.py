@@ -10,6 +10,11 @@ from batchnorm.moments import Moments
 from batchnorm.statistics.source import Batch, Statistics
 
 
+def thawed(statistics: Statistics | None) -> Statistics | None:
+    """`statistics`, or what they were before they were frozen."""
+    return statistics.instead_of if isinstance(statistics, Population) else statistics
+
+
 @dataclass(frozen=True)
 class Population(Statistics):
     """Normalise training batches by the running statistics, which are constants and stay as they are.
