@@ -11,8 +11,8 @@ from batchnorm.experiments.mnist import claim_names, mnist_experiment
 from batchnorm.experiments.regularization import Regularization
 from batchnorm.experiments.saturation import Saturation
 from batchnorm.records import Evaluation, Result
-from batchnorm.training.config import Training
-from batchnorm.training.trainer import evaluation_steps
+from batchnorm.training.digits import Training
+from batchnorm.training.schedule import evaluation_steps
 
 DATA = Digits.load()
 SETTINGS = Settings(steps=10_000, seeds=2)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from batchnorm.records import Result
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 from batchnorm.training.workers import Outcome, Progress, WorkerDied, Workers
 
 JOBS = {

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchnorm.records import Chart, Evaluation, Result, Table, Verdict
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 
 
 class Settings(BaseModel):

@@ -16,8 +16,7 @@ from itertools import product
 
 from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, Settings, label, net, percent, spread
 from batchnorm.records import Chart, Line, Panel, Table
-from batchnorm.training.config import Training
-from batchnorm.training.trainer import POPULATION_BATCHES
+from batchnorm.training.digits import POPULATION_BATCHES, Training
 
 ACCURACIES = (80, 85, 90, 92, 94)
 # Seed 0 is trained for all the paper's steps, for the pictures; the other seeds long enough for the verdict.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from batchnorm.experiments.claim import Curves, Finding, Settings, percent
 from batchnorm.experiments.sweep import Sweep, SweepClaim
 from batchnorm.models.mlp import Nonlinearity
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 
 RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 STEPS = 1_500

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from batchnorm.experiments.claim import Curves, Finding, Settings, percent
 from batchnorm.experiments.sweep import Sweep, SweepClaim
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 
 STDS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 STEPS = 3_000

@@ -10,7 +10,7 @@ from batchnorm.experiments.initial_weights import InitialWeights
 from batchnorm.experiments.regularization import Regularization
 from batchnorm.experiments.run import Experiment
 from batchnorm.experiments.saturation import Saturation
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 
 # Figure 1 comes last: its verdict is the headline, and the last record.
 _CLAIMS: dict[str, type[Claim]] = {

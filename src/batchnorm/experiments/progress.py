@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.records import Result, Verdict
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 from batchnorm.training.workers import Progress as Step
 
 

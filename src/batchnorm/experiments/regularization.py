@@ -13,7 +13,7 @@ import statistics
 
 from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, net, percent, spread
 from batchnorm.records import Chart, Line, Panel, Table
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 
 STEPS = 10_000
 RATE = 1.0

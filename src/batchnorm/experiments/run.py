@@ -14,7 +14,7 @@ from batchnorm import report
 from batchnorm.experiments.claim import Claim, Curve, Settings
 from batchnorm.experiments.tensorboard import EventFiles
 from batchnorm.records import Evaluation, RecordFile, Result, Run, Verdict
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 from batchnorm.training.machine import machine, versions
 from batchnorm.training.workers import Outcome, Progress, WorkerDied, Workers
 

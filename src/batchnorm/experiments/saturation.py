@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from batchnorm.experiments.claim import Curves, Finding, Settings, label, percent
 from batchnorm.experiments.sweep import Sweep, SweepClaim
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 
 LAYERS = 8
 STEPS = 3_000

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from batchnorm.experiments.claim import Claim, Curves, Settings, label, net, spread
 from batchnorm.records import Chart, Line, Panel, Table
-from batchnorm.training.config import Training
+from batchnorm.training.digits import Training
 
 
 @dataclass(frozen=True)

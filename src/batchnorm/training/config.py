@@ -1,32 +1,159 @@
-"""What decides a training run: with the data, these values give the same numbers every time."""
+"""What decides a training run, as it stands in run.toml: with the data, these values decide every number."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Literal
 
-from batchnorm.models.mlp import Nonlinearity
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from batchnorm.models.inception import Nonlinearity, Stem
+
+INCEPTION: Literal["bn-inception"] = "bn-inception"
 
 
-class Training(BaseModel):
-    """One network and how it is trained: plain SGD on cross-entropy, no momentum, no weight decay."""
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    batch_norm: bool
-    rate: float = Field(gt=0, description="learning rate of SGD")
-    steps: int = Field(ge=1)
-    seed: int = Field(ge=0, description="of the initial weights, the order of the samples and dropout")
-    init_std: float = Field(
-        0.1, gt=0, description="standard deviation of the hidden layers' Gaussian initial weights"
+class InceptionModel(_Section):
+    """`[model]` with name = "bn-inception": the arguments of `batchnorm.models.BNInception`."""
+
+    name: Literal["bn-inception"] = INCEPTION
+    batch_norm: bool = True
+    activation: Nonlinearity = "relu"
+    width: float = Field(1.0, gt=0, description="multiplies every number of channels")
+    stem: Stem = "imagenet"
+    pool_proj_4cd: int = Field(96, ge=1)
+    separable_stem: bool = True
+    auxiliary: bool = Field(False, description="a second classifier after module 4d")
+    dropout: float = Field(0.4, ge=0, lt=1, description="before the classifier; 0.4 is GoogLeNet's")
+    local_response_norm: bool = False
+    per_activation: tuple[str, ...] = ()
+    init_gain: float = Field(1.0, gt=0, description="multiplies the convolutions' initial weights")
+
+
+class TorchvisionModel(_Section):
+    """`[model]` with any other name: a classification model of torchvision, its BN made ours by `bn.upgrade`."""
+
+    name: str
+    dropout: float | None = Field(None, ge=0, lt=1, description="for models that have this argument")
+
+
+Model = Annotated[
+    Annotated[InceptionModel, Tag("inception")] | Annotated[TorchvisionModel, Tag("torchvision")],
+    Discriminator(
+        lambda model: (
+            "inception"
+            if (model.get("name", INCEPTION) if isinstance(model, dict) else model.name) == INCEPTION
+            else "torchvision"
+        )
+    ),
+]
+
+
+class Data(_Section):
+    """`[data]`: which images, how they are cropped and distorted, in which order they come."""
+
+    source: str = Field(
+        "mnist-10k",
+        description="a name (mnist-10k, mnist, fashion-mnist, cifar-10), a folder in ImageNet's layout "
+        "(train/CLASS/*.jpg, val/CLASS/*.jpg), or a folder of WebDataset shards (train-*.tar, val-*.tar)",
     )
-    output_std: float = Field(0.1, gt=0, description="the same for the output layer")
-    nonlinearity: Nonlinearity = "sigmoid"
-    hidden: tuple[int, ...] = (100, 100, 100)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    batch_size: int = Field(60, ge=2)
-    watch: bool = Field(False, description="record what the last hidden layer's nonlinearities see")
+    image_size: int = Field(224, ge=8, description="height and width of a crop in pixels")
+    crop_area: tuple[float, float] = Field(
+        (0.08, 1.0), description="share of the image that a training crop covers, from and to; GoogLeNet's"
+    )
+    mirror: bool = Field(True, description="turn every other training image round")
+    distortion: Literal["full", "reduced", "none"] = Field(
+        "full", description="photometric distortion of training images"
+    )
+    shuffle: Literal["shards", "within-shards"] = Field(
+        "within-shards",
+        description="each epoch shuffles the order of the shards, or the examples within them too (section 4.2.1)",
+    )
+    shard_size: int = Field(
+        1000, ge=1, description="examples in a shard, for data that does not come in shard files"
+    )
+    corrupt_share: float = Field(
+        0.01, ge=0, le=1, description="a larger share of images that cannot be read stops the run"
+    )
 
-    @property
-    def cost(self) -> int:
-        """How long it takes, in steps without BN; a step with BN takes about two of them."""
-        return self.steps * (2 if self.batch_norm else 1)
+
+class Optimizer(_Section):
+    """`[optimizer]`: SGD with momentum, the rate decaying exponentially in steps."""
+
+    rate: float = Field(0.0015, gt=0, description="initial learning rate; 0.0015 is the paper's Inception")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(
+        2e-4, ge=0, description="L2, on the weights of convolutions and linear layers"
+    )
+    decay: float = Field(0.96, gt=0, le=1, description="factor on the rate ...")
+    decay_every: int = Field(
+        320_000, ge=1, description="... every so many steps; 320,000 are 8 epochs of ImageNet"
+    )
+
+
+class Schedule(_Section):
+    """`[training]`: how long, in which batches, with which numbers."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(32, ge=2, description="images a step, over all processes")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="at most so many at a time in one process; the statistics and gradients are the whole batch's",
+    )
+    seed: int = Field(0, ge=0, description="of initial weights, data order, distortions and dropout")
+    sync: bool = Field(False, description="BN normalises by the samples of all processes")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of activations")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, kept beside them"
+    )
+    auxiliary_weight: float = Field(0.3, ge=0, description="of the auxiliary head's loss; GoogLeNet's")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations in a row without a new best accuracy"
+    )
+
+
+class Evaluations(_Section):
+    """`[evaluation]`: when, and by which statistics."""
+
+    every: int | None = Field(
+        None, ge=1, description="steps; unless given, every 10 at first, from step 200 on at most 10 % apart"
+    )
+    first: int = Field(1, ge=1, description="no evaluation before this step")
+    population_batches: int = Field(20, ge=1, description="training batches over which Algorithm 2 averages")
+    batch_size: int = Field(250, ge=1, description="images at a time in one process")
+
+
+class Checkpoints(_Section):
+    """`[checkpoints]`: when, and how many are kept beside the best one."""
+
+    every_seconds: float = Field(600, gt=0)
+    keep: int = Field(3, ge=1)
+
+
+class Machine(_Section):
+    """`[machine]`: what must not change a result but for rounding; may differ when a run is continued."""
+
+    device: Literal["auto", "cpu"] = "auto"
+    threads: int | None = Field(
+        None, ge=1, description="of one process on a CPU; unless given, torch's default"
+    )
+    loaders: int = Field(
+        0, ge=0, description="processes that read and distort images, for each training process"
+    )
+    channels_last: bool = True
+    keep_memory: bool = Field(True, description="see bn.keep_memory; on a CPU only")
+
+
+class Config(_Section):
+    """A whole run.toml."""
+
+    model: Model = InceptionModel()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    training: Schedule
+    evaluation: Evaluations = Evaluations()
+    checkpoints: Checkpoints = Checkpoints()
+    machine: Machine = Machine()

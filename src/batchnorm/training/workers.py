@@ -23,8 +23,7 @@ from batchnorm.data.digits import Digits
 from batchnorm.memory import keep_memory
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
-from batchnorm.training.config import Training
-from batchnorm.training.trainer import Trainer
+from batchnorm.training.digits import DigitsTrainer, Training
 
 _CHECKPOINT_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 10.0
@@ -167,7 +166,7 @@ def _leave_with_parent() -> None:
 def _train(job: str, config: Training, path: Path) -> Outcome:
     _Here.training = True
     try:
-        trainer = Trainer(config, _Here.data, job)
+        trainer = DigitsTrainer(config, _Here.data, job)
         state = checkpoint.load(path)
         if state is not None:
             trainer.load_state_dict(state)
@@ -178,7 +177,7 @@ def _train(job: str, config: Training, path: Path) -> Outcome:
         _Here.training = False
 
 
-def _run(trainer: Trainer, path: Path) -> Outcome:
+def _run(trainer: DigitsTrainer, path: Path) -> Outcome:
     saved = told = time.monotonic()
     for record in trainer.run():
         if isinstance(record, Result):

@@ -1,4 +1,4 @@
-"""The training loop: one network, from its configuration and the data to a stream of records.
+"""The networks of the MNIST experiment: from a configuration and the digits to a stream of records.
 
 Everything a step depends on is in `state_dict`, or follows from the configuration and the number of the
 step, so a run that was stopped anywhere continues to the same numbers, bit for bit on the same machine.
@@ -6,35 +6,53 @@ step, so a run that was stopped anywhere continues to the same numbers, bit for 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from batchnorm.data.digits import Digits
-from batchnorm.models.mlp import MLP
+from batchnorm.models.mlp import MLP, Nonlinearity
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.config import Training
+from batchnorm.training.population import inference_copy
+from batchnorm.training.schedule import evaluation_steps
 
 # The training batches over which Algorithm 2 averages: 1,200 samples.
 POPULATION_BATCHES = 20
 _PERCENTILES = torch.tensor([0.15, 0.50, 0.85])
 
 
-def evaluation_steps(steps: int) -> Iterator[int]:
-    """Where a run of `steps` steps is evaluated: every 10 steps, from 200 on at most 10 % apart, and at the end."""
-    step = 0
-    while step < steps:
-        step += max(gap for gap in (10, 20, 50, 100, 200, 500, 1000, 2500) if gap <= max(10, step // 10))
-        yield min(step, steps)
+class Training(BaseModel):
+    """One network and how it is trained: plain SGD on cross-entropy, no momentum, no weight decay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_norm: bool
+    rate: float = Field(gt=0, description="learning rate of SGD")
+    steps: int = Field(ge=1)
+    seed: int = Field(ge=0, description="of the initial weights, the order of the samples and dropout")
+    init_std: float = Field(
+        0.1, gt=0, description="standard deviation of the hidden layers' Gaussian initial weights"
+    )
+    output_std: float = Field(0.1, gt=0, description="the same for the output layer")
+    nonlinearity: Nonlinearity = "sigmoid"
+    hidden: tuple[int, ...] = (100, 100, 100)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    batch_size: int = Field(60, ge=2)
+    watch: bool = Field(False, description="record what the last hidden layer's nonlinearities see")
+
+    @property
+    def cost(self) -> int:
+        """How long it takes, in steps without BN; a step with BN takes about two of them."""
+        return self.steps * (2 if self.batch_norm else 1)
 
 
-class Trainer:
+class DigitsTrainer:
     """One network in training.
 
     config: what to train and how.
@@ -137,22 +155,10 @@ class Trainer:
         )
 
     def _inference_model(self) -> MLP:
-        """A copy for inference, its BN by the population statistics of Algorithm 2, lines 8-11.
-
-        E[x] = E_B[mean_B] and Var[x] = E_B[count/(count - 1)·variance_B] over training batches of the same
-        size: which is what running statistics with momentum=None become.
-        """
-        model = copy.deepcopy(self.model).eval()
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        if norms:
-            with torch.no_grad():
-                for chosen in self._population:
-                    model(self.images.index_select(0, chosen))
-        return model.eval()
+        """A copy for inference, its BN by the population statistics of Algorithm 2, lines 8-11."""
+        return inference_copy(
+            self.model, (self.images.index_select(0, chosen) for chosen in self._population)
+        )
 
     def _accuracy_moving(self) -> float | None:
         if not self.config.batch_norm:

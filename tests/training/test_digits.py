@@ -13,8 +13,8 @@ from batchnorm.data.idx import DataError
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.config import Training
-from batchnorm.training.trainer import POPULATION_BATCHES, Trainer, evaluation_steps
+from batchnorm.training.digits import POPULATION_BATCHES, DigitsTrainer, Training
+from batchnorm.training.schedule import evaluation_steps
 
 DATA = Digits.load()
 
@@ -23,7 +23,7 @@ def config(**values: object) -> Training:
     return Training.model_validate({"batch_norm": True, "rate": 0.1, "steps": 40, "seed": 1} | values)
 
 
-def run(trainer: Trainer) -> list[Evaluation | Result]:
+def run(trainer: DigitsTrainer) -> list[Evaluation | Result]:
     return [record for record in trainer.run() if record is not None]
 
 
@@ -41,7 +41,7 @@ def test_evaluations_are_at_most_ten_per_cent_apart_and_end_at_the_end(steps):
 
 
 def test_an_epoch_is_every_sample_once_in_full_batches_and_the_next_is_another_order():
-    trainers = [Trainer(config(batch_norm=bn), DATA, "job") for bn in (True, False)]
+    trainers = [DigitsTrainer(config(batch_norm=bn), DATA, "job") for bn in (True, False)]
     number = torch.arange(8000)
     seen = []
     for step in range(2 * 133):
@@ -57,11 +57,11 @@ def test_an_epoch_is_every_sample_once_in_full_batches_and_the_next_is_another_o
 
 
 def test_images_are_binary():
-    assert Trainer(config(), DATA, "job").images.unique().tolist() == [0.0, 1.0]
+    assert DigitsTrainer(config(), DATA, "job").images.unique().tolist() == [0.0, 1.0]
 
 
 def test_a_seed_gives_the_same_record_and_another_seed_another():
-    records = [without_time(run(Trainer(config(seed=seed), DATA, "job"))) for seed in (1, 1, 2)]
+    records = [without_time(run(DigitsTrainer(config(seed=seed), DATA, "job"))) for seed in (1, 1, 2)]
     assert records[0] == records[1]
     assert records[0] != records[2]
 
@@ -70,14 +70,14 @@ def test_a_seed_gives_the_same_record_and_another_seed_another():
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_continues_from_any_step_to_the_same_numbers(tmp_path, stop, batch_norm):
     settings = config(batch_norm=batch_norm, dropout=0.3, watch=True)
-    whole = run(Trainer(settings, DATA, "job"))
-    first = Trainer(settings, DATA, "job")
+    whole = run(DigitsTrainer(settings, DATA, "job"))
+    first = DigitsTrainer(settings, DATA, "job")
     steps = first.run()
     for _ in range(stop):
         next(steps)
     checkpoint.save(first.state_dict(), tmp_path / "job.pt")
     torch.rand(7)  # whatever else happens in the process
-    second = Trainer(settings, DATA, "job")
+    second = DigitsTrainer(settings, DATA, "job")
     state = checkpoint.load(tmp_path / "job.pt")
     assert state is not None
     second.load_state_dict(state)
@@ -86,14 +86,14 @@ def test_continues_from_any_step_to_the_same_numbers(tmp_path, stop, batch_norm)
 
 
 def test_a_checkpoint_of_other_settings_is_refused():
-    state = Trainer(config(), DATA, "job").state_dict()
+    state = DigitsTrainer(config(), DATA, "job").state_dict()
     with pytest.raises(CheckpointError, match="other settings"):
-        Trainer(config(rate=0.2), DATA, "job").load_state_dict(state)
+        DigitsTrainer(config(rate=0.2), DATA, "job").load_state_dict(state)
 
 
 def test_a_torn_checkpoint_says_what_to_do(tmp_path):
     path = tmp_path / "job.pt"
-    checkpoint.save(Trainer(config(), DATA, "job").state_dict(), path)
+    checkpoint.save(DigitsTrainer(config(), DATA, "job").state_dict(), path)
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -116,7 +116,7 @@ def test_saving_replaces_the_checkpoint_in_one_step(tmp_path, monkeypatch):
 
 
 def test_inference_uses_the_statistics_of_algorithm_2():
-    trainer = Trainer(config(steps=30), DATA, "job")
+    trainer = DigitsTrainer(config(steps=30), DATA, "job")
     run(trainer)
     inference = trainer._inference_model()
     before = copy.deepcopy(trainer.model.state_dict())
@@ -142,7 +142,7 @@ def test_inference_uses_the_statistics_of_algorithm_2():
 
 
 def test_evaluations_report_both_kinds_of_statistics_and_the_percentiles():
-    trainer = Trainer(config(steps=30, watch=True), DATA, "job")
+    trainer = DigitsTrainer(config(steps=30, watch=True), DATA, "job")
     *_, evaluation, result = run(trainer)
     assert isinstance(evaluation, Evaluation)
     inputs: list[torch.Tensor] = []
@@ -161,7 +161,7 @@ def test_evaluations_report_both_kinds_of_statistics_and_the_percentiles():
 
 
 def test_travel_is_the_path_of_the_median_in_widths():
-    trainer = Trainer(config(steps=30, watch=True), DATA, "job")
+    trainer = DigitsTrainer(config(steps=30, watch=True), DATA, "job")
     *_, evaluation, _ = run(trainer)
     assert isinstance(evaluation, Evaluation)
     medians = [w[1].tolist() for w in trainer.watched]
@@ -175,7 +175,9 @@ def test_travel_is_the_path_of_the_median_in_widths():
 
 
 def test_divergence_ends_the_run_and_is_recorded():
-    *evaluations, result = run(Trainer(config(batch_norm=False, nonlinearity="relu", rate=1e6), DATA, "job"))
+    *evaluations, result = run(
+        DigitsTrainer(config(batch_norm=False, nonlinearity="relu", rate=1e6), DATA, "job")
+    )
     assert isinstance(result, Result)
     assert result.diverged
     assert result.steps == 10 < 40
@@ -185,4 +187,4 @@ def test_divergence_ends_the_run_and_is_recorded():
 def test_too_few_images_for_a_batch_is_an_error():
     few = Digits(DATA.train_images[:59], DATA.train_labels[:59], DATA.test_images, DATA.test_labels)
     with pytest.raises(DataError, match="59 training images"):
-        Trainer(config(), few, "job")
+        DigitsTrainer(config(), few, "job")

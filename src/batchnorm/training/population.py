@@ -1,0 +1,54 @@
+"""Algorithm 2, lines 8 to 11: what a trained network's BN normalises by when it is used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def inference_copy(
+    model: Model, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] = nn.Module.__call__
+) -> Model:
+    """A copy of `model` in evaluation mode, its BN by the population statistics over `batches`.
+
+    E[x] = E_B[mean_B] and Var[x] = E_B[count/(count - 1)·variance_B] over training batches of the same
+    size: which is what running statistics with momentum=None become. Everything but BN is in evaluation
+    mode meanwhile: dropout would add a variance of its own. Of several processes, each with batches of its own,
+    all get the mean over all of them.
+
+    forward: how the model sees a batch.
+    """
+    model = copy.deepcopy(model).eval()
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    if norms:
+        with torch.no_grad():
+            for batch in batches:
+                forward(model, batch)
+        _average_over_processes(norms)
+    return model.eval()
+
+
+def _average_over_processes(norms: list[_NormBase]) -> None:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    buffers = [
+        buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
+    ]
+    joined = torch.cat([buffer.double().flatten() for buffer in buffers])
+    dist.all_reduce(joined)
+    joined /= dist.get_world_size()
+    parts = joined.split([buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
