@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from batchnorm.layers import BatchNorm2d
 Nonlinearity = Literal["relu", "sigmoid"]
 Stem = Literal["imagenet", "small"]
 _NONLINEARITIES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
-_EPS = 1e-3  # the paper gives none; both of Google's public implementations have this one
+_EPS = 1e-3  # the paper gives none; TF-slim and soumith's version for Torch have this one
 
 
 class Row(NamedTuple):
@@ -60,16 +62,17 @@ class BNInception(nn.Module):
 
     By default as TF-slim reads figure 5: 96 channels from the pooling branch in 4c and 4d, where the printed 128
     contradicts the printed sums, and a separable first convolution. 11.19 M parameters; with the auxiliary head
-    13.60 M, which may be what the paper counted as 13.6 M. 69 BN layers.
+    13.60 M, which may be what the paper counted as 13.6 M. 69 BN layers, and one in the auxiliary head, whose hidden
+    layer has none.
 
-    Without batch normalization convolutions have biases, and nothing else changes: networks with and without BN start
-    from the same weights when `generator` has the same seed.
+    Without batch normalization convolutions have biases (all but the depthwise one), and nothing else changes: networks
+    with and without BN start from the same weights when `generator` has the same seed.
 
     Args:
         num_classes: number of outputs, logits.
         batch_norm: BN before each nonlinearity, fused with it; the convolutions' biases, which β replaces, are dropped.
         activation: "relu" or "sigmoid".
-        width: multiplies every number of channels.
+        width: multiplies every number of channels but the depthwise convolution's.
         stem: "imagenet" for images of 224 pixels: three halvings, to 28, before module 3a. "small" for 28 to 64 pixels:
             3×3 convolutions and one halving.
         in_channels: of the images.
@@ -85,7 +88,8 @@ class BNInception(nn.Module):
         image_size: height and width in pixels, where something depends on it: `per_activation` and `auxiliary`. By
             default 224, or 28 with the small stem.
         init_gain: multiplies the convolutions' initial weights: normal, of variance 2/fan-in for ReLU, 1/fan-in for
-            sigmoid (He et al. 2015; the paper does not say). Biases and β start at 0, γ at 1.
+            sigmoid (He et al. 2015; the paper does not say). Linear layers start with 1/fan-in either way, and
+            unmultiplied. Biases and β start at 0, γ at 1.
         generator: source of the initial weights.
 
     Raises: ValueError for a name, number or combination that is none of the above.
@@ -111,9 +115,9 @@ class BNInception(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check(activation, stem, width, per_activation, batch_norm)
+        _check(activation, stem, width, pool_proj_4cd, image_size, per_activation, batch_norm)
         make = _Maker(batch_norm, activation, width)
-        size = image_size or _NATURAL_SIZE[stem]
+        size = _NATURAL_SIZE[stem] if image_size is None else image_size
         if stem == "imagenet":
             self.stem = _imagenet_stem(make, in_channels, separable_stem, local_response_norm)
             size = -(-size // 8)
@@ -127,16 +131,18 @@ class BNInception(nn.Module):
                 row = row._replace(projection=pool_proj_4cd)
             if row.one == 0:
                 size = -(-size // 2)
-            make.spatial = (size, size) if row.name in per_activation else None
-            block = Mixed(channels, row, make)
+            spatial = (size, size) if row.name in per_activation else None
+            block = Mixed(channels, row, replace(make, spatial=spatial))
             self.blocks[row.name] = block
             channels = block.out_channels
-            if auxiliary and row.name == _AUXILIARY_AFTER:
-                make.spatial = None
-                self.auxiliary = _auxiliary_head(make, channels, size, num_classes)
+            if row.name == _AUXILIARY_AFTER:
+                halfway = channels, size
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(channels, num_classes)
-        self.auxiliary_after = _AUXILIARY_AFTER if auxiliary else None
+        self.auxiliary_after = None
+        if auxiliary:  # last, so that the other weights are the same without it
+            self.auxiliary_after = _AUXILIARY_AFTER
+            self.auxiliary = _auxiliary_head(make, *halfway, num_classes)
         _initialise(self, activation, init_gain, generator)
 
     def forward(self, images: Tensor) -> Tensor | Outputs:
@@ -184,12 +190,14 @@ class Mixed(nn.Module):
         return torch.cat([branch(x) for branch in self.branches.values()], 1)
 
 
+@dataclass(frozen=True)
 class _Maker:
-    """What all units of a network have in common; `spatial` while their BN is to be per activation."""
+    """What all units of a network have in common; `spatial` where their BN is per activation."""
 
-    def __init__(self, batch_norm: bool, activation: Nonlinearity, width: float) -> None:
-        self.batch_norm, self.activation, self.width = batch_norm, activation, width
-        self.spatial: tuple[int, int] | None = None
+    batch_norm: bool
+    activation: Nonlinearity
+    width: float
+    spatial: tuple[int, int] | None = None
 
     def channels(self, number: int) -> int:
         return max(1, round(number * self.width))
@@ -203,31 +211,45 @@ class _Maker:
     def normalised(self, convolution: nn.Conv2d) -> nn.Sequential:
         """`convolution`, BN and the nonlinearity."""
         if not self.batch_norm:
-            return nn.Sequential(convolution, _NONLINEARITIES[self.activation]())
+            nonlinearity = _NONLINEARITIES[self.activation]()
+            return _named(convolution=convolution, nonlinearity=nonlinearity)
         width = convolution.out_channels
         features = width if self.spatial is None else (width, *self.spatial)
-        return nn.Sequential(convolution, BatchNorm2d(features, _EPS, activation=self.activation))
+        return _named(convolution=convolution, norm=BatchNorm2d(features, _EPS, activation=self.activation))
+
+
+def _named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
 
 
 def _imagenet_stem(make: _Maker, in_channels: int, separable: bool, lrn: bool) -> nn.Sequential:
     width, bias = make.channels(64), not make.batch_norm
-    first: list[nn.Module]
     if separable:
         depthwise = nn.Conv2d(in_channels, 8 * in_channels, 7, 2, 3, groups=in_channels, bias=False)
-        first = [depthwise, make.normalised(nn.Conv2d(8 * in_channels, width, 1, bias=bias))]
+        pointwise = make.normalised(nn.Conv2d(8 * in_channels, width, 1, bias=bias))
+        first = {"depthwise": depthwise, "first": pointwise}
     else:
-        first = [make.normalised(nn.Conv2d(in_channels, width, 7, 2, 3, bias=bias))]
-    return nn.Sequential(*first, nn.MaxPool2d(3, 2, 1), *_second(make, lrn), nn.MaxPool2d(3, 2, 1))
+        first = {"first": make.normalised(nn.Conv2d(in_channels, width, 7, 2, 3, bias=bias))}
+    return _named(
+        **first, pool=nn.MaxPool2d(3, 2, 1), **_second(make, lrn), second_pool=nn.MaxPool2d(3, 2, 1)
+    )
 
 
 def _small_stem(make: _Maker, in_channels: int, lrn: bool) -> nn.Sequential:
-    return nn.Sequential(make.unit(in_channels, 64, 3), nn.MaxPool2d(3, 2, 1), *_second(make, lrn))
+    return _named(first=make.unit(in_channels, 64, 3), pool=nn.MaxPool2d(3, 2, 1), **_second(make, lrn))
 
 
-def _second(make: _Maker, lrn: bool) -> list[nn.Module]:
+def _second(make: _Maker, lrn: bool) -> dict[str, nn.Module]:
     """The stem's 1×1 and 3×3 convolutions; LRN where GoogLeNet has it, before and after them."""
-    local = [nn.LocalResponseNorm(5)] if lrn else []
-    return [*local, make.unit(make.channels(64), 64, 1), make.unit(make.channels(64), 192, 3), *local]
+    reduce, second = make.unit(make.channels(64), 64, 1), make.unit(make.channels(64), 192, 3)
+    if not lrn:
+        return {"reduce": reduce, "second": second}
+    return {
+        "local_norm": nn.LocalResponseNorm(5),
+        "reduce": reduce,
+        "second": second,
+        "second_local_norm": nn.LocalResponseNorm(5),
+    }
 
 
 def _auxiliary_head(make: _Maker, channels: int, size: int, num_classes: int) -> nn.Sequential:
@@ -262,13 +284,22 @@ def _initialise(
 
 
 def _check(
-    activation: str, stem: str, width: float, per_activation: Collection[str], batch_norm: bool
+    activation: str,
+    stem: str,
+    width: float,
+    pool_proj_4cd: int,
+    image_size: int | None,
+    per_activation: Collection[str],
+    batch_norm: bool,
 ) -> None:
     for what, value, known in (("activation", activation, _NONLINEARITIES), ("stem", stem, _NATURAL_SIZE)):
         if value not in known:
             raise ValueError(f"no {what} {value!r}: choose from {', '.join(known)}")
     if not 0 < width < math.inf:
         raise ValueError(f"width multiplies the numbers of channels: it must be positive, not {width}")
+    for name, number in (("pool_proj_4cd", pool_proj_4cd), ("image_size", image_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be positive, not {number}")
     modules = [row.name for row in FIGURE_5 if row.one]
     unknown = [name for name in per_activation if name not in modules]
     if unknown:
