@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm.data.digits import Digits
-from batchnorm.experiments.claim import Settings
+from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.experiments.mnist import mnist_experiment
 from batchnorm.records import Run, Verdict, read
 from tests.test_cli import batchnorm
@@ -111,7 +111,7 @@ def test_the_page_of_experiments_is_what_its_records_say(monkeypatch):
 def test_the_records_of_the_documentation_are_those_of_this_code():
     head, *verdicts = read(ROOT / "docs" / "measured.jsonl")
     assert isinstance(head, Run)
-    settings = Settings.model_validate(head.config)
+    settings = DigitsSettings.model_validate(head.config)
     claims = {claim.name: claim for claim in mnist_experiment(settings, Digits.load()).claims}
     assert [verdict.claim for verdict in verdicts if isinstance(verdict, Verdict)] == list(claims)
     for verdict in verdicts:

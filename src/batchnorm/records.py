@@ -59,6 +59,12 @@ class Evaluation(_Record):
         description="on the test set, 0 to 1; with BN by Algorithm 2's population statistics"
     )
     accuracy_moving: float | None = Field(None, description="with BN: by the moving averages instead")
+    accuracy_top5: float | None = Field(
+        None, description="the share of images whose class is among the five likeliest"
+    )
+    accuracy_average: float | None = Field(
+        None, description="of the average of the weights, its population statistics estimated anew"
+    )
     percentiles: tuple[float, float, float] | None = Field(
         None,
         description="15th, 50th, 85th of the input to one sigmoid of the last hidden layer on the test set",
@@ -81,7 +87,7 @@ class Result(_Record):
     loss: float
     accuracy: float
     accuracy_moving: float | None = None
-    train_accuracy: float
+    train_accuracy: float | None = None
     seconds: float
 
 

@@ -3,22 +3,23 @@
 import pytest
 
 from batchnorm.data.digits import Digits
-from batchnorm.experiments.claim import Claim, Curve, Settings, spread
-from batchnorm.experiments.figure_1 import RATES, STDS, Figure1, best
-from batchnorm.experiments.higher_rates import HigherRates
-from batchnorm.experiments.initial_weights import InitialWeights
+from batchnorm.experiments.claim import Claim, Curve, spread
 from batchnorm.experiments.mnist import claim_names, mnist_experiment
-from batchnorm.experiments.regularization import Regularization
-from batchnorm.experiments.saturation import Saturation
+from batchnorm.experiments.mnist.figure_1 import RATES, STDS, Figure1, best
+from batchnorm.experiments.mnist.higher_rates import HigherRates
+from batchnorm.experiments.mnist.initial_weights import InitialWeights
+from batchnorm.experiments.mnist.regularization import Regularization
+from batchnorm.experiments.mnist.saturation import Saturation
+from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.digits import Training
 from batchnorm.training.schedule import evaluation_steps
 
 DATA = Digits.load()
-SETTINGS = Settings(steps=10_000, seeds=2)
+SETTINGS = DigitsSettings(steps=10_000, seeds=2)
 
 
-def curve(job: str, config: Training, reaches: dict[float, int], train: float = 1.0) -> Curve:
+def curve(job: str, config: Training, reaches: dict[float, int], train: float = 1.0) -> Curve[Training]:
     """A network whose test accuracy jumps to each accuracy at the given step."""
     evaluations = [
         Evaluation(
@@ -45,8 +46,10 @@ def curve(job: str, config: Training, reaches: dict[float, int], train: float = 
     return Curve(config, evaluations, result)
 
 
-def train_all(claim: Claim, reaches, train=lambda config: 1.0) -> dict[str, Curve]:
-    curves: dict[str, Curve] = {}
+def train_all(
+    claim: Claim[DigitsSettings, Training], reaches, train=lambda config: 1.0
+) -> dict[str, Curve[Training]]:
+    curves: dict[str, Curve[Training]] = {}
     while missing := {n: c for n, c in claim.jobs(SETTINGS, curves).items() if n not in curves}:
         curves |= {
             name: curve(name, config, reaches(config), train(config)) for name, config in missing.items()
@@ -200,7 +203,7 @@ def test_a_claim_whose_networks_have_not_all_ended_is_incomplete(name):
 
 
 def test_no_run_is_longer_than_the_steps_asked_for():
-    settings = Settings(steps=70, claims=claim_names())
+    settings = DigitsSettings(steps=70, claims=claim_names())
     for claim in mnist_experiment(settings, DATA).claims:
         assert {config.steps for config in claim.jobs(settings, {}).values()} == {70}
 

@@ -91,7 +91,7 @@ def mnist(
         "claims": claims and (claim_names() if claims == "all" else words(claims)),
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    folder = out or (settings.newest_run() if resume else new_folder("mnist"))
+    folder = out or (settings.newest_run("mnist") if resume else new_folder("mnist"))
     _run(folder, chosen, resume, workers)
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.cli.terminal import RUNS, Failure, from_options, option
 
 if TYPE_CHECKING:
-    from batchnorm.experiments.claim import Settings
+    from batchnorm.experiments.mnist.settings import DigitsSettings
 
 
-def chosen_for(folder: Path, chosen: dict[str, Any]) -> Settings:
+def chosen_for(folder: Path, chosen: dict[str, Any]) -> DigitsSettings:
     """Those of a new run in `folder`; what was not chosen takes its default."""
-    from batchnorm.experiments.claim import Settings
     from batchnorm.experiments.mnist import claim_names
+    from batchnorm.experiments.mnist.settings import DigitsSettings
 
     if (folder / "records.jsonl").exists():
         raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
@@ -22,14 +22,14 @@ def chosen_for(folder: Path, chosen: dict[str, Any]) -> Settings:
     if unknown:
         names = ", ".join(claim_names())
         raise Failure(f"no claim {', '.join(sorted(unknown))}: choose from {names}, or all")
-    return from_options(Settings, chosen)
+    return from_options(DigitsSettings, chosen)
 
 
-def read_from(folder: Path, chosen: dict[str, Any]) -> Settings:
+def read_from(folder: Path, chosen: dict[str, Any]) -> DigitsSettings:
     """Those of the run in `folder`, with which what was chosen must agree."""
     from pydantic import ValidationError
 
-    from batchnorm.experiments.claim import Settings
+    from batchnorm.experiments.mnist.settings import DigitsSettings
     from batchnorm.records import Run, read
 
     path = folder / "records.jsonl"
@@ -37,7 +37,7 @@ def read_from(folder: Path, chosen: dict[str, Any]) -> Settings:
     if not isinstance(head, Run):
         raise Failure(f"{path} does not begin with a run record: it is not a run that can be continued")
     try:
-        settings = Settings.model_validate(head.config)
+        settings = DigitsSettings.model_validate(head.config)
     except ValidationError as error:
         raise Failure(
             f"{path} was written by another version: {error.errors()[0]['msg']}; start a new run"
@@ -49,20 +49,20 @@ def read_from(folder: Path, chosen: dict[str, Any]) -> Settings:
     return settings
 
 
-def newest_run() -> Path:
-    """The folder of the newest run that was stopped, or of the newest one."""
-    runs = sorted(RUNS.glob("mnist-*/records.jsonl"), key=lambda path: -path.stat().st_mtime)
+def newest_run(kind: str) -> Path:
+    """The folder of the newest run of a kind that was stopped, or of the newest one."""
+    runs = sorted(RUNS.glob(f"{kind}-*/records.jsonl"), key=lambda path: -path.stat().st_mtime)
     if not runs:
-        raise Failure(f"no run to continue in {RUNS}/: name its folder with --out")
+        raise Failure(f"no {kind} run to continue in {RUNS}/: name its folder with --out")
     return next((path for path in runs if not _complete(path)), runs[0]).parent
 
 
 def _complete(path: Path) -> bool:
-    """Whether a run came to its end: its last record is a verdict, and not that it is incomplete."""
-    from batchnorm.records import RecordError, Verdict, read
+    """Whether a run came to its end: its last record is a result, or a verdict and not that it is incomplete."""
+    from batchnorm.records import RecordError, Result, Verdict, read
 
     try:
         *_, last = read(path)
     except (RecordError, ValueError):  # broken, or empty
         return False
-    return isinstance(last, Verdict) and last.outcome != "incomplete"
+    return isinstance(last, Result) or (isinstance(last, Verdict) and last.outcome != "incomplete")

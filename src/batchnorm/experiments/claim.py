@@ -6,12 +6,12 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchnorm.records import Chart, Evaluation, Result, Table, Verdict
-from batchnorm.training.digits import Training
 
 
 class Settings(BaseModel):
@@ -19,21 +19,38 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: str = "mnist-10k"
-    steps: int = Field(50_000, ge=1, description="of the longest run; no run is longer")
+    data: str
     seeds: int = Field(3, ge=1, description="networks are trained from seeds 0, 1, ...")
-    rate: float = Field(0.1, gt=0, description="the learning rate that both networks share")
-    init_std: float = Field(0.1, gt=0, description="standard deviation of the hidden layers' initial weights")
-    claims: tuple[str, ...] = ("figure-1",)
+    claims: tuple[str, ...]
+
+
+class Job(Protocol):
+    """The configuration of one network, or of something else that a worker does."""
+
+    @property
+    def steps(self) -> int:
+        """How many it takes."""
+
+    @property
+    def cost(self) -> float:
+        """How long it takes, in a unit that an experiment's jobs share."""
+
+
+S = TypeVar("S", bound=Settings)
+J = TypeVar("J", bound=Job)
 
 
 @dataclass
-class Curve:
-    """What one network recorded: the evaluations, and the result once it has ended."""
+class Curve(Generic[J]):
+    """What one network recorded: the evaluations, and the result once it has ended.
 
-    config: Training
+    checkpoint: where its state is.
+    """
+
+    config: J
     evaluations: list[Evaluation] = field(default_factory=list)
     result: Result | None = None
+    checkpoint: Path | None = None
 
     def steps_to(self, accuracy: float) -> int | None:
         """The first evaluated step with at least this test accuracy."""
@@ -45,7 +62,7 @@ class Curve:
         return max((e.accuracy for e in self.evaluations), default=0.0)
 
 
-Curves = Mapping[str, Curve]
+Curves = Mapping[str, Curve[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Finding:
     steps_ratio: dict[str, float] | None = None
 
 
-class Claim(ABC):
+class Claim(ABC, Generic[S, J]):
     """One claim. `name`, `title`, `source` and `expected` are those of its verdict."""
 
     name: str
@@ -67,25 +84,25 @@ class Claim(ABC):
     expected: str
 
     @abstractmethod
-    def choices(self, settings: Settings) -> list[str]:
+    def choices(self, settings: S) -> list[str]:
         """What the paper leaves open and we chose, a sentence each."""
 
     @abstractmethod
-    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
+    def jobs(self, settings: S, curves: Curves) -> dict[str, J]:
         """The networks to train, by name, as far as they are known from the `curves` that have ended.
 
         Asked again whenever all of them have ended, so that later networks may depend on earlier ones.
         """
 
     @abstractmethod
-    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
+    def charts(self, settings: S, curves: Curves) -> list[Chart]:
         """The pictures, of whatever curves there are."""
 
     @abstractmethod
-    def find(self, settings: Settings, curves: Curves) -> Finding:
+    def find(self, settings: S, curves: Curves) -> Finding:
         """The finding, once every curve has ended."""
 
-    def verdict(self, settings: Settings, curves: Curves) -> Verdict:
+    def verdict(self, settings: S, curves: Curves) -> Verdict:
         """The verdict: that of `find` when every network has ended, else "incomplete"."""
         outcome: Literal["seen", "not seen here", "incomplete"]
         jobs = self.jobs(settings, curves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from batchnorm.experiments.claim import Job
 from batchnorm.records import Result, Verdict
-from batchnorm.training.digits import Training
 from batchnorm.training.workers import Progress as Step
 
 
@@ -34,7 +34,7 @@ class Display:
             disable=not console.is_terminal,
         )
         self._all: TaskID | None = None
-        self._jobs: dict[str, Training] = {}
+        self._jobs: dict[str, Job] = {}
         self._steps: dict[str, int] = {}
         self._running: dict[str, TaskID] = {}
         self._ended = 0
@@ -49,7 +49,7 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def planned(self, jobs: dict[str, Training]) -> None:
+    def planned(self, jobs: Mapping[str, Job]) -> None:
         """Lengthen the bar by these networks."""
         self._jobs |= jobs
         self._refresh()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
-from typing import Protocol
+from typing import Generic, Protocol
 
 from batchnorm import report
-from batchnorm.experiments.claim import Claim, Curve, Settings
-from batchnorm.experiments.tensorboard import EventFiles
+from batchnorm.experiments.claim import Claim, Curve, J, Job, S
 from batchnorm.records import Evaluation, RecordFile, Result, Run, Verdict
-from batchnorm.training.digits import Training
+from batchnorm.training.interruption import Interruption
 from batchnorm.training.machine import machine, versions
-from batchnorm.training.workers import Outcome, Progress, WorkerDied, Workers
+from batchnorm.training.tensorboard import EventFiles
+from batchnorm.training.workers import Make, Outcome, Progress, WorkerDied, Workers
 
 
 class Stopped(Exception):
@@ -26,7 +25,7 @@ class Stopped(Exception):
 class Watcher(Protocol):
     """Who is told how the run goes; the command line shows a progress bar."""
 
-    def planned(self, jobs: dict[str, Training]) -> None:
+    def planned(self, jobs: Mapping[str, Job]) -> None:
         """These networks are about to be trained, in addition to those before."""
 
     def progress(self, progress: Progress) -> None:
@@ -39,20 +38,23 @@ class Watcher(Protocol):
         """The user asked to stop; checkpoints are being written."""
 
 
-class Experiment:
+class Experiment(Generic[S, J]):
     """Claims of the paper, tested together in one run folder.
 
     title: what the page is called.
     claims: judged in this order, so that the last verdict is the last record.
     data: the data set in words.
+    make: what a worker makes of a job.
     """
 
-    def __init__(self, name: str, title: str, claims: Sequence[Claim], data: str) -> None:
-        self.name, self.title, self.claims, self.data = name, title, claims, data
+    def __init__(
+        self, name: str, title: str, claims: Sequence[Claim[S, J]], data: str, make: Make[J]
+    ) -> None:
+        self.name, self.title, self.claims, self.data, self.make = name, title, claims, data, make
 
     def run(
         self,
-        settings: Settings,
+        settings: S,
         folder: Path,
         command: str,
         watcher: Watcher,
@@ -65,14 +67,21 @@ class Experiment:
         Raises: Stopped after Ctrl-C or SIGTERM, when records, page and checkpoints have been written.
         """
         with ExitStack() as stack:
-            interrupted = stack.enter_context(_Interruption(watcher))
+            pools: list[Workers[J]] = []  # once there is one; before, nothing is in training
+
+            def stop(_: signal.Signals) -> None:
+                for pool in pools:
+                    pool.stop()
+                watcher.stopping()
+
+            interrupted = stack.enter_context(Interruption(stop))
             records = stack.enter_context(RecordFile(folder / "records.jsonl"))
             if not records.records:
                 records.append(self._head(settings, command))
             events = stack.enter_context(EventFiles(folder / "tensorboard"))
-            pool = stack.enter_context(Workers(settings.data, folder / "checkpoints", workers))
-            interrupted.pool = pool
-            curves: dict[str, Curve] = {}
+            pool = stack.enter_context(Workers(self.make, folder / "checkpoints", workers))
+            pools.append(pool)
+            curves: dict[str, Curve[J]] = {}
             while not interrupted.seen:
                 jobs = self._jobs(settings, curves)
                 if not jobs:
@@ -95,9 +104,9 @@ class Experiment:
                 raise Stopped
         return verdicts
 
-    def _jobs(self, settings: Settings, curves: dict[str, Curve]) -> dict[str, Training]:
+    def _jobs(self, settings: S, curves: dict[str, Curve[J]]) -> dict[str, J]:
         """What the claims need and nobody has trained yet, the longest first so that no core waits at the end."""
-        wanted: dict[str, Training] = {}
+        wanted: dict[str, J] = {}
         for claim in self.claims:
             wanted |= claim.jobs(settings, curves)
         missing = [(name, config) for name, config in wanted.items() if name not in curves]
@@ -105,9 +114,9 @@ class Experiment:
 
     def _train(
         self,
-        jobs: dict[str, Training],
-        curves: dict[str, Curve],
-        pool: Workers,
+        jobs: dict[str, J],
+        curves: dict[str, Curve[J]],
+        pool: Workers[J],
         records: RecordFile,
         events: EventFiles,
         watcher: Watcher,
@@ -134,9 +143,11 @@ class Experiment:
                 evaluations = [record for record in outcome.records if isinstance(record, Evaluation)]
                 if evaluations:
                     result = _result(outcome) if outcome.finished else None
-                    curves[outcome.job] = Curve(jobs[outcome.job], evaluations, result)
+                    curves[outcome.job] = Curve(
+                        jobs[outcome.job], evaluations, result, pool.checkpoint(outcome.job)
+                    )
 
-    def _head(self, settings: Settings, command: str) -> Run:
+    def _head(self, settings: S, command: str) -> Run:
         return Run(
             experiment=self.name,
             title=self.title,
@@ -154,28 +165,3 @@ def _result(outcome: Outcome) -> Result:
     last = outcome.records[-1]
     assert isinstance(last, Result)
     return last
-
-
-class _Interruption:
-    """Turns Ctrl-C and SIGTERM into a polite stop; a second one is as rude as ever."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self.seen = False
-        self.pool: Workers | None = None  # once there is one; before, nothing is in training
-        self._watcher = watcher
-
-    def __enter__(self) -> _Interruption:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
-        if self.pool is not None:
-            self.pool.stop()
-        self._watcher.stopping()

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from batchnorm.models.inception import Nonlinearity, Stem
 
+# What may change when a run is continued: where it runs and how often its state is saved, but no number.
+ELSEWHERE = {"machine", "checkpoints"}
 INCEPTION: Literal["bn-inception"] = "bn-inception"
 
 
@@ -105,7 +107,9 @@ class Schedule(_Section):
     )
     seed: int = Field(0, ge=0, description="of initial weights, data order, distortions and dropout")
     sync: bool = Field(False, description="BN normalises by the samples of all processes")
-    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of activations")
+    precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="of activations; float64 that of the weights too, to compare runs by"
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, kept beside them"
     )

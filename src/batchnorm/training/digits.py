@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class Training(BaseModel):
     watch: bool = Field(False, description="record what the last hidden layer's nonlinearities see")
 
     @property
-    def cost(self) -> int:
+    def cost(self) -> float:
         """How long it takes, in steps without BN; a step with BN takes about two of them."""
         return self.steps * (2 if self.batch_norm else 1)
 
@@ -217,3 +219,13 @@ def _travel(watched: list[Tensor]) -> float | None:
     low, median, high = torch.stack(watched).unbind(1)  # each (evaluations, units)
     path = median.diff(dim=0).abs().sum(0)
     return (path / (high - low).mean(0)).mean().item()
+
+
+def digits_trainer(source: str, config: Training, job: str, folder: Path) -> DigitsTrainer:
+    """What a worker trains; `source` names the data, which a process loads once."""
+    return DigitsTrainer(config, _loaded(source), job)
+
+
+@cache
+def _loaded(source: str) -> Digits:
+    return Digits.load(source)

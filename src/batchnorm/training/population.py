@@ -27,7 +27,7 @@ def inference_copy(
     forward: how the model sees a batch.
     """
     model = copy.deepcopy(model).eval()
-    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    norms = _norms(model)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -38,6 +38,15 @@ def inference_copy(
                 forward(model, batch)
         _average_over_processes(norms)
     return model.eval()
+
+
+def has_norms(model: nn.Module) -> bool:
+    """Whether any layer of `model` keeps running statistics."""
+    return bool(_norms(model))
+
+
+def _norms(model: nn.Module) -> list[_NormBase]:
+    return [module for module in model.modules() if isinstance(module, _NormBase)]
 
 
 def _average_over_processes(norms: list[_NormBase]) -> None:

@@ -46,5 +46,11 @@ class EventFiles:
         writer.add_scalar("accuracy/test", evaluation.accuracy, evaluation.step)
         if evaluation.accuracy_moving is not None:
             writer.add_scalar("accuracy/test by moving averages", evaluation.accuracy_moving, evaluation.step)
+        if evaluation.accuracy_average is not None:
+            writer.add_scalar(
+                "accuracy/test of averaged weights", evaluation.accuracy_average, evaluation.step
+            )
+        if evaluation.accuracy_top5 is not None:
+            writer.add_scalar("accuracy/test among five", evaluation.accuracy_top5, evaluation.step)
         for name, value in zip(("15th", "50th", "85th"), evaluation.percentiles or (), strict=False):
             writer.add_scalar(f"sigmoid input/{name} percentile", value, evaluation.step)

@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from threading import Thread, Timer
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
-from batchnorm.data.digits import Digits
 from batchnorm.memory import keep_memory
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
-from batchnorm.training.digits import DigitsTrainer, Training
 
 _CHECKPOINT_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 10.0
@@ -52,20 +50,48 @@ class Outcome:
     finished: bool
 
 
-class Workers:
+class Trains(Protocol):
+    """What a worker runs: it can stop after any yield, and another one that is given its state goes on."""
+
+    job: str
+    step: int
+    evaluations: list[Evaluation]
+
+    def run(self) -> Iterator[Evaluation | Result | None]:
+        """Do it; yield what is worth recording, the result last, and None at moments that are good to stop at."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+J_contra = TypeVar("J_contra", contravariant=True)
+J = TypeVar("J")
+
+
+class Make(Protocol[J_contra]):
+    """From a configuration, a name and the folder of all checkpoints to what a worker runs; can be pickled."""
+
+    def __call__(self, config: J_contra, job: str, folder: Path, /) -> Trains:
+        """Make it."""
+
+
+class Workers(Generic[J]):
     """A pool of processes that train networks; a context manager.
 
-    data: the name or folder of the data set, as for `Digits.load`; each process loads its own copy.
+    make: what a process makes of a configuration.
     checkpoints: the folder that holds one file a network.
     count: number of processes; by default one a core.
     """
 
-    def __init__(self, data: str, checkpoints: Path, count: int | None = None) -> None:
+    def __init__(self, make: Make[J], checkpoints: Path, count: int | None = None) -> None:
         context = multiprocessing.get_context("spawn")  # torch does not survive a fork with its threads
         self.count = count or available_cores()
         self._checkpoints, self._stopping = checkpoints, False
         self._stop, self._messages = context.Event(), context.Queue()
-        self._pool = ProcessPoolExecutor(self.count, context, _start, (data, self._messages, self._stop))
+        self._pool = ProcessPoolExecutor(self.count, context, _start, (make, self._messages, self._stop))
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +106,7 @@ class Workers:
             self._stopping = True
             self._stop.set()
 
-    def train(self, jobs: Mapping[str, Training]) -> Iterator[Progress | Outcome]:
+    def train(self, jobs: Mapping[str, J]) -> Iterator[Progress | Outcome]:
         """Train `jobs`, by name; yield their progress as it comes and an outcome each, until all have ended.
 
         A network that has a checkpoint continues from it.
@@ -89,7 +115,7 @@ class Workers:
         """
         with _signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
             pending: set[Future[Outcome]] = {
-                self._pool.submit(_train, name, config, self._checkpoints / f"{name}.pt")
+                self._pool.submit(_train, name, config, self.checkpoint(name))
                 for name, config in jobs.items()
             }
         while pending:
@@ -100,6 +126,10 @@ class Workers:
                     yield future.result()
                 except BrokenProcessPool:
                     raise WorkerDied("a training process was killed, or ran out of memory") from None
+
+    def checkpoint(self, job: str) -> Path:
+        """Where the state of a job is."""
+        return self._checkpoints / f"{job}.pt"
 
     def _progress(self) -> Iterator[Progress]:
         """What has arrived, after waiting for it a moment."""
@@ -128,20 +158,20 @@ def _signals_blocked() -> Iterator[None]:
 class _Here:
     """What a worker process was started with, and whether it was told to go."""
 
-    data: Digits
+    make: Make[Any]
     messages: multiprocessing.Queue[Progress]
     stop: Event
     training = False
     terminated = False
 
 
-def _start(data: str, messages: Any, stop: Event) -> None:
+def _start(make: Make[Any], messages: Any, stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _terminate)
     Thread(target=_leave_with_parent, daemon=True).start()
     keep_memory()
     torch.set_num_threads(1)  # the networks are small: a core each, and sums that never depend on the machine
-    _Here.data, _Here.messages, _Here.stop = Digits.load(data), messages, stop
+    _Here.make, _Here.messages, _Here.stop = make, messages, stop
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
@@ -163,10 +193,10 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _train(job: str, config: Training, path: Path) -> Outcome:
+def _train(job: str, config: Any, path: Path) -> Outcome:
     _Here.training = True
     try:
-        trainer = DigitsTrainer(config, _Here.data, job)
+        trainer = _Here.make(config, job, path.parent)
         state = checkpoint.load(path)
         if state is not None:
             trainer.load_state_dict(state)
@@ -177,7 +207,7 @@ def _train(job: str, config: Training, path: Path) -> Outcome:
         _Here.training = False
 
 
-def _run(trainer: DigitsTrainer, path: Path) -> Outcome:
+def _run(trainer: Trains, path: Path) -> Outcome:
     saved = told = time.monotonic()
     for record in trainer.run():
         if isinstance(record, Result):

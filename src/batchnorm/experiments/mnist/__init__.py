@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from batchnorm.data.digits import Digits
-from batchnorm.experiments.claim import Claim, Settings
-from batchnorm.experiments.figure_1 import Figure1
-from batchnorm.experiments.higher_rates import HigherRates
-from batchnorm.experiments.initial_weights import InitialWeights
-from batchnorm.experiments.regularization import Regularization
+from batchnorm.experiments.claim import Claim
+from batchnorm.experiments.mnist.figure_1 import Figure1
+from batchnorm.experiments.mnist.higher_rates import HigherRates
+from batchnorm.experiments.mnist.initial_weights import InitialWeights
+from batchnorm.experiments.mnist.regularization import Regularization
+from batchnorm.experiments.mnist.saturation import Saturation
+from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.experiments.run import Experiment
-from batchnorm.experiments.saturation import Saturation
-from batchnorm.training.digits import Training
+from batchnorm.training.digits import Training, digits_trainer
 
 # Figure 1 comes last: its verdict is the headline, and the last record.
-_CLAIMS: dict[str, type[Claim]] = {
+_CLAIMS: dict[str, type[Claim[DigitsSettings, Training]]] = {
     claim.name: claim for claim in (HigherRates, InitialWeights, Saturation, Regularization, Figure1)
 }
 _TITLES = {"mnist-10k": "handwritten digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
@@ -29,7 +32,7 @@ def claim_title(name: str) -> str:
     return _CLAIMS[name].title
 
 
-def mnist_experiment(settings: Settings, data: Digits) -> Experiment:
+def mnist_experiment(settings: DigitsSettings, data: Digits) -> Experiment[DigitsSettings, Training]:
     """Section 4.1 with the claims of `settings`, on `data`.
 
     Raises: DataError when the data do not fill one batch.
@@ -38,4 +41,4 @@ def mnist_experiment(settings: Settings, data: Digits) -> Experiment:
     title = f"Batch normalization on {_TITLES.get(settings.data, settings.data)}"
     claims = [_CLAIMS[name]() for name in _CLAIMS if name in settings.claims]
     described = f"{data.describe(settings.data)}, made binary: 1 where a pixel is above 127 of 255"
-    return Experiment("mnist", title, claims, described)
+    return Experiment("mnist", title, claims, described, partial(digits_trainer, settings.data))

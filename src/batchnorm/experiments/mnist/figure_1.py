@@ -14,7 +14,8 @@ from __future__ import annotations
 import statistics
 from itertools import product
 
-from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, Settings, label, net, percent, spread
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, label, net, percent, spread
+from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.digits import POPULATION_BATCHES, Training
 
@@ -30,7 +31,7 @@ BEST_STEPS = 5_000
 BEST_ACCURACY = 0.90
 
 
-class Figure1(Claim):
+class Figure1(Claim[DigitsSettings, Training]):
     """The three pictures of figure 1, at the same rate for both networks and at the best rate of each."""
 
     name = "figure-1"
@@ -41,7 +42,7 @@ class Figure1(Claim):
         "the same weights, and inputs to a sigmoid that move less"
     )
 
-    def choices(self, settings: Settings) -> list[str]:
+    def choices(self, settings: DigitsSettings) -> list[str]:
         """See `Claim.choices`."""
         return [
             f"Both networks at the same rate: plain SGD at {settings.rate:g}, Gaussian initial weights of standard "
@@ -58,7 +59,7 @@ class Figure1(Claim):
             "step 200 on at most 10 % apart.",
         ]
 
-    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
+    def jobs(self, settings: DigitsSettings, curves: Curves) -> dict[str, Training]:
         """Both networks at the shared rate for every seed, a sweep over rates and scales, then each at its best."""
         jobs = {}
         for seed in range(settings.seeds):
@@ -78,7 +79,7 @@ class Figure1(Claim):
                 )
         return jobs
 
-    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
+    def charts(self, settings: DigitsSettings, curves: Curves) -> list[Chart]:
         """Figure 1(a), figure 1(b, c), and 1(a) again with each network at its best rate."""
         charts = [
             _accuracy_chart(
@@ -101,7 +102,7 @@ class Figure1(Claim):
             )
         return charts
 
-    def find(self, settings: Settings, curves: Curves) -> Finding:
+    def find(self, settings: DigitsSettings, curves: Curves) -> Finding:
         """Steps to each accuracy and their ratio, at the same rate and at each network's best; how inputs move."""
         seeds = range(settings.seeds)
         same = {bn: [curves[_same(bn, seed)] for seed in seeds] for bn in (True, False)}
@@ -163,7 +164,7 @@ def _bests(curves: Curves) -> str:
     )
 
 
-def _end(curve: Curve) -> str:
+def _end(curve: Curve[Training]) -> str:
     end = curve.evaluations[-1]
     return f"{percent(end.accuracy)} after {end.step:,} steps"
 
@@ -184,7 +185,7 @@ def _best(bn: bool, seed: int) -> str:
     return f"best-{net(bn)}-seed{seed}"
 
 
-def _steps_table(curves: dict[bool, list[Curve]]) -> tuple[Table, dict[str, float]]:
+def _steps_table(curves: dict[bool, list[Curve[Training]]]) -> tuple[Table, dict[str, float]]:
     """Steps to each accuracy, and the mean over seeds of their ratio where every network got there."""
     rows, ratios = [], {}
     for accuracy in ACCURACIES:
@@ -202,7 +203,7 @@ def _steps_table(curves: dict[bool, list[Curve]]) -> tuple[Table, dict[str, floa
     return Table(columns=["accuracy", label(False), label(True), "ratio"], rows=rows, note=note), ratios
 
 
-def _end_table(curves: dict[bool, list[Curve]]) -> Table:
+def _end_table(curves: dict[bool, list[Curve[Training]]]) -> Table:
     rows = []
     for bn in (False, True):
         for curve in curves[bn]:
@@ -217,7 +218,7 @@ def _end_table(curves: dict[bool, list[Curve]]) -> Table:
                     percent(curve.best_accuracy, 2),
                     percent(result.accuracy, 2),
                     moving,
-                    percent(result.train_accuracy, 2),
+                    "–" if result.train_accuracy is None else percent(result.train_accuracy, 2),
                 ]
             )
     return Table(
@@ -228,12 +229,14 @@ def _end_table(curves: dict[bool, list[Curve]]) -> Table:
     )
 
 
-def _travel(curve: Curve) -> float | None:
+def _travel(curve: Curve[Training]) -> float | None:
     """The path so far at the last evaluation that a replicate shares with seed 0."""
     return next((e.travel for e in reversed(curve.evaluations) if e.step <= REPLICATE_STEPS), None)
 
 
-def _accuracy_chart(name: str, title: str, caption: str, curves: dict[bool, list[Curve | None]]) -> Chart:
+def _accuracy_chart(
+    name: str, title: str, caption: str, curves: dict[bool, list[Curve[Training] | None]]
+) -> Chart:
     lines = []
     for bn in (True, False):
         there = [curve for curve in curves[bn] if curve is not None]
@@ -264,7 +267,7 @@ def _accuracy_chart(name: str, title: str, caption: str, curves: dict[bool, list
     return Chart(claim="figure-1", name=name, title=title, caption=caption, panels=[panel])
 
 
-def _percentile_chart(curves: dict[bool, Curve | None]) -> Chart:
+def _percentile_chart(curves: dict[bool, Curve[Training] | None]) -> Chart:
     panels = []
     for bn, letter in ((False, "b"), (True, "c")):
         curve = curves[bn]

@@ -10,8 +10,9 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Curves, Finding, Settings, percent
-from batchnorm.experiments.sweep import Sweep, SweepClaim
+from batchnorm.experiments.claim import Curves, Finding, percent
+from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.sweep import Sweep, SweepClaim
 from batchnorm.models.mlp import Nonlinearity
 from batchnorm.training.digits import Training
 
@@ -29,7 +30,7 @@ class HigherRates(SweepClaim):
     source = "sections 3.3 and 4.2.2"
     expected = f"the highest rate that still trains is at least {FACTOR} times higher with BN (ReLU network)"
 
-    def choices(self, settings: Settings) -> list[str]:
+    def choices(self, settings: DigitsSettings) -> list[str]:
         """See `Claim.choices`."""
         return [
             f"Network of figure 1, with ReLU and with sigmoids; {min(settings.steps, STEPS):,} steps of plain SGD.",
@@ -37,7 +38,7 @@ class HigherRates(SweepClaim):
             f"network ends at {percent(TRAINS, 0)} or more (median over seeds).",
         ]
 
-    def sweeps(self, settings: Settings) -> list[Sweep]:
+    def sweeps(self, settings: DigitsSettings) -> list[Sweep]:
         """See `SweepClaim.sweeps`."""
 
         def sweep(nonlinearity: Nonlinearity, title: str) -> Sweep:
@@ -58,11 +59,11 @@ class HigherRates(SweepClaim):
 
         return [sweep("relu", "ReLU network"), sweep("sigmoid", "sigmoid network")]
 
-    def picture(self, settings: Settings) -> str:
+    def picture(self, settings: DigitsSettings) -> str:
         """See `SweepClaim.picture`."""
         return f"Test accuracy after {min(settings.steps, STEPS):,} steps against the learning rate"
 
-    def find(self, settings: Settings, curves: Curves) -> Finding:
+    def find(self, settings: DigitsSettings, curves: Curves) -> Finding:
         """The highest rate that still trains, with and without BN, and their ratio."""
         relu, sigmoid = self.sweeps(settings)
         highest = {
@@ -82,7 +83,7 @@ class HigherRates(SweepClaim):
         return Finding(seen, f"Highest rate that still trains. {measured}", tables)
 
 
-def _highest(sweep: Sweep, settings: Settings, curves: Curves, bn: bool) -> float:
+def _highest(sweep: Sweep, settings: DigitsSettings, curves: Curves, bn: bool) -> float:
     """The highest rate that trains, going up from the most accurate one; 0 if not even that does."""
     ends = {rate: sweep.median(settings, curves, bn, rate) for rate in sweep.values}
     highest = 0.0

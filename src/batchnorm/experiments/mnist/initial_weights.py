@@ -9,8 +9,9 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Curves, Finding, Settings, percent
-from batchnorm.experiments.sweep import Sweep, SweepClaim
+from batchnorm.experiments.claim import Curves, Finding, percent
+from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.sweep import Sweep, SweepClaim
 from batchnorm.training.digits import Training
 
 STDS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
@@ -27,14 +28,14 @@ class InitialWeights(SweepClaim):
     source = "section 3.3"
     expected = f"{percent(TRAINS, 0)} or more at every scale over 5 decades with BN; without, at 3 of 6 scales at most"
 
-    def choices(self, settings: Settings) -> list[str]:
+    def choices(self, settings: DigitsSettings) -> list[str]:
         """See `Claim.choices`."""
         return [
             f"Sigmoid network of figure 1, learning rate {RATE:g}, {min(settings.steps, STEPS):,} steps.",
             "The scale is that of the hidden layers, those that BN follows; the output layer keeps 0.1.",
         ]
 
-    def sweeps(self, settings: Settings) -> list[Sweep]:
+    def sweeps(self, settings: DigitsSettings) -> list[Sweep]:
         """See `SweepClaim.sweeps`."""
         sweep = Sweep(
             name="scale",
@@ -47,13 +48,13 @@ class InitialWeights(SweepClaim):
         )
         return [sweep]
 
-    def picture(self, settings: Settings) -> str:
+    def picture(self, settings: DigitsSettings) -> str:
         """See `SweepClaim.picture`."""
         return (
             f"Test accuracy after {min(settings.steps, STEPS):,} steps against the scale of initial weights"
         )
 
-    def find(self, settings: Settings, curves: Curves) -> Finding:
+    def find(self, settings: DigitsSettings, curves: Curves) -> Finding:
         """At how many of the scales each network trains."""
         (sweep,) = self.sweeps(settings)
         trains = {

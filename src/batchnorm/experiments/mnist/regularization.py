@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, Settings, net, percent, spread
+from batchnorm.experiments.claim import Claim, Curves, Finding, net, percent, spread
+from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.digits import Training
 
@@ -26,7 +27,7 @@ KINDS: dict[str, tuple[str, bool, float, bool]] = {
 }
 
 
-class Regularization(Claim):
+class Regularization(Claim[DigitsSettings, Training]):
     """The same network with neither, with Dropout, with BN."""
 
     name = "regularization"
@@ -37,14 +38,14 @@ class Regularization(Claim):
         "lower than with Dropout"
     )
 
-    def choices(self, settings: Settings) -> list[str]:
+    def choices(self, settings: DigitsSettings) -> list[str]:
         """See `Claim.choices`."""
         return [
             f"Sigmoid network of figure 1, learning rate {RATE:g}, {min(settings.steps, STEPS):,} steps.",
             f"Dropout of {DROPOUT:g} after every hidden layer.",
         ]
 
-    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
+    def jobs(self, settings: DigitsSettings, curves: Curves) -> dict[str, Training]:
         """The three networks for every seed."""
         return {
             _job(kind, seed): Training(
@@ -59,7 +60,7 @@ class Regularization(Claim):
             for kind, (_, bn, dropout, _) in KINDS.items()
         }
 
-    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
+    def charts(self, settings: DigitsSettings, curves: Curves) -> list[Chart]:
         """Test accuracy and training loss against steps, seed 0."""
         there = {kind: curves[_job(kind, 0)] for kind in KINDS if _job(kind, 0) in curves}
 
@@ -93,15 +94,18 @@ class Regularization(Claim):
             )
         ]
 
-    def find(self, settings: Settings, curves: Curves) -> Finding:
+    def find(self, settings: DigitsSettings, curves: Curves) -> Finding:
         """The gap between training and test accuracy at the end."""
         test, gap, rows = {}, {}, []
         for kind, (name, *_) in KINDS.items():
             results = [curves[_job(kind, seed)].result for seed in range(settings.seeds)]
-            ends = [result for result in results if result is not None]
-            train = [result.train_accuracy for result in ends]
-            test[kind] = [result.accuracy for result in ends]
-            gap[kind] = [a - b for a, b in zip(train, test[kind], strict=True)]
+            pairs = [
+                (result.train_accuracy, result.accuracy)
+                for result in results
+                if result is not None and result.train_accuracy is not None
+            ]
+            train, test[kind] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            gap[kind] = [on_training - on_test for on_training, on_test in pairs]
             rows.append([name, *(spread(values, "{:.2%}") for values in (train, test[kind], gap[kind]))])
         mean = {kind: statistics.fmean(values) for kind, values in gap.items()}
         tests = {kind: statistics.fmean(values) for kind, values in test.items()}

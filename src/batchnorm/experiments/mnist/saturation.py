@@ -11,8 +11,9 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Curves, Finding, Settings, label, percent
-from batchnorm.experiments.sweep import Sweep, SweepClaim
+from batchnorm.experiments.claim import Curves, Finding, label, percent
+from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.sweep import Sweep, SweepClaim
 from batchnorm.training.digits import Training
 
 LAYERS = 8
@@ -32,7 +33,7 @@ class Saturation(SweepClaim):
         f"without BN {percent(CHANCE, 0)} or less at every setting, with BN {percent(TRAINS, 0)} at the best"
     )
 
-    def choices(self, settings: Settings) -> list[str]:
+    def choices(self, settings: DigitsSettings) -> list[str]:
         """See `Claim.choices`."""
         return [
             f"{LAYERS} hidden layers of 100 sigmoids, {min(settings.steps, STEPS):,} steps of plain SGD.",
@@ -40,7 +41,7 @@ class Saturation(SweepClaim):
             f"{' and '.join(f'{std:g}' for std in STDS)} (0.3 keeps the variance of a signal through small sigmoids).",
         ]
 
-    def sweeps(self, settings: Settings) -> list[Sweep]:
+    def sweeps(self, settings: DigitsSettings) -> list[Sweep]:
         """See `SweepClaim.sweeps`."""
 
         def sweep(std: float) -> Sweep:
@@ -61,11 +62,11 @@ class Saturation(SweepClaim):
 
         return [sweep(std) for std in STDS]
 
-    def picture(self, settings: Settings) -> str:
+    def picture(self, settings: DigitsSettings) -> str:
         """See `SweepClaim.picture`."""
         return f"{LAYERS} layers of sigmoids: test accuracy after {min(settings.steps, STEPS):,} steps"
 
-    def find(self, settings: Settings, curves: Curves) -> Finding:
+    def find(self, settings: DigitsSettings, curves: Curves) -> Finding:
         """The best of all settings, with and without BN."""
         sweeps = self.sweeps(settings)
         best = {

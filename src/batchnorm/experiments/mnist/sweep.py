@@ -7,7 +7,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from batchnorm.experiments.claim import Claim, Curves, Settings, label, net, spread
+from batchnorm.experiments.claim import Claim, Curves, label, net, spread
+from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.digits import Training
 
@@ -29,7 +30,7 @@ class Sweep:
     values: Sequence[float]
     training: Callable[[bool, float, int], Training]
 
-    def jobs(self, settings: Settings) -> dict[str, Training]:
+    def jobs(self, settings: DigitsSettings) -> dict[str, Training]:
         """Every network of the sweep, by name."""
         return {
             self._job(bn, value, seed): self.training(bn, value, seed)
@@ -38,16 +39,16 @@ class Sweep:
             for seed in range(settings.seeds)
         }
 
-    def accuracies(self, settings: Settings, curves: Curves, bn: bool, value: float) -> list[float]:
+    def accuracies(self, settings: DigitsSettings, curves: Curves, bn: bool, value: float) -> list[float]:
         """Final test accuracies over seeds; a network that diverged counts with what it had then."""
         results = [curves[job].result for job in self._names(settings, bn, value) if job in curves]
         return [result.accuracy for result in results if result is not None]
 
-    def median(self, settings: Settings, curves: Curves, bn: bool, value: float) -> float:
+    def median(self, settings: DigitsSettings, curves: Curves, bn: bool, value: float) -> float:
         """The median over seeds of the final test accuracy."""
         return statistics.median(self.accuracies(settings, curves, bn, value))
 
-    def panel(self, settings: Settings, curves: Curves) -> Panel:
+    def panel(self, settings: DigitsSettings, curves: Curves) -> Panel:
         """Median over seeds as a line, all seeds as a band."""
         lines = []
         for bn in (True, False):
@@ -74,7 +75,7 @@ class Sweep:
             lines=lines,
         )
 
-    def table(self, settings: Settings, curves: Curves) -> Table:
+    def table(self, settings: DigitsSettings, curves: Curves) -> Table:
         """A row for every value: mean and standard deviation over seeds of the final test accuracy."""
         rows = [
             [
@@ -85,29 +86,29 @@ class Sweep:
         ]
         return Table(columns=[self.setting, label(False), label(True)], rows=rows)
 
-    def _names(self, settings: Settings, bn: bool, value: float) -> list[str]:
+    def _names(self, settings: DigitsSettings, bn: bool, value: float) -> list[str]:
         return [self._job(bn, value, seed) for seed in range(settings.seeds)]
 
     def _job(self, bn: bool, value: float, seed: int) -> str:
         return f"{self.name}-{net(bn)}-{value:g}-seed{seed}"
 
 
-class SweepClaim(Claim):
+class SweepClaim(Claim[DigitsSettings, Training]):
     """A claim that is judged by one or more sweeps, drawn side by side."""
 
     @abstractmethod
-    def sweeps(self, settings: Settings) -> list[Sweep]:
+    def sweeps(self, settings: DigitsSettings) -> list[Sweep]:
         """The sweeps."""
 
     @abstractmethod
-    def picture(self, settings: Settings) -> str:
+    def picture(self, settings: DigitsSettings) -> str:
         """What the picture shows, in one sentence."""
 
-    def jobs(self, settings: Settings, curves: Curves) -> dict[str, Training]:
+    def jobs(self, settings: DigitsSettings, curves: Curves) -> dict[str, Training]:
         """Every value, with and without BN, for every seed."""
         return {name: job for sweep in self.sweeps(settings) for name, job in sweep.jobs(settings).items()}
 
-    def charts(self, settings: Settings, curves: Curves) -> list[Chart]:
+    def charts(self, settings: DigitsSettings, curves: Curves) -> list[Chart]:
         """Final accuracy against the setting, a panel a sweep."""
         return [
             Chart(

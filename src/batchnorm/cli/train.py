@@ -1,0 +1,201 @@
+"""`batchnorm train`: a network from a run.toml, on one machine or, under torchrun, on many."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchnorm.cli.settings import newest_run
+from batchnorm.cli.terminal import Failure, command_line, in_one_line, new_folder, show, words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from batchnorm.records import Result
+    from batchnorm.training.config import Config
+
+# A run that was asked to go by SIGTERM leaves with this code (EX_TEMPFAIL of sysexits.h, which schedulers
+# take as: start it again).
+TERMINATED = 75
+
+EXAMPLE = """\
+[model]
+name = "bn-inception"        # or any classification model of torchvision: "resnet18", ...
+width = 0.25
+stem = "small"               # "imagenet" for images of 224 pixels
+
+[data]
+source = "fashion-mnist"     # or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train-*.tar, val-*.tar
+image_size = 28
+
+[optimizer]
+rate = 0.1
+
+[training]
+steps = 2000
+batch_size = 32              # over all processes
+"""
+
+EPILOG = (
+    "[bold]Examples[/]\n\n"
+    "batchnorm train --example > run.toml                     a file to begin with\n\n"
+    "batchnorm train run.toml                                 train; Ctrl-C loses nothing\n\n"
+    "batchnorm train run.toml --set optimizer.rate=0.05       change a key\n\n"
+    "batchnorm train run.toml --recipe bn-x5                  with the paper's changes, and say which\n\n"
+    "batchnorm train --resume                                 go on with the newest run that was stopped\n\n"
+    "torchrun --nproc-per-node 2 -m batchnorm.cli train run.toml --out runs/both     two processes\n\n"
+    "[bold]Exit codes[/]\n\n"
+    "0 done · 1 an error · 75 stopped by SIGTERM, a checkpoint was written · 130 the same by Ctrl-C"
+)
+
+
+def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A run.toml; when a run is continued, that run's own.", dir_okay=False),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of run.toml; may be repeated."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Change the run as the paper does: inception, bn-baseline, bn-x5, bn-x30, bn-x5-sigmoid. "
+            "Every change is printed."
+        ),
+    ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(help="Steps of the recipe to leave out, by their numbers in section 4.2.1: 2,7."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="The run's folder.", show_default="runs/train-DATE-TIME"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, or with the newest one.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run would be, and do not train.")
+    ] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print a run.toml to begin with.")] = False,
+) -> None:
+    """Train a network, evaluate it as it goes, and keep checkpoints from which --resume continues.
+
+    The folder holds records.jsonl, checkpoints, TensorBoard events and report.html. In evaluations BN takes the
+    population statistics of Algorithm 2; at the end the moving averages' accuracy stands beside it.
+    """
+    if example:
+        typer.echo(EXAMPLE, nl=False)
+        return
+    from rich.console import Console
+
+    from batchnorm.training.config import Config
+    from batchnorm.training.toml import ConfigError
+
+    console = Console(quiet=_rank() > 0)
+    with in_one_line(ConfigError):
+        folder = _folder(out, resume)
+        wanted = _continued(folder, config, changes) if resume else _chosen(folder, config, changes)
+        if recipe is not None or without is not None:
+            if resume:
+                raise Failure("--recipe cannot change when a run is continued: leave it out")
+            wanted = _by_recipe(console, wanted, recipe, without)
+    if dry_run:
+        show(console, Config.model_dump_json(wanted, indent=2))
+        return
+    _run(console, wanted, folder)
+
+
+def _folder(out: Path | None, resume: bool) -> Path:
+    if out is None and _ranks() > 1:
+        raise Failure("name a folder that all processes share: --out runs/NAME")
+    return out or (newest_run("train") if resume else new_folder("train"))
+
+
+def _chosen(folder: Path, config: Path | None, changes: list[str] | None) -> Config:
+    """The configuration of a new run in `folder`."""
+    from batchnorm.training import toml
+
+    if config is None:
+        raise Failure("name a run.toml; batchnorm train --example prints one to begin with")
+    if _rank() == 0 and (folder / "records.jsonl").exists():
+        raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+    return toml.read(config, changes or ())
+
+
+def _continued(folder: Path, config: Path | None, changes: list[str] | None) -> Config:
+    """The configuration of the run in `folder`; of what the user names, only the machine and checkpoints may differ."""
+    from batchnorm.records import RecordError, Run, read
+    from batchnorm.training import toml
+
+    with in_one_line(RecordError):
+        head = next(read(folder / "records.jsonl"), None)
+    if not isinstance(head, Run) or head.experiment != "train":
+        raise Failure(f"{folder} does not hold a run of batchnorm train")
+    before = toml.parse(head.config)
+    wanted = (
+        toml.read(config, changes or ()) if config is not None else toml.parse(head.config, changes or ())
+    )
+    changed = toml.differences(before, wanted)
+    if changed:
+        raise Failure(f"{', '.join(changed)} cannot change when a run is continued; start a new run for that")
+    return wanted
+
+
+def _by_recipe(console: Console, config: Config, recipe: str | None, without: str | None) -> Config:
+    from batchnorm.training import recipe as recipes
+
+    try:
+        left_out = [int(number) for number in words(without)] if without else []
+        config, applied = recipes.apply(config, recipe or "bn-x5", left_out)
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    for each in applied:
+        console.print(str(each), style=None if each.changed else "dim", markup=False, highlight=False)
+    return config
+
+
+def _run(console: Console, config: Config, folder: Path) -> None:
+    from batchnorm.data.idx import DataError
+    from batchnorm.records import RecordError
+    from batchnorm.training.checkpoint import CheckpointError
+    from batchnorm.training.network import NetworkError
+    from batchnorm.training.progress import Bar
+    from batchnorm.training.session import Diverged, Session, Stopped
+
+    command = command_line()
+    if not any(word == "--out" or word.startswith("--out=") for word in sys.argv):
+        command += f" --out {shlex.quote(str(folder))}"
+    show(console, f"run folder  {folder}")
+    try:
+        with (
+            in_one_line(DataError, RecordError, CheckpointError, NetworkError, Diverged, OSError),
+            Bar(console) as bar,
+        ):
+            result = Session(config, folder, command, bar).run()
+    except Stopped as stopped:
+        show(console, f"Stopped. Go on with:  batchnorm train --out {shlex.quote(str(folder))} --resume")
+        raise typer.Exit(TERMINATED if stopped.signal == signal.SIGTERM else 130) from None
+    show(console, _said(result))
+    show(console, f"report  {folder / 'report.html'}")
+
+
+def _said(result: Result) -> str:
+    moving = "" if result.accuracy_moving is None else f" ({result.accuracy_moving:.2%} by moving averages)"
+    return f"{result.accuracy:.2%} of the validation images after {result.steps:,} steps{moving}"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,274 @@
+"""WebDataset shards: tar files whose samples are consecutive members with one key, 000123.jpg and 000123.cls."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import secrets
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from batchnorm.data.idx import DataError
+from batchnorm.data.images import decode
+from batchnorm.data.names import Names
+from batchnorm.data.source import Split, Unreadable
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
+_MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # the key ends at the first dot of the file's name
+_METADATA = re.compile(r"__[^/]*__($|/)")
+_SPLITS = re.compile(r"\{([^{},]*),([^{},]*)\}")
+_BLOCK = 512
+_OPEN_FILES = 16
+_SCANS = 8  # at a time: on a network's disk a scan mostly waits
+
+
+class Index(BaseModel):
+    """What a shard holds, and where: a list entry a sample.
+
+    length, modified: the tar file's size in bytes and its time of modification in ns, when it was scanned.
+    keys: as in the names of the members.
+    offsets, sizes: of the image files' contents in the tar file, in bytes.
+    labels: classes, from 0.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1] = 1
+    length: int
+    modified: int
+    keys: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    labels: list[int]
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        return self.length, self.modified
+
+    @classmethod
+    def of(cls, shard: Path) -> Self:
+        """The index of `shard`: from the file SHARD.index if that is up to date, else scanned and put there.
+
+        Raises: DataError for a shard that is missing, torn, or has samples without an image or a label.
+        """
+        stored = shard.with_name(f"{shard.name}.index")
+        try:
+            stamp = _stamp(shard.stat())
+            with shard.open("rb") as file:
+                try:
+                    index = cls.model_validate_json(stored.read_bytes())
+                    if index.stamp == stamp:
+                        return index
+                except (OSError, ValidationError):
+                    pass  # none yet, or torn: written anew
+                index = cls._scan(shard, file, stamp)
+        except OSError as error:
+            raise DataError(f"cannot read {shard}: {error.strerror}") from None
+        _store(index.model_dump_json(), stored)
+        return index
+
+    @classmethod
+    def _scan(cls, shard: Path, file: IO[bytes], stamp: tuple[int, int]) -> Self:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                grouped = list(_grouped(shard, tar))
+                file.seek(tar.offset)
+                if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a file that stops between members
+                    raise tarfile.ReadError("it has no end mark")
+                samples = [_sample(shard, tar, key, members) for key, members in grouped]
+        except (tarfile.TarError, EOFError) as error:
+            raise DataError(f"{shard} is torn, or no plain tar file ({error}); fetch it again") from None
+        keys, offsets, sizes, labels = map(list, zip(*samples, strict=True)) if samples else ([], [], [], [])
+        return cls(length=stamp[0], modified=stamp[1], keys=keys, offsets=offsets, sizes=sizes, labels=labels)
+
+
+def _grouped(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """The key of each sample, and its members by their ending."""
+    files = (
+        (match[1], match[2].lower(), member)
+        for member in tar
+        if member.isreg() and not _METADATA.match(member.name) and (match := _MEMBER.fullmatch(member.name))
+    )
+    for key, group in itertools.groupby(files, lambda file: file[0]):
+        members: dict[str, tarfile.TarInfo] = {}
+        for _, ending, member in group:
+            if ending in members:
+                raise DataError(f"{shard} has two neighbours named {key}.{ending}: keys must differ")
+            members[ending] = member
+        yield key, members
+
+
+def _sample(
+    shard: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]
+) -> tuple[str, int, int, int]:
+    """(key, offset and size of the image in bytes, label)."""
+    image = next((members[ending] for ending in _IMAGES if ending in members), None)
+    if image is None:
+        raise DataError(f"{shard}: {key} has no image; looked for {', '.join(_IMAGES)}")
+    try:
+        if "cls" in members:
+            label = int(_content(tar, members["cls"]))
+        else:
+            label = int(json.loads(_content(tar, members["json"]))["label"])
+    except (KeyError, TypeError, ValueError):
+        label = -1
+    if label < 0:
+        raise DataError(f"{shard}: {key} has no class, a number from 0 in a .cls, or as label in a .json")
+    return key, image.offset_data, image.size, label
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # it is a regular one
+    with file:
+        return file.read()
+
+
+def _store(text: str, path: Path) -> None:
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")  # other processes may be at it too
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError:  # a disk that is full or not ours to write to: the next run scans again
+        draft.unlink(missing_ok=True)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+class Shards:
+    """The images of a split, by shard and by their order in it.
+
+    paths, indices: the shard files, and what `Index.of` says of each.
+    classes: their number.
+
+    Raises: DataError for a label beyond the classes, or no samples at all.
+    """
+
+    channels = 3
+
+    def __init__(self, paths: Sequence[Path], indices: Sequence[Index], classes: int) -> None:
+        self.classes = classes
+        self.shards = tuple(len(index.keys) for index in indices)
+        if not sum(self.shards):
+            raise DataError(f"{paths[0]} and {len(paths) - 1} more shards hold no samples")
+        for path, index in zip(paths, indices, strict=True):
+            if (top := max(index.labels, default=0)) >= classes:
+                key = index.keys[index.labels.index(top)]
+                raise DataError(f"{path}: {key} is of class {top}, but there are {classes} classes, from 0")
+        self._paths = tuple(paths)
+        self._ends = tuple(itertools.accumulate(self.shards))
+        self._keys = Names(key for index in indices for key in index.keys)
+        self._offsets = torch.tensor([offset for index in indices for offset in index.offsets])
+        self._sizes = torch.tensor([size for index in indices for size in index.sizes])
+        self._labels = torch.tensor([label for index in indices for label in index.labels])
+        self._files = _OpenFiles(self._paths, tuple(index.stamp for index in indices))
+
+    @classmethod
+    def load(cls, pattern: Path, split: Split) -> Shards:
+        """The shards that match a pattern such as FOLDER/{train,val}-*.tar, whose braces name both splits.
+
+        The classes are the lines of a classes.txt beside the training shards; without one, as many as the
+        training labels have.
+
+        Raises: DataError as `Index.of` and `Shards` do, and when nothing matches.
+        """
+        train = _matches(pattern, "train")
+        classes = _listed_classes(train[0].parent)
+        if split == "train" or classes is None:
+            indices = _indices(train)
+        if classes is None:
+            classes = 1 + max((max(index.labels, default=0) for index in indices), default=0)
+        paths = train
+        if split == "val":
+            paths = _matches(pattern, "val")
+            indices = _indices(paths)
+        return cls(paths, indices, classes)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        size, label = int(self._sizes[index]), int(self._labels[index])
+        shard = bisect_right(self._ends, index)
+        file = self._files[shard]
+        try:
+            content = os.pread(file, size, int(self._offsets[index]))
+        except OSError as error:
+            raise Unreadable(self.name(index), f"{error.strerror}") from None
+        if len(content) < size:
+            raise DataError(f"{self._paths[shard]} was cut short while it was read; fetch it again")
+        return decode(content, self.name(index)), label
+
+    def name(self, index: int) -> str:
+        return f"{self._paths[bisect_right(self._ends, index)]}: {self._keys[index]}"
+
+
+def _matches(pattern: Path, split: Split) -> list[Path]:
+    names = _SPLITS.search(str(pattern))
+    if names is None:
+        raise DataError(f"{pattern} does not tell the splits apart: write {{train,val}} where they differ")
+    wanted = Path(_SPLITS.sub(names[1 if split == "train" else 2], str(pattern), count=1))
+    found = sorted(wanted.parent.glob(wanted.name))
+    if not found:
+        raise DataError(f"no {split} shards: nothing matches {wanted}")
+    return found
+
+
+def _indices(paths: Sequence[Path]) -> list[Index]:
+    with ThreadPoolExecutor(_SCANS) as pool:
+        return list(pool.map(Index.of, paths))
+
+
+def _listed_classes(folder: Path) -> int | None:
+    try:
+        return len((folder / "classes.txt").read_text().strip().splitlines()) or None
+    except OSError:
+        return None
+
+
+class _OpenFiles:
+    """Descriptors of the shards that were read last: a bounded number in each process, none in a pickle."""
+
+    def __init__(self, paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> None:
+        self._paths, self._stamps = paths, stamps
+        self._open: dict[int, int] = {}  # by shard, the one read last at the end
+
+    def __getitem__(self, shard: int) -> int:
+        """Raises: DataError when the shard is gone, or another one than was scanned."""
+        descriptor = self._open.pop(shard, None)
+        if descriptor is None:
+            descriptor = self._opened(shard)
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[shard] = descriptor
+        return descriptor
+
+    def _opened(self, shard: int) -> int:
+        path = self._paths[shard]
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; the run needs every shard") from None
+        if _stamp(os.fstat(descriptor)) != self._stamps[shard]:
+            os.close(descriptor)
+            raise DataError(f"{path} has changed since this run began: start it again")
+        return descriptor
+
+    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[object, ...]]:
+        return _OpenFiles, (self._paths, self._stamps)
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)

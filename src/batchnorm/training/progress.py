@@ -1,0 +1,104 @@
+"""How the training of one network looks in a terminal: a bar with images/s and the time left, a line an evaluation."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from batchnorm.records import Evaluation
+from batchnorm.training.trainer import Trainer
+
+_REFRESH = 0.2  # seconds
+_SPEED_OVER = 10.0  # seconds that images/s is a mean of
+
+
+class Bar:
+    """A progress bar on `console`, a context manager; where that is no terminal, only the lines of evaluations."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[speed]}", justify="right"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._shown = 0.0
+        self._marks: list[tuple[float, int]] = []  # (seconds in training, step)
+        self._named = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def started(self, trainer: Trainer, source: Path | None) -> None:
+        """Say what is trained, on what, and from where."""
+        config = trainer.config
+        parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+        processes = trainer.processes
+        self._say(
+            f"{config.model.name}, {parameters:,} parameters, on {len(trainer.source):,} images of "
+            f"{config.data.source}; {processes.num_processes} process{'es' * (processes.num_processes > 1)} "
+            f"on {processes.device}"
+        )
+        if source is not None:
+            self._say(f"going on from {source}")
+        self._task = self._bar.add_task("", total=config.training.steps, completed=trainer.step, speed="")
+
+    def step(self, trainer: Trainer) -> None:
+        """Move the bar."""
+        now = time.monotonic()
+        if now - self._shown < _REFRESH:
+            return
+        self._shown = now
+        self._name_corrupt(trainer)
+        self._marks = [mark for mark in self._marks if trainer.seconds - mark[0] < _SPEED_OVER]
+        self._marks.append((trainer.seconds, trainer.step))
+        seconds, steps = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
+        speed = steps * trainer.config.training.batch_size / seconds if seconds else 0.0
+        self._bar.update(
+            self._task,
+            completed=trainer.step,
+            description=f"step {trainer.step:,} of {trainer.config.training.steps:,}",
+            speed=f"{speed:,.0f} images/s" if speed else "",
+        )
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Print a line."""
+        extra = "".join(
+            f"  {name} {value:.2%}"
+            for name, value in (
+                ("among five", evaluation.accuracy_top5),
+                ("averaged weights", evaluation.accuracy_average),
+            )
+            if value is not None
+        )
+        self._say(
+            f"step {evaluation.step:>9,}  loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}{extra}"
+        )
+
+    def stopping(self) -> None:
+        """Say that Ctrl-C was heard."""
+        self._say("stopping: writing a checkpoint (Ctrl-C again to give it up)")
+
+    def _name_corrupt(self, trainer: Trainer) -> None:
+        for name, why in list(trainer.corrupt.found.items())[self._named :]:
+            self._say(f"skipped an image that cannot be read, {name}: {why}")
+        self._named = len(trainer.corrupt)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,188 @@
+"""How the paper makes the most of batch normalization: the seven changes of section 4.2.1 as data.
+
+    changed, applied = recipe.apply(config, "bn-x5")
+    for line in applied: print(line)
+
+Each step changes one thing of any configuration; what it changed, and what it found changed already or not there, is
+said. Leaving one out (`without`) gives the ablation that the paper never printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from batchnorm.training.config import Config
+
+# Where the paper gives a factor, this is it.
+L2_FACTOR = 5
+DECAY_FACTOR = 6
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change: its number and words in section 4.2.1, the key that it sets, and to what.
+
+    value: of the configuration; None where there is nothing to set.
+    """
+
+    number: int
+    name: str
+    quote: str
+    key: str
+    value: Callable[[Config], Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the networks of section 4.2.2: how many times Inception's rate, and which nonlinearity.
+
+    steps: whether the seven changes are made; BN-Baseline is Inception with BN and nothing else.
+    """
+
+    name: str
+    rate: float = 1.0
+    steps: bool = True
+    batch_norm: bool = True
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a step, or the variant itself, did to a configuration. `before` equals `after` where nothing was to do."""
+
+    what: str
+    key: str
+    before: Any
+    after: Any
+    note: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the configuration is another one."""
+        return bool(self.before != self.after)
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return f"{self.what}: {self.note or f'{self.key} is {_toml(self.before)} already'}"
+        return f"{self.what}: {self.key} = {_toml(self.before)} → {_toml(self.after)}"
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("inception", steps=False, batch_norm=False),
+        Variant("bn-baseline", steps=False),
+        Variant("bn-x5", rate=5),
+        Variant("bn-x30", rate=30),
+        Variant("bn-x5-sigmoid", rate=5, activation="sigmoid"),
+    )
+}
+
+
+def steps(rate_factor: float) -> tuple[Step, ...]:
+    """The seven changes of section 4.2.1, in the paper's order; only the first depends on the variant."""
+    return (
+        Step(
+            1,
+            "higher learning rate",
+            "Increase learning rate.",
+            "optimizer.rate",
+            lambda c: c.optimizer.rate * rate_factor,
+        ),
+        Step(2, "no dropout", "Remove Dropout.", "model.dropout", lambda c: _if_there(c.model.dropout, 0.0)),
+        Step(
+            3,
+            "less L2",
+            "Reduce the L2 weight regularization [...] by a factor of 5.",
+            "optimizer.weight_decay",
+            lambda c: c.optimizer.weight_decay / L2_FACTOR,
+        ),
+        Step(
+            4,
+            "faster decay",
+            "Accelerate the learning rate decay [...] 6 times faster.",
+            "optimizer.decay_every",
+            lambda c: max(1, round(c.optimizer.decay_every / DECAY_FACTOR)),
+        ),
+        Step(
+            5,
+            "no LRN",
+            "Remove Local Response Normalization.",
+            "model.local_response_norm",
+            lambda c: _if_there(getattr(c.model, "local_response_norm", None), False),
+        ),
+        Step(
+            6,
+            "more thorough shuffling",
+            "Shuffle training examples more thoroughly [...] within-shard shuffling.",
+            "data.shuffle",
+            lambda c: "within-shards",
+        ),
+        Step(
+            7,
+            "less photometric distortion",
+            "Reduce the photometric distortions.",
+            "data.distortion",
+            lambda c: "reduced" if c.data.distortion == "full" else c.data.distortion,
+        ),
+    )
+
+
+def apply(config: Config, variant: str, without: Collection[int] = ()) -> tuple[Config, list[Applied]]:
+    """`config` as the `variant` of the paper (a name in `VARIANTS`), and what was changed, in order.
+
+    config: that of the variant "inception", whose rate the others multiply.
+    without: numbers of steps of section 4.2.1 to leave out, 1 to 7.
+
+    Raises: ValueError for a variant or step that there is not.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"no recipe {variant!r}: choose from {', '.join(VARIANTS)}")
+    if unknown := sorted(set(without) - set(range(1, 8))):
+        raise ValueError(f"no step {unknown[0]} in section 4.2.1: they are 1 to 7")
+    chosen = VARIANTS[variant]
+    applied = []
+    for key, value in (("batch_norm", chosen.batch_norm), ("activation", chosen.activation)):
+        if value is not None:
+            config, change = _set(
+                config, variant, f"model.{key}", _if_there(getattr(config.model, key, None), value)
+            )
+            applied.append(change)
+    for step in steps(chosen.rate) if chosen.steps else ():
+        what = f"{step.number}. {step.name}"
+        if step.number in without:
+            key = step.key
+            applied.append(Applied(what, key, None, None, "left out"))
+            continue
+        config, change = _set(config, what, step.key, step.value(config))
+        applied.append(change)
+    return config, applied
+
+
+def _set(config: Config, what: str, key: str, value: Any) -> tuple[Config, Applied]:
+    section, name = key.split(".")
+    part = getattr(config, section)
+    before = getattr(part, name, None)
+    if value is None:
+        return config, Applied(what, key, before, before, f"{config.model.name} has no {name}")
+    changed = config.model_copy(update={section: part.model_copy(update={name: value})})
+    return changed, Applied(what, key, before, value)
+
+
+def _if_there(present: Any, value: Any) -> Any:
+    """`value` for what a model has; None for what it has not."""
+    return None if present is None else value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else repr(value)
+        if not isinstance(value, str)
+        else f'"{value}"'
+    )
