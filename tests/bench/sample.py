@@ -1,8 +1,9 @@
 """Results as a run leaves them, with numbers made up so that each can be recognised."""
 
+from batchnorm.bench.link import BARE, SMALL
 from batchnorm.bench.options import Options
 from batchnorm.bench.rounds import times
-from batchnorm.bench.rows import Command, Measured, Row
+from batchnorm.bench.rows import Command, Measured, Processes, Row
 
 
 def layer(shape, layout, dtype, ours, torch, copy, compiled=None):
@@ -50,6 +51,22 @@ def virtual():
     )  # fmt: skip
 
 
+def step_of_ranks(count, plain, ours, gather, reduce, cores=2):
+    """Seconds of a step without Sync and with it, and of bare collectives of 8 bytes; those of 1 MiB take twice."""
+    one = {"ours": {"step": ours}, "plain": {"step": plain}}
+    one |= {
+        who: {
+            "step": {"all_gather": gather, "all_reduce": reduce}[each.name]
+            * (1 if each.bytes == SMALL else 2)
+        }
+        for who, each in BARE.items()
+    }
+    return Row(
+        name=f"BNInception/4, {count} ranks", shape=(32, 1, 28, 28), layout="NCHW", dtype="float32", part="step",
+        calls=1, rounds=9, processes=Processes(count=count, cores=cores), times=times([one] * 9, "step"),
+    )  # fmt: skip
+
+
 def measured(command: Command = "kernels", *, finished: bool = True, compiled: bool = True) -> Measured:
     with_compile = 0.25 if compiled else None
     rows = (
@@ -70,6 +87,8 @@ def measured(command: Command = "kernels", *, finished: bool = True, compiled: b
             virtual(),
         ]
         if command == "statistics"
+        else [step_of_ranks(1, 0.1, 0.1, 2e-5, 1e-5), step_of_ranks(4, 0.2, 0.5, 2e-3, 1e-3)]
+        if command == "scaling"
         else [
             network("resnet18", "NCHW", 0.2, torch=0.25, compile=1.5, without_BN=0.18),
             network("mobilenet_v2", "NCHW", 0.1, torch=0.16, compile=1.5, without_BN=0.07),
@@ -79,7 +98,7 @@ def measured(command: Command = "kernels", *, finished: bool = True, compiled: b
     return Measured(
         command=command,
         line=f"batchnorm bench {command}",
-        options=Options(networks=("resnet18",) if command != "kernels" else ()),
+        options=Options(networks=("resnet18",) if command not in ("kernels", "scaling") else ()),
         threads=2,
         machine="a processor, 2 cores, Linux x86_64",
         versions={"python": "3.11.7", "batchnorm": "0.1.0", "torch": "2.14.1"},

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from batchnorm.bench.link import BARE
 from batchnorm.bench.rows import COMMANDS, read
 from tests.test_cli import COMMAND, batchnorm
 
@@ -51,6 +52,9 @@ def test_all_of_it_on_one_page(tmp_path):
         "Sync, 2 ranks": {"ours", "plain", "collectives"},
         "virtual_batch": {"ours", "one batch", "accumulation"},
     }
+    ranks = read(tmp_path / "scaling.json")
+    assert [row.processes.count for row in ranks.rows if row.processes] == [1, 2]
+    assert all(set(row.times) == {"ours", "plain", *BARE} for row in ranks.rows)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_a_wrong_choice_is_one_line(arguments, advice):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["kernels", "step", "infer", "all"])
+@pytest.mark.parametrize("command", ["kernels", "step", "infer", "scaling", "all"])
 def test_help_teaches_by_examples_without_torch(command):
     code = f"""
 import sys

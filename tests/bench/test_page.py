@@ -58,7 +58,7 @@ def test_a_table_of_statistics():
     ]
 
 
-@pytest.mark.parametrize("command", ["kernels", "step", "statistics"])
+@pytest.mark.parametrize("command", ["kernels", "step", "statistics", "scaling"])
 def test_a_terminal_of_80_columns_shows_every_cell_on_one_line(command):
     console = Console(width=80, force_terminal=False)
     for shown in table.grids(measured(command)):
@@ -69,7 +69,7 @@ def test_a_terminal_of_80_columns_shows_every_cell_on_one_line(command):
         assert "…" not in capture.get()
 
 
-@pytest.mark.parametrize("command", ["kernels", "step", "statistics"])
+@pytest.mark.parametrize("command", ["kernels", "step", "statistics", "scaling"])
 def test_the_same_results_give_the_same_picture(command):
     picture = figure.png(measured(command))
     assert picture.startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from batchnorm.bench.rounds import Contender, Sample, interleave, times
-from batchnorm.bench.rows import Row
+from batchnorm.bench.rows import Processes, Row
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -44,6 +44,7 @@ class Case:
     dtype: str
     parts: tuple[str, ...]
     prepare: Callable[[], AbstractContextManager[Contest]]
+    processes: Processes | None = None
 
     @property
     def title(self) -> str:
@@ -63,6 +64,7 @@ class Case:
                 part=part,
                 calls=contest.calls,
                 rounds=len(rounds),
+                processes=self.processes,
                 times=times(rounds, part),
             )
             for part in self.parts

@@ -25,6 +25,7 @@ from batchnorm.report.scale import human
 _LOOKS = {
     "others": (LIGHT.other, "s", "what others offer, the fastest"),
     "plain": (LIGHT.plain, "o", "ours without it"),
+    "predicted": (LIGHT.other, "s", "ours as predicted"),
     "without BN": (LIGHT.other_2, "D", "without BN"),
     "compile": (LIGHT.other, "s", "torch.compile"),
     "torch": (LIGHT.plain, "o", "torch"),
@@ -103,12 +104,15 @@ _TITLES = {
     "step": "A training step: time relative to ours",
     "infer": "Evaluation",
     "statistics": "Statistics and masks: time relative to ours",
+    "scaling": "Several processes: a step with Sync is 1",
 }
 
 
 def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
     """Lines of panels: layers in copies, a line for each operation and dtype; networks relative to ours."""
     lines = []
+    if rows[0].processes is not None:
+        return [[_steps_of_ranks(rows)]]
     modes = [row for row in rows if table.is_of_statistics(row)]
     if modes:
         return [[_relative(part, [row for row in modes if row.part == part])] for part in ("both", "step")]
@@ -136,6 +140,18 @@ def _relative(part: str, rows: Sequence[Row]) -> Dots:
     title = "Forward and backward" if part == "both" else "ResNet-18, forward and backward"
     return Dots(
         title, "time / our time", labels, {"others": others, "plain": plain, "ours": [1.0] * len(rows)}
+    )
+
+
+def _steps_of_ranks(rows: Sequence[Row]) -> Dots:
+    """Steps without Sync, and with it as predicted, in times of what they took with it."""
+    plain = [row.times["plain"].over_ours for row in rows]
+    predicted = [(row.times["plain"].ms + table.predicted(row)) / row.times["ours"].ms for row in rows]
+    return Dots(
+        "A step",
+        "time / time with Sync",
+        [row.name for row in rows],
+        {"plain": plain, "predicted": [*predicted], "ours": [1.0] * len(rows)},
     )
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from batchnorm.bench import infer, kernels, statistics, step
+from batchnorm.bench import infer, kernels, scaling, statistics, step
 from batchnorm.bench.case import Case
 from batchnorm.bench.options import Options
 from batchnorm.bench.rows import Command, Measured, Row
@@ -24,6 +24,7 @@ _CASES: dict[Command, Callable[[Options], list[Case]]] = {
     "step": step.cases,
     "infer": infer.cases,
     "statistics": statistics.cases,
+    "scaling": scaling.cases,
 }
 
 # Other packages that take part, where they are installed.
@@ -32,6 +33,7 @@ _OTHERS: dict[Command, tuple[str, ...]] = {
     "step": ("torchvision",),
     "infer": ("torchvision",),
     "statistics": ("torchvision", "keras", "timm"),
+    "scaling": (),
 }
 
 # Variables that change what is measured.

@@ -15,6 +15,7 @@ _TITLES: dict[Command, str] = {
     "step": "Training steps",
     "infer": "Evaluation",
     "statistics": "Where the moments come from",
+    "scaling": "Several processes",
 }
 
 _HEAD = f"""# Measured speed
@@ -61,6 +62,8 @@ def _section(measured: Measured) -> str:
     if measured.rows:
         parts.append(f"![{_TITLES[measured.command]}]({measured.command}.png)")
     parts += [table.markdown(grid) for grid in table.grids(measured)]
+    if measured.command == "scaling":
+        parts.append(table.SCALING)
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,16 +1,14 @@
-"""Two or more processes in step: a layer that speaks with the others, beside one that does not."""
+"""Processes in step: contenders that speak with the same contenders of the others."""
 
 from __future__ import annotations
 
 import gc
-import math
 import multiprocessing
 import signal
 import statistics
 import tempfile
-import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,38 +18,34 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from batchnorm.bench.cold import Ring, counts, passes
-from batchnorm.bench.rounds import Sample
-from batchnorm.layers import BatchNorm
+from batchnorm.bench.rounds import Contender, Sample
 from batchnorm.memory import keep_memory
-from batchnorm.statistics import Sync
 
-_TURNS = 9
+Build = Callable[[], Mapping[str, Contender]]  # called in each process; what is sent there must be picklable
 
 
 class Ranks:
     """Processes of one thread each, joined by gloo; a context manager.
 
-    Called with "sync", "plain" or "collectives" it is a contender. All have their turns in one go, several times, and
-    a sample is the median of these: a system that stalls a process which waits for others would else be measured.
+    Called with the name of one of the contenders that `build` makes it is that contender. All have their turns in one
+    go, several times, and a sample is the median of these: a system that stalls a process which waits for others would
+    else be measured.
     """
 
-    def __init__(self, count: int, shape: tuple[int, ...], quick: bool) -> None:
+    def __init__(self, count: int, build: Build, turns: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
         self._measured: dict[str, Sample] = {}
-        self.calls = _calls(shape)
+        store = str(Path(self._folder.name) / "store")
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # see process.py
         try:
             for rank in range(count):
                 pipe, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve,
-                    args=(theirs, str(Path(self._folder.name) / "store"), rank, count, shape, quick),
-                    daemon=True,
+                    target=_serve, args=(theirs, store, rank, count, build, turns), daemon=True
                 )
                 process.start()
                 theirs.close()
@@ -61,7 +55,7 @@ class Ranks:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __call__(self, who: str) -> Sample:
-        """One sample: of each pass the time of the slower rank."""
+        """One sample: of each part the time of the slowest rank."""
         if who not in self._measured:
             for pipe in self._pipes:
                 pipe.send(None)
@@ -85,50 +79,21 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _calls(shape: tuple[int, ...]) -> int:
-    """Few in a sample: a system that stalls one of the processes now and then would do so in every longer one."""
-    return 1 if math.prod(shape) > 10**6 else 8
-
-
-def _serve(pipe: Connection, store: str, rank: int, count: int, shape: tuple[int, ...], quick: bool) -> None:
+def _serve(pipe: Connection, store: str, rank: int, count: int, build: Build, turns: int) -> None:
     torch.set_num_threads(1)
     keep_memory()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-    seed = torch.randn(shape)
-    calls = _calls(shape)
-    cold = max(calls, counts(seed, quick)[1])
-    inputs = Ring([seed.clone().requires_grad_() for _ in range(cold)], calls)
-    gradients = [seed.clone() for _ in range(calls)]
-    layers = {"sync": BatchNorm(shape[1], statistics=Sync()), "plain": BatchNorm(shape[1])}
-    contenders = {who: passes(layer, layer, inputs, [], gradients) for who, layer in layers.items()}
-    contenders["collectives"] = partial(_collectives, shape[1], count, calls)
+    contenders = build()
     gc.disable()
     with suppress(EOFError, OSError):  # the parent has closed its end, or is gone
         while True:
             pipe.recv()
-            turns = []
-            for _ in range(_TURNS):
+            samples = []
+            for _ in range(turns):
                 dist.barrier()
-                turns.append({who: contender() for who, contender in contenders.items()})
-            pipe.send({who: _median([turn[who] for turn in turns]) for who in contenders})
+                samples.append({who: contender() for who, contender in contenders.items()})
+            pipe.send({who: _median([sample[who] for sample in samples]) for who in contenders})
     dist.destroy_process_group()
-
-
-def _collectives(channels: int, ranks: int, calls: int) -> Sample:
-    """What Sync cannot do without, alone: the exchange of each pass, of as many bytes."""
-    row, sums = (
-        torch.zeros(1 + 2 * channels, dtype=torch.float64),
-        torch.zeros(2, channels, dtype=torch.float64),
-    )
-    rows = [torch.empty_like(row) for _ in range(ranks)]
-    start = time.perf_counter()
-    for _ in range(calls):
-        dist.all_gather(rows, row)
-    middle = time.perf_counter()
-    for _ in range(calls):
-        dist.all_reduce(sums)
-    end = time.perf_counter()
-    return {"forward": (middle - start) / calls, "backward": (end - middle) / calls}
 
 
 def _median(samples: list[Sample]) -> Sample:

@@ -11,8 +11,8 @@ from batchnorm.bench.options import Options
 
 SCHEMA = 1
 
-Command = Literal["kernels", "step", "infer", "statistics"]
-COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer", "statistics")
+Command = Literal["kernels", "step", "infer", "statistics", "scaling"]
+COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer", "statistics", "scaling")
 
 
 class ResultsError(Exception):
@@ -35,6 +35,18 @@ class Time(_Value):
     over_ours_high: float | None = Field(None, description="upper quartile of the same")
 
 
+class Processes(_Value):
+    """So many, of one thread each, on a machine of so many cores."""
+
+    count: int
+    cores: int
+
+    @property
+    def share(self) -> float:
+        """How much of a core each has."""
+        return min(self.count, self.cores) / self.count
+
+
 class Row(_Value):
     """One thing that every contender did, in turns with the others."""
 
@@ -47,6 +59,7 @@ class Row(_Value):
     part: str = Field(description="forward, backward, both; step; evaluation")
     calls: int = Field(description="a sample is the mean of so many calls")
     rounds: int
+    processes: Processes | None = Field(None, description="in step, where the row is about their number")
     times: dict[str, Time] = Field(description="by contender: ours, torch, copy, plain and so on")
 
 

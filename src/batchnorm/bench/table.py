@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchnorm.bench import link, scaling, traffic
 from batchnorm.bench.case import sizes
 from batchnorm.bench.rows import Measured, Row, Time
 from batchnorm.report.tables import Grid
@@ -20,10 +22,19 @@ NOTE = (
     "Ratios are medians of the ratios within a round, and > 1 where ours is faster."
 )
 
+SCALING = (
+    "A step is the wall time of the slowest rank. added is what Sync added to it, the difference of two medians; "
+    "predicted is what bare collectives say it must: the latency and bytes / bandwidth of each exchange, one after "
+    "the other. core ms is the time of a core that one rank's step took, step · min(ranks, cores) / ranks: the same in "
+    "every line if ranks cost each other nothing."
+)
+
 
 def grids(measured: Measured) -> list[Grid]:
     """The tables of one command's results."""
     found = []
+    if measured.command == "scaling":
+        return [_steps_of_ranks(measured.rows), _links(measured.rows)]
     modes = [row for row in measured.rows if is_of_statistics(row)]
     if modes:
         return [_statistics(rows) for rows in _groups(modes, lambda row: (row.name, row.layout))]
@@ -135,6 +146,52 @@ def _statistics(rows: Sequence[Row]) -> Grid:
             cells += [_ms(time.ms), _ratio(time.over_ours)] if time else ["", ""]
         body.append(cells)
     return Grid(f"{first.name}, {first.layout}, {first.dtype}", columns, body)
+
+
+def predicted(row: Row) -> float:
+    """Of a row about several processes, the milliseconds that Sync should add to a step."""
+    with torch.device("meta"):
+        model = scaling.network()
+    return link.predicted(row, traffic.exchanges(model))
+
+
+def _steps_of_ranks(rows: Sequence[Row]) -> Grid:
+    columns = ["ranks", "DDP", "±", "core ms", "and Sync", "±", "core ms", "added", "predicted"]
+    body = []
+    for row in rows:
+        assert row.processes is not None
+        plain, ours = row.times["plain"], row.times["ours"]
+        cells = [str(row.processes.count)]
+        for time in (plain, ours):
+            cells += [*_cells(time)[:2], _ms(time.ms * row.processes.share)]
+        body.append([*cells, _difference(ours.ms - plain.ms), _difference(predicted(row))])
+    (name,) = {row.name.split(",")[0] for row in rows}
+    return Grid(f"A step of {name}, {sizes(rows[0].shape)} a rank, {rows[0].dtype}", columns, body)
+
+
+def _links(rows: Sequence[Row]) -> Grid:
+    small, large = f"{link.SMALL} bytes", f"{link.LARGE // 2**20} MiB"
+    body = []
+    for row in rows:
+        assert row.processes is not None
+        for name in ("all_gather", "all_reduce"):
+            brief, long = (row.times[who] for who, each in link.BARE.items() if each.name == name)
+            rate = ""
+            if row.processes.count > 1:
+                rate = f"{link.links(row)[name].bandwidth / 1e3:,.0f}"
+            body.append(
+                [f"{name}, {_ranks(row.processes.count)}", *_cells(brief)[:2], *_cells(long)[:2], rate]
+            )
+    return Grid("Bare collectives", ["collective", small, "±", large, "±", "MB/s"], body)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
+
+
+def _difference(value: float) -> str:
+    """A difference of times, which noise may make negative and no digits beyond its own."""
+    return f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
 
 
 def _networks(rows: Sequence[Row]) -> Grid:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.bench.rows import Command
 
 # How long a row takes unless told, in seconds: together a few minutes.
-_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5, "statistics": 5.0}
+_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5, "statistics": 5.0, "scaling": 60.0}
 
 
 def take(
@@ -47,6 +47,8 @@ def take(
                 show(console, f"Stopped. What there is:  {written}")
                 raise typer.Exit(130)
     console.print(table.NOTE, style="dim")
+    if "scaling" in commands:
+        console.print(table.SCALING, style="dim")
     show(console, f"\nresults  {written}")
 
 
@@ -58,7 +60,7 @@ def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
     values = {name: value for name, value in chosen.items() if value is not None}
     for name in {"dtypes", "networks"} & values.keys():
         values[name] = words(values[name])
-    if command == "kernels":
+    if command in ("kernels", "scaling"):
         values.pop("networks", None)
     elif command == "statistics":
         values.setdefault("networks", ("resnet18",) if find_spec("torchvision") else ())

@@ -1,0 +1,192 @@
+"""Write docs/scaling.md: its numbers are counted by batchnorm/bench/traffic.py, or were measured by `batchnorm bench`.
+
+python docs/scaling.py
+"""
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import resnet50
+
+import batchnorm as bn
+from batchnorm.bench import table, traffic
+from batchnorm.bench.rows import read
+from batchnorm.bench.traffic import Collective
+from batchnorm.models.inception import BNInception
+from batchnorm.passes.swap import layers_of
+from batchnorm.report.tables import Grid
+
+DOCS = Path(__file__).parent
+MEASURED = DOCS.parent / "benchmarks" / "scaling.json"
+RANKS = (1, 8, 64, 1024)
+
+PAGE = """# Scaling: what batch normalization costs over many processes
+
+This page is written by `docs/scaling.py`. Bytes and collectives are counted by `batchnorm/bench/traffic.py`, which
+`tests/bench/test_traffic.py` holds against every collective that 2 and 3 real processes make.
+
+## Bytes and collectives of a step
+
+A rank trains with DistributedDataParallel (DDP), which by default all-reduces the gradients and broadcasts the
+buffers of rank 0. Batch normalization adds nothing to that but its buffers, unless its layers have
+`statistics=bn.Sync()`: then each of them gathers count, mean and m2 forward and sums 2·C numbers backward, all
+float64 ([Sync](statistics.md)). MB are 10⁶ bytes that a rank receives:
+
+    all_gather    (p - 1)·n          n bytes of each of p ranks, in a ring
+    all_reduce    2·(p - 1)/p·n      in a ring
+    broadcast     n
+
+{tables}
+
+**Sync is latency.** Its {exchanges} collectives (BN-Inception) come one after the other, each waited for; the
+{gradients} of gradients go while the backward pass computes.
+
+**Over very many ranks it is bytes too.** What all_gather brings grows with p, what all_reduce brings does not: from
+{crossing} ranks on (ResNet-50: {resnet_crossing}) a rank receives more for Sync than for its gradients. In groups of
+8, Sync costs what the line of 8 ranks says, however many groups there are.
+
+**Buffers need not be sent.** With Sync over all ranks they are equal anyway, and
+`DistributedDataParallel(model, broadcast_buffers=False)` saves the broadcasts. Evaluation exchanges nothing.
+
+**Population statistics are one all_reduce**, once, when training has ended: every rank takes the moments of batches
+of its own (algorithm 2 of the paper), and for their mean over the ranks each receives at most {population} MB
+(BN-Inception) or {resnet_population} MB (ResNet-50).
+
+## When to synchronise
+
+- **From 16 to 32 images a rank on: no.** Goyal et al. (2017), "Accurate, Large Minibatch SGD", section 2.3: 256 GPUs
+  with 32 images each take the statistics of their own images. These 32 are part of the loss that is minimised; were
+  they all images of the step, each number of GPUs would minimise another one. Wu & Johnson (2021), "Rethinking
+  'Batch' in BatchNorm", section 4 (normalization batch size): all else the same, moments of some tens of samples
+  generalise best. Those of fewer are noise, and those of very many have none, which regularises.
+- **With fewer, as in detection and segmentation: yes.** Peng et al. (2018), "MegDet", trains a detector so, with two
+  images a GPU.
+- **With fewer, over hundreds of ranks: in groups** that have 16 to 32 images together.
+
+Groups are made in every process, before DDP gets the model:
+
+```python
+import torch.distributed as dist
+import batchnorm as bn
+
+
+def synchronised(model, size):
+    \"\"\"BN by the samples of `size` neighbouring ranks: 0 to size - 1, size to 2·size - 1, and so on.\"\"\"
+    group, _ = dist.new_subgroups(size)
+    return bn.convert_sync(model, group)
+```
+
+The ranks of a machine are neighbours under torchrun, so groups as large as a machine never use the network. Each
+group has running statistics of its own; DDP's broadcast gives all of them those of rank 0.
+
+## Measured
+
+```bash
+batchnorm bench scaling
+```
+
+It times a step of BN-Inception of quarter width with 28 pixels, 32 images a rank and SGD, in 1, 2 and 4 processes of
+one thread each, joined by gloo; without Sync, with it and the bare collectives take turns. What Sync adds is
+predicted from the last alone:
+
+    added = Σ over Sync's collectives of (latency(p) + bytes that a rank receives / bandwidth(p))
+
+latency and bandwidth being those of a bare all_gather or all_reduce, of 8 bytes and of 1 MiB. That is the least it
+can be: ranks that come late to an exchange, and the passes over memory that the exchange divides, come on top.
+
+{measured}
+
+## Over several machines
+
+The same command on each of, say, 4 machines with 8 processes each; HOST is one of them:
+
+```
+torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m batchnorm.cli train run.toml
+```
+
+`batch_size` in run.toml counts the images of a step over all processes, and Sync is off unless asked for:
+
+```
+[training]
+batch_size = 1024
+sync = true
+```
+"""
+
+
+def inception() -> nn.Module:
+    return BNInception()
+
+
+def resnet() -> nn.Module:
+    model: nn.Module = bn.convert_sync(resnet50())
+    return model
+
+
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def megabytes(value: float) -> str:
+    """To three digits, the last of them too when it is 0."""
+    return f"{value / 1e6:#.3g}".removesuffix(".") if value else "0"
+
+
+def grid(name: str, model: nn.Module) -> Grid:
+    """A line for each number of ranks: how many collectives, and MB that a rank receives."""
+    layers = layers_of(model).values()
+    channels = sum(layer.num_features for layer in layers)
+    kinds = {"Sync": traffic.exchanges, "gradients": traffic.gradients, "buffers": traffic.buffers}
+    rows = []
+    for ranks in RANKS:
+        cells = [f"{ranks:,}"]
+        for collectives in (kind(model) for kind in kinds.values()):
+            alone = ranks == 1  # DDP calls them all the same, and nothing moves
+            cells += [str(0 if alone else len(collectives)), megabytes(traffic.received(collectives, ranks))]
+        rows.append(cells)
+    columns = ["ranks", *(cell for kind in kinds for cell in (kind, "MB"))]
+    return Grid(f"{name}: {len(layers)} BN layers, {channels:,} channels", columns, rows)
+
+
+def crossing(model: nn.Module) -> int:
+    """The number of ranks from which on Sync brings a rank more bytes than the gradients."""
+    sync, gradients = traffic.exchanges(model), traffic.gradients(model)
+    return next(p for p in count(2) if traffic.received(sync, p) > traffic.received(gradients, p))
+
+
+def at_most(collectives: list[Collective]) -> str:
+    """MB that a rank receives of so many all_reduces, where ranks are many."""
+    return megabytes(sum(2 * each.bytes for each in collectives))
+
+
+def measured() -> str:
+    """The tables of benchmarks/scaling.json, or that there are none."""
+    if not MEASURED.exists():
+        return "With `--out benchmarks` its tables come to [RESULTS.md](../benchmarks/RESULTS.md), and here."
+    results = read(MEASURED)
+    tables = [table.markdown(each) for each in table.grids(results)]
+    return "\n\n".join([f"{results.machine}; milliseconds.", *tables, *results.notes, table.SCALING])
+
+
+def page() -> str:
+    """The page."""
+    models = {"BN-Inception": built(inception), "ResNet-50": built(resnet)}
+    one, other = models.values()
+    return PAGE.format(
+        tables="\n\n".join(table.markdown(grid(name, model)) for name, model in models.items()),
+        exchanges=len(traffic.exchanges(one)),
+        gradients=len(traffic.gradients(one)),
+        crossing=crossing(one),
+        resnet_crossing=crossing(other),
+        population=at_most(traffic.population(one)),
+        resnet_population=at_most(traffic.population(other)),
+        measured=measured(),
+    )
+
+
+if __name__ == "__main__":
+    (DOCS / "scaling.md").write_text(page(), encoding="utf-8")
