@@ -21,6 +21,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 SCHEMA = 1
+Role = Literal["bn", "plain", "other"]
 
 
 class RecordError(Exception):
@@ -95,7 +96,7 @@ class Line(_Record):
     """One line of a chart: y against x, with an optional band from `low` to `high`."""
 
     label: str
-    role: Literal["bn", "plain", "other"] = Field(description="which network it is, for the colour")
+    role: Role = Field(description="which network it is, for the colour")
     x: list[float]
     y: list[float | None]
     low: list[float | None] | None = None

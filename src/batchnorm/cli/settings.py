@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchnorm.cli.terminal import RUNS, Failure, from_options, option
 
 if TYPE_CHECKING:
-    from batchnorm.experiments.mnist.settings import DigitsSettings
+    from batchnorm.experiments.claim import Settings
+
+    S = TypeVar("S", bound=Settings)
 
 
-def chosen_for(folder: Path, chosen: dict[str, Any]) -> DigitsSettings:
+def chosen_for(folder: Path, kind: type[S], claim_names: Collection[str], chosen: dict[str, Any]) -> S:
     """Those of a new run in `folder`; what was not chosen takes its default."""
-    from batchnorm.experiments.mnist import claim_names
-    from batchnorm.experiments.mnist.settings import DigitsSettings
-
     if (folder / "records.jsonl").exists():
         raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
-    unknown = set(chosen.get("claims", ())) - set(claim_names())
+    unknown = set(chosen.get("claims", ())) - set(claim_names)
     if unknown:
-        names = ", ".join(claim_names())
+        names = ", ".join(claim_names)
         raise Failure(f"no claim {', '.join(sorted(unknown))}: choose from {names}, or all")
-    return from_options(DigitsSettings, chosen)
+    return from_options(kind, chosen)
 
 
-def read_from(folder: Path, chosen: dict[str, Any]) -> DigitsSettings:
+def read_from(folder: Path, kind: type[S], chosen: dict[str, Any]) -> S:
     """Those of the run in `folder`, with which what was chosen must agree."""
     from pydantic import ValidationError
 
-    from batchnorm.experiments.mnist.settings import DigitsSettings
     from batchnorm.records import Run, read
 
     path = folder / "records.jsonl"
@@ -37,7 +36,7 @@ def read_from(folder: Path, chosen: dict[str, Any]) -> DigitsSettings:
     if not isinstance(head, Run):
         raise Failure(f"{path} does not begin with a run record: it is not a run that can be continued")
     try:
-        settings = DigitsSettings.model_validate(head.config)
+        settings = kind.model_validate(head.config)
     except ValidationError as error:
         raise Failure(
             f"{path} was written by another version: {error.errors()[0]['msg']}; start a new run"

@@ -15,6 +15,7 @@ from batchnorm.data.idx import DataError
 Split = Literal["train", "val"]
 _DIGITS = ("mnist-10k", "mnist", "fashion-mnist")
 _CIFAR_10 = "cifar-10"
+NAMES = (*_DIGITS, _CIFAR_10)
 _DOWNLOADS = Path("~/.cache/batchnorm")
 
 
@@ -104,7 +105,7 @@ def load(source: str, split: Split) -> Source:
     if path.suffix == ".tar":
         return _files(path, split)
     if not path.is_dir():
-        names = ", ".join((*_DIGITS, _CIFAR_10))
+        names = ", ".join(NAMES)
         raise DataError(
             f"no data set {source!r}: name a folder with images, shards or IDX files, or one of {names}"
         )

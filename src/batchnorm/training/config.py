@@ -123,9 +123,15 @@ class Evaluations(_Section):
     """`[evaluation]`: when, and by which statistics."""
 
     every: int | None = Field(
-        None, ge=1, description="steps; unless given, every 10 at first, from step 200 on at most 10 % apart"
+        None, ge=1, description="steps; unless given, evaluations are ever further `apart`"
+    )
+    apart: float = Field(
+        0.1, gt=0, description="share of the steps so far from one evaluation to the next; at first 10 steps"
     )
     first: int = Field(1, ge=1, description="no evaluation before this step")
+    images: int | None = Field(
+        None, ge=1, description="of the validation set, chosen once at random; unless given, all"
+    )
     population_batches: int = Field(20, ge=1, description="training batches over which Algorithm 2 averages")
     batch_size: int = Field(250, ge=1, description="images at a time in one process")
 
@@ -152,7 +158,10 @@ class Machine(_Section):
 
 
 class Config(_Section):
-    """A whole run.toml."""
+    """A whole run.toml.
+
+    As a job among others it takes `steps`, and a `cost` that all jobs of an experiment have in a common unit.
+    """
 
     model: Model = InceptionModel()
     data: Data = Data()
@@ -161,3 +170,13 @@ class Config(_Section):
     evaluation: Evaluations = Evaluations()
     checkpoints: Checkpoints = Checkpoints()
     machine: Machine = Machine()
+
+    @property
+    def steps(self) -> int:
+        """How many it takes, at most."""
+        return self.training.steps
+
+    @property
+    def cost(self) -> float:
+        """How long it takes, in steps; a network's width is not looked at."""
+        return float(self.training.steps)

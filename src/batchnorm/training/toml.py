@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from batchnorm.training.config import ELSEWHERE, Config, InceptionModel, TorchvisionModel
 
@@ -23,7 +25,7 @@ def read(path: Path, changes: Iterable[str] = ()) -> Config:
     Raises: ConfigError.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read {path}: {reason}") from None
@@ -36,11 +38,12 @@ def read(path: Path, changes: Iterable[str] = ()) -> Config:
 
 def parse(values: Mapping[str, Any], changes: Iterable[str] = ()) -> Config:
     """The configuration of these nested `values` with `changes`, as in `read`. Raises: ConfigError."""
-    merged = {name: dict(part) if isinstance(part, Mapping) else part for name, part in values.items()}
+    merged = {"training": {}} | {name: _section(name, part) for name, part in values.items()}
     for change in changes:
         _change(merged, change)
     try:
-        return Config.model_validate(merged)
+        # JSON, for there strict means what it does in TOML: a list is a tuple, but no text a number, no number a yes
+        return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("; ".join(_said(each) for each in error.errors())) from None
 
@@ -56,9 +59,24 @@ def differences(one: Config, other: Config) -> list[str]:
     ]
 
 
-def _change(values: dict[str, Any], change: str) -> None:
+def literal(value: Any) -> str:
+    """`value` as it stands in a run.toml."""
+    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _section(name: str, values: Any) -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return dict(values)
+    if name in Config.model_fields:
+        raise ConfigError(f"{name} is a section: write [{name}], and its keys below")
+    homes = [section for section in Config.model_fields if name in _keys(section)]
+    where = f": write it below [{homes[0]}]" if homes else f", and no section has a key {name}"
+    raise ConfigError(f"{name} = {literal(values)} stands in no section{where}")
+
+
+def _change(values: dict[str, dict[str, Any]], change: str) -> None:
     key, equals, text = change.partition("=")
-    parts = key.strip().split(".")
+    parts = [part.strip() for part in key.split(".")]
     if not equals or len(parts) != 2 or not all(parts):
         raise ConfigError(f"--set takes section.key=value, as in optimizer.rate=0.1, not {change!r}")
     section, name = parts
@@ -66,21 +84,22 @@ def _change(values: dict[str, Any], change: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a string needs no quotes on a command line
-    if not isinstance(values.setdefault(section, {}), dict):
-        raise ConfigError(f"--set {change}: {section} is no section")
-    values[section][name] = value
+    values.setdefault(section, {})[name] = value
 
 
-def _said(error: Any) -> str:
-    # of a model, the union's tag is part of the place
-    place = [str(part) for part in error["loc"] if part not in ("inception", "torchvision")]
-    where = ".".join(place)
+def _said(error: ErrorDetails) -> str:
+    section, *rest = error["loc"] or ("",)
+    torchvision = section == "model" and rest[:1] == ["torchvision"]
+    if section == "model":
+        rest = rest[1:]  # the first is the union's tag
+    where = str(section) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if error["type"] == "extra_forbidden":
-        known = _keys(place[:-1], error["loc"])
-        return f"unknown key {where}{_meant(place[-1], known)}"
+        known = _keys(str(section), torchvision) if rest else Config.model_fields
+        of = " of a torchvision model" if torchvision else ""
+        return f"unknown key {where}{of}{_meant(str(rest[-1] if rest else section), known)}"
     if error["type"] == "missing":
         return f"{where} is missing"
-    return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{where} = {literal(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
@@ -89,12 +108,10 @@ def _meant(name: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
 
 
-def _keys(section: list[str], location: tuple[Any, ...]) -> Iterable[str]:
-    """The keys that a section has, or the sections that there are."""
-    if not section:
-        return Config.model_fields
-    if section[0] == "model":
-        return (TorchvisionModel if "torchvision" in location else InceptionModel).model_fields
-    kind = Config.model_fields[section[0]].annotation
+def _keys(section: str, torchvision: bool = False) -> Iterable[str]:
+    """The keys that a section has."""
+    if section == "model":
+        return (TorchvisionModel if torchvision else InceptionModel).model_fields
+    kind = Config.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
     return kind.model_fields

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,7 +26,8 @@ from batchnorm.data.crops import single_crop
 from batchnorm.data.distortion import training_transform
 from batchnorm.data.loader import Batch, InOrder, Loader
 from batchnorm.data.order import Order
-from batchnorm.data.source import load
+from batchnorm.data.source import Source, load
+from batchnorm.data.subset import Subset
 from batchnorm.memory import keep_memory
 from batchnorm.models.inception import Outputs
 from batchnorm.passes.convert_sync import convert_sync
@@ -58,7 +60,10 @@ class Trainer:
         rank, ranks = self.processes.process_index, self.processes.num_processes
         training, data = config.training, config.data
         place: Any = {"rank": rank, "ranks": ranks, "processes": config.machine.loaders}
-        self.source, self.validation_source = load(data.source, "train"), load(data.source, "val")
+        self.source = load(data.source, "train")
+        self.validation_source: Source = load(data.source, "val")
+        if config.evaluation.images is not None:
+            self.validation_source = Subset(self.validation_source, config.evaluation.images)
         self.corrupt, unreadable = (
             Corrupt(data.corrupt_share, len(source)) for source in (self.source, self.validation_source)
         )
@@ -184,7 +189,11 @@ class Trainer:
 
     def _due(self) -> Iterator[int]:
         steps, wanted = self.config.training.steps, self.config.evaluation
-        at = range(wanted.every, steps, wanted.every) if wanted.every else evaluation_steps(steps)
+        at = (
+            range(wanted.every, steps, wanted.every)
+            if wanted.every
+            else evaluation_steps(steps, wanted.apart)
+        )
         yield from (step for step in at if step >= wanted.first)
         yield steps
 
@@ -298,9 +307,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. Raises: CheckpointError if that was another run."""
-        mine = self.config.model_dump(mode="json", exclude=ELSEWHERE)
-        theirs = {name: part for name, part in state.get("config", {}).items() if name not in ELSEWHERE}
-        if theirs != mine:
+        if not _same_run(self.config, state.get("config")):
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
@@ -347,6 +354,15 @@ def _decayed(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     chosen = set(map(id, weights))
     others = [parameter for parameter in network.parameters() if id(parameter) not in chosen]
     return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _same_run(config: Config, stored: object) -> bool:
+    """Whether `stored`, perhaps of an earlier version that knew fewer keys, trains as `config` does."""
+    try:
+        theirs = Config.model_validate(stored)
+    except ValidationError:
+        return False
+    return theirs.model_dump(exclude=ELSEWHERE) == config.model_dump(exclude=ELSEWHERE)
 
 
 def _first_best(accuracies: list[float]) -> int:

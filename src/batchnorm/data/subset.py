@@ -1,0 +1,44 @@
+"""A part of a data set, for a quick look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from batchnorm.data.source import Source
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The first `images` examples of a fixed random order of `source`, whose files may be sorted by class."""
+
+    source: Source
+    images: int
+    shards: None = None
+    _order: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(0))
+        object.__setattr__(self, "_order", order[: self.images])
+
+    @property
+    def classes(self) -> int:
+        """Of the whole."""
+        return self.source.classes
+
+    @property
+    def channels(self) -> int:
+        """Of every image."""
+        return self.source.channels
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[int(self._order[index])]
+
+    def name(self, index: int) -> str:
+        """What the source calls it."""
+        return self.source.name(int(self._order[index]))

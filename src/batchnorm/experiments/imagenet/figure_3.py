@@ -1,0 +1,248 @@
+"""Figures 2 and 3: with batch normalization Inception trains in a fraction of the steps, and ends higher.
+
+Claim     BN-x5 needs 14 times fewer steps than Inception to Inception's best accuracy; BN-x30 ends 2.6 points above it
+Source    Ioffe & Szegedy 2015, section 4.2.2, figures 2 and 3
+Expected  BN-x5 at Inception's best accuracy in at least 10 times fewer steps, and some BN network at least one point
+          above it in the end
+Cost      quick: ten minutes on two cores; scaled: hours; the paper's: a cluster
+Measured  docs/experiments.md
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, percent, spread
+from batchnorm.experiments.imagenet import variants
+from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.variants import NAMES, job
+from batchnorm.records import Chart, Line, Panel, Role, Table
+from batchnorm.training.config import Config
+
+# Figure 3 as printed: steps to 72.2 % in millions, and the highest accuracy in per cent.
+PAPER_STEPS = 31.0
+PAPER: dict[str, tuple[float | None, float]] = {
+    "inception": (PAPER_STEPS, 72.2),
+    "bn-baseline": (13.3, 72.7),
+    "bn-x5": (2.1, 73.0),
+    "bn-x30": (2.7, 74.8),
+    "bn-x5-sigmoid": (None, 69.8),
+}
+ROLES: dict[str, Role] = {
+    "inception": "plain",
+    "bn-baseline": "bn",
+    "bn-x5": "bn",
+    "bn-x30": "bn",
+    "bn-x5-sigmoid": "other",
+}
+FEWER_STEPS = 10
+POINTS_ABOVE = 0.01
+
+
+class Figure3(Claim[ImagenetSettings, Config]):
+    """The five networks of figure 3: steps to Inception's best accuracy, and the best accuracy of each."""
+
+    name = "figure-3"
+    title = "With batch normalization Inception trains in a fraction of the steps, and ends higher"
+    source = "section 4.2.2, figures 2 and 3"
+    expected = (
+        f"BN-x5 reaches Inception's best accuracy in at least {FEWER_STEPS} times fewer steps, and some network with "
+        "BN ends at least one point above it"
+    )
+
+    def choices(self, settings: ImagenetSettings) -> list[str]:
+        """See `Claim.choices`."""
+        rates = ", ".join(f"{rate:g}" for rate in settings.rates)
+        chosen = (
+            f"Inception's rate is the best of {rates}, by the best accuracy in {settings.sweep_steps:,} steps from "
+            f"another seed; the others' rates are 1, 5 and 30 times that."
+            if len(settings.rates) > 1
+            else f"Inception's rate is {rates}; the others' rates are 1, 5 and 30 times that."
+        )
+        return [
+            f"The network is that of figure 5 with {settings.width:g} times the channels, for images of "
+            f"{settings.image_size} pixels, batches of {settings.batch_size}; He et al.'s initial weights. Training "
+            f"crops cover {settings.crop_area[0]:.0%} to {settings.crop_area[1]:.0%} of an image.".replace(
+                "%", " %"
+            ),
+            chosen,
+            "SGD with momentum 0.9; L2 of 2e-4 on weights, 4e-5 in the networks with the changes of section 4.2.1; "
+            "dropout of 0.4 before the classifier, and none. The paper gives none of the first three numbers.",
+            f"Inception and BN-Baseline are trained for {settings.steps:,} steps, in which the rate decays "
+            f"{variants.DECAYS} times by 4 %, to 2 %, as in the paper's 31 million; the others, whose rate decays 6 "
+            f"times faster, for {variants.steps(settings, 'bn-x5'):,}.",
+            "Neither network has local response normalization.",
+            "The target is the best accuracy of Inception from the same seed; steps are those of the first evaluation "
+            "that reaches it. Evaluations are at most 25 % of the steps so far apart. Accuracy with BN is by "
+            "Algorithm 2's population statistics over 20 training batches.",
+        ]
+
+    def jobs(self, settings: ImagenetSettings, curves: Curves) -> dict[str, Config]:
+        """The sweep, then every variant for every seed."""
+        rate = variants.best_rate(settings, curves)
+        jobs = variants.sweep(settings)
+        if rate is not None:
+            for seed in range(settings.seeds):
+                for name in NAMES:
+                    jobs[job(name, seed)] = variants.variant(settings, name, rate, seed)
+        return jobs
+
+    def charts(self, settings: ImagenetSettings, curves: Curves) -> list[Chart]:
+        """Figure 2: accuracy against steps."""
+        lines = [line for name in NAMES if (line := _line(name, _of(settings, curves, name))) is not None]
+        if not lines:
+            return []
+        panel = Panel(
+            title="",
+            x_label="training steps",
+            y_label="validation accuracy",
+            x_log=True,
+            y_range=_from_half(lines),
+            y_percent=True,
+            lines=lines,
+        )
+        return [
+            Chart(
+                claim=self.name,
+                name="figure-2",
+                title="Validation accuracy against training steps",
+                caption="The paper's figure 2, its axis of steps drawn in logarithms. Line: median over the seeds; "
+                "band: all of them.",
+                panels=[panel],
+            )
+        ]
+
+    def find(self, settings: ImagenetSettings, curves: Curves) -> Finding:
+        """Steps to Inception's best accuracy and the best accuracies, beside the paper's own."""
+        of = {name: _of(settings, curves, name) for name in NAMES}
+        targets = [curve.best_accuracy for curve in of["inception"]]
+        steps = {name: [c.steps_to(t) for c, t in zip(of[name], targets, strict=True)] for name in NAMES}
+        fewer = {name: _ratios(steps["inception"], steps[name]) for name in NAMES}
+        best = {name: statistics.fmean(c.best_accuracy for c in of[name]) for name in NAMES}
+        higher = max((name for name in NAMES if name != "inception"), key=lambda name: best[name])
+        above = best[higher] - best["inception"]
+        rows = []
+        for name, printed in PAPER.items():
+            millions, accuracy = printed
+            rows.append(
+                [
+                    NAMES[name],
+                    spread(steps[name]),
+                    spread(fewer[name], "{:.1f}"),
+                    spread((c.best_accuracy for c in of[name]), "{:.2%}"),
+                    f"{millions}e6" if millions else "–",
+                    f"{PAPER_STEPS / millions:.1f}" if millions else "–",
+                    f"{accuracy} %",
+                ]
+            )
+        tables = {
+            "Steps to Inception's best accuracy, and the best accuracy of each": Table(
+                columns=["network", "steps", "times fewer", "best", "paper: steps", "times fewer", "best"],
+                rows=rows,
+                note=f"Mean ± standard deviation over {settings.seeds} seeds; the paper's columns are ImageNet's, to "
+                f"72.2 %. {_scale(settings)}",
+            ),
+            "Every network": _each(of, targets),
+        }
+        if len(settings.rates) > 1:
+            tables["Inception's rate"] = _sweep_table(settings, curves)
+        x5 = [ratio for ratio in fewer["bn-x5"] if ratio is not None]
+        reached = len(x5) == len(targets)
+        ratio = statistics.fmean(x5) if reached else 0.0
+        said = (
+            f"BN-x5 needs {ratio:.1f} times fewer steps"
+            if reached
+            else "BN-x5 does not reach it from every seed"
+        )
+        return Finding(
+            ratio >= FEWER_STEPS and above >= POINTS_ABOVE,
+            f"To Inception's best accuracy, {spread(targets, '{:.2%}')} after {spread(steps['inception'])} steps, "
+            f"{said} ({spread(steps['bn-x5'])}). {NAMES[higher]} ends highest, {100 * above:+.1f} points from "
+            f"Inception: {percent(best[higher], 2)}. {_scale(settings)}",
+            tables,
+        )
+
+
+def _scale(settings: ImagenetSettings) -> str:
+    if settings.scale == "paper":
+        return "At the paper's scale."
+    return f"A scaled run, on {settings.data} and not on ImageNet."
+
+
+def _of(settings: ImagenetSettings, curves: Curves, name: str) -> list[Curve[Config]]:
+    found = (curves.get(job(name, seed)) for seed in range(settings.seeds))
+    return [curve for curve in found if curve is not None]
+
+
+def _ratios(plain: list[int | None], others: list[int | None]) -> list[float | None]:
+    return [a / b if a and b else None for a, b in zip(plain, others, strict=True)]
+
+
+def _line(name: str, curves: list[Curve[Config]]) -> Line | None:
+    """The median over seeds at every step that all have been evaluated at."""
+    at = [{e.step: e.accuracy for e in curve.evaluations} for curve in curves]
+    steps = sorted(set.intersection(*map(set, at))) if at else []
+    if not steps:
+        return None
+    values = [[each[step] for each in at] for step in steps]
+    return Line(
+        label=NAMES[name],
+        role=ROLES[name],
+        x=[float(step) for step in steps],
+        y=[statistics.median(each) for each in values],
+        low=[min(each) for each in values],
+        high=[max(each) for each in values],
+    )
+
+
+def _from_half(lines: list[Line]) -> tuple[float, float]:
+    """The upper part of the axis, where the networks differ."""
+    highest = max(y for line in lines for y in line.y if y is not None)
+    return (max(0.0, round(highest - 0.3, 1)), min(1.0, round(highest + 0.05, 2)))
+
+
+def _each(of: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:
+    rows = []
+    for name, curves in of.items():
+        for seed, (curve, target) in enumerate(zip(curves, targets, strict=True)):
+            result, reached = curve.result, curve.steps_to(target)
+            assert result is not None
+            moving = "–" if result.accuracy_moving is None else percent(result.accuracy_moving, 2)
+            rows.append(
+                [
+                    NAMES[name],
+                    str(seed),
+                    f"{curve.config.optimizer.rate:g}",
+                    f"{result.steps:,}",
+                    f"{reached:,}" if reached else "not reached",
+                    f"{curve.steps_to(curve.best_accuracy):,}",
+                    percent(curve.best_accuracy, 2),
+                    "diverged" if result.diverged else percent(result.accuracy, 2),
+                    moving,
+                ]
+            )
+    return Table(
+        columns=[
+            "network",
+            "seed",
+            "rate",
+            "steps",
+            "target at",
+            "best at",
+            "best",
+            "last",
+            "by moving averages",
+        ],
+        rows=rows,
+        note="'last' is by Algorithm 2's population statistics, 'by moving averages' by torch's with momentum 0.1.",
+    )
+
+
+def _sweep_table(settings: ImagenetSettings, curves: Curves) -> Table:
+    rows = [
+        [f"{rate:g}", percent(curve.best_accuracy, 2), percent(curve.evaluations[-1].accuracy, 2)]
+        for rate, curve in variants.swept(settings, curves).items()
+    ]
+    return Table(
+        columns=["rate", "best", "last"], rows=rows, note="One seed, which the runs above do not use."
+    )

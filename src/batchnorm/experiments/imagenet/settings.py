@@ -1,0 +1,59 @@
+"""What a user may choose of the ImageNet experiments, and what each of the three scales chooses."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from batchnorm.data.source import NAMES
+from batchnorm.experiments.claim import Settings
+from batchnorm.models.inception import Stem
+
+
+class ImagenetSettings(Settings):
+    """What a user may choose; with the data it decides every number. The defaults are those of the scaled run."""
+
+    data: str = "fashion-mnist"
+    claims: tuple[str, ...] = ("failures", "figure-3")
+    scale: Literal["scaled", "quick", "paper"] = "scaled"
+    steps: int = Field(
+        16_000, ge=50, description="that Inception and BN-Baseline are trained for; BN-x5 and on, a fifth"
+    )
+    width: float = Field(0.25, gt=0, description="multiplies every number of channels")
+    image_size: int = Field(28, ge=8)
+    stem: Stem = "small"
+    crop_area: tuple[float, float] = (0.7, 1.0)
+    batch_size: int = Field(32, ge=2)
+    rates: tuple[float, ...] = Field(
+        (0.005, 0.01, 0.02, 0.04), min_length=1, description="of which Inception gets the best"
+    )
+    sweep_steps: int = Field(3_000, ge=50, description="that each rate is tried for")
+    images: int | None = Field(None, ge=1, description="of the validation set; unless given, all")
+
+
+# A look at the same claims in ten minutes on two cores.
+QUICK: dict[str, Any] = {
+    "scale": "quick",
+    "steps": 1_600,
+    "seeds": 1,
+    "rates": (0.02,),
+    "images": 2_000,
+}
+# What the paper did, for a cluster. It gives the rate; the rest of what it leaves open is GoogLeNet's.
+PAPER: dict[str, Any] = {
+    "scale": "paper",
+    "steps": 31_000_000,
+    "seeds": 1,
+    "width": 1.0,
+    "image_size": 224,
+    "stem": "imagenet",
+    "crop_area": (0.08, 1.0),
+    "rates": (0.0015,),
+}
+
+
+def preset(quick: bool, data: str | None) -> dict[str, Any]:
+    """What is chosen unless the user says otherwise; a folder is taken for ImageNet."""
+    paper = {} if data is None or data in NAMES else PAPER
+    return paper | (QUICK if quick else {})
