@@ -182,6 +182,65 @@ def imagenet(
     _run("imagenet", ImagenetSettings, claim_names(), imagenet_experiment, chosen, out, resume, workers)
 
 
+@app.command(
+    "ensemble",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm reproduce ensemble --quick      a look, ten minutes on 2 cores\n\n"
+    "batchnorm reproduce ensemble              the scaled run on Fashion-MNIST, an hour\n\n"
+    "batchnorm reproduce ensemble --resume     go on with a stopped run",
+)
+def ensemble(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the steps, 300 validation images.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="As for reproduce imagenet.", show_default="fashion-mnist"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=50, help="Of Inception; the networks take a fifth of it.", show_default="16000"),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Of Inception; that of the networks is 30 times as high.", show_default="0.02"),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the validation set, in 144 crops each.", show_default="2000"),
+    ] = None,
+    width: Annotated[
+        float | None, typer.Option(help="Multiplies every number of channels.", show_default="0.25")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="The run's folder.", show_default="runs/ensemble-DATE-TIME"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --out, or with the newest one, to the same numbers."
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Networks trained at the same time.", show_default="one a core")
+    ] = None,
+) -> None:
+    """The ensemble of section 4.2.3: six BN-x30 networks, each a little different, and the mean of what they say.
+
+    Trains the six, asks each about validation images in one crop and in 144, and sets the ensemble beside its
+    networks, as figure 4 does.
+    """
+    from batchnorm.experiments.imagenet import ensemble_experiment
+    from batchnorm.experiments.imagenet.ensemble import QUICK, EnsembleSettings
+    from batchnorm.experiments.imagenet.settings import preset
+
+    chosen = _given(data=data, steps=steps, rate=rate, images=images, width=width)
+    if not resume:
+        chosen = preset(False, data) | (QUICK if quick else {}) | chosen
+    _run("ensemble", EnsembleSettings, ("ensemble",), ensemble_experiment, chosen, out, resume, workers)
+
+
 def _listed(claims: str | None, names: tuple[str, ...], title: Callable[[str], str]) -> bool:
     """Print the claims if that was asked."""
     if claims != "list":

@@ -1,18 +1,20 @@
-"""The ImageNet experiment: its claims by name."""
+"""The ImageNet experiments: the claims of the first by name, and the ensemble."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from batchnorm.data.source import load
+from batchnorm.data.source import Source, load
 from batchnorm.experiments.claim import Claim
 from batchnorm.experiments.imagenet.ablation import Ablation
+from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings
 from batchnorm.experiments.imagenet.failures import Failures
 from batchnorm.experiments.imagenet.figure_3 import Figure3
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
 from batchnorm.experiments.run import Experiment
 from batchnorm.training.config import Config
+from batchnorm.training.prediction import Prediction, Predictor
 from batchnorm.training.trainer import Trainer
 
 _SCALES = {
@@ -47,13 +49,37 @@ def imagenet_experiment(settings: ImagenetSettings) -> Experiment[ImagenetSettin
     """
     train, validation = load(settings.data, "train"), load(settings.data, "val")
     claims = [make(train.classes) for name, (_, make) in _CLAIMS.items() if name in settings.claims]
-    described = (
+    return Experiment("imagenet", _title(settings), claims, _described(settings, train, validation), _trainer)
+
+
+def ensemble_experiment(
+    settings: EnsembleSettings,
+) -> Experiment[EnsembleSettings, Config | Prediction]:
+    """Section 4.2.3. Raises: DataError when the data cannot be loaded."""
+    train, validation = load(settings.data, "train"), load(settings.data, "val")
+    return Experiment(
+        "ensemble",
+        f"An ensemble of six: {_title(settings)}",
+        [Ensemble(len(validation))],
+        _described(settings, train, validation),
+        _trainer_or_predictor,
+    )
+
+
+def _title(settings: ImagenetSettings) -> str:
+    return _SCALES[settings.scale].format(data=settings.data)
+
+
+def _described(settings: ImagenetSettings, train: Source, validation: Source) -> str:
+    return (
         f"{settings.data}: {len(train):,} training and {len(validation):,} validation images in {train.classes} "
         f"classes, at {settings.image_size} pixels"
     )
-    title = _SCALES[settings.scale].format(data=settings.data)
-    return Experiment("imagenet", title, claims, described, _trainer)
 
 
 def _trainer(config: Config, job: str, folder: Path) -> Trainer:
     return Trainer(config, job)
+
+
+def _trainer_or_predictor(config: Config | Prediction, job: str, folder: Path) -> Trainer | Predictor:
+    return Predictor(config, job, folder) if isinstance(config, Prediction) else Trainer(config, job)
