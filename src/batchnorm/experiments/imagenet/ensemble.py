@@ -70,8 +70,8 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         return [
             f"BN-x30 at {30 * settings.rate:g}, trained for {variants.steps(settings, 'bn-x30'):,} steps, each from a "
             f"seed of its own. Modified: {members}.",
-            f"Accuracies are those of {settings.images or self._validation:,} validation images, chosen once at random, by "
-            "population statistics.",
+            f"Accuracies are those of {settings.images or self._validation:,} validation images, chosen once at "
+            "random, by population statistics.",
             "Initial weights are 'larger' by a factor of 2.",
         ]
 
