@@ -1,82 +1,135 @@
 """Write docs/experiments.md from what was measured, so that no number in it is typed by hand.
 
-python docs/experiments.py RUN     take the verdicts and pictures of a run, then write the page
-python docs/experiments.py         write the page again from docs/measured.jsonl
+python docs/experiments.py RUN...  take the verdicts and pictures of these runs, then write the page
+python docs/experiments.py         write the page again from docs/measured/
 """
 
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from batchnorm.records import Run, Table, Verdict, read
 
 DOCS = Path(__file__).parent
-MEASURED = DOCS / "measured.jsonl"
+MEASURED = DOCS / "measured"
 
 INTRODUCTION = """# Experiments
 
-What the paper claims, what was expected, and what was measured here on the 10,000 real digits that come with the
-package (8,000 to train on, 2,000 to test). A verdict may be "not seen here". This page is written by
-`docs/experiments.py` from the records of one run, `docs/measured.jsonl`:
-
-```bash
-{command}
-```
-
-{machine}; {versions}. On the same machine the same command gives the same numbers.
+What the paper claims, what was expected, and what was measured here. A verdict may be "not seen here". This page is
+written by `docs/experiments.py` from the records of the runs named below, in `docs/measured/`. On the same machine the
+same command gives the same numbers.
 """
+
+# By the name of the file in docs/measured: a title, and what is to be known before the numbers.
+PARTS = {
+    "mnist": (
+        "Digits: section 4.1",
+        "On the 10,000 real digits that come with the package, 8,000 to train on and 2,000 to test.",
+    ),
+    "imagenet": (
+        "Inception: section 4.2, scaled down",
+        "Not ImageNet: the 60,000 real images of Fashion-MNIST at 28 pixels, a quarter of the channels, and some 2,000 "
+        "times fewer steps than the paper's. `--data DIR` runs the paper's own scale.",
+    ),
+    "imagenet-quick": (
+        "The same in ten minutes",
+        "What `--quick` shows: one seed, a tenth of the steps.",
+    ),
+    "ablation": (
+        "Which of the changes matters: section 4.2.1",
+        "The table the paper never printed, at the scale of the runs above.",
+    ),
+    "ensemble": (
+        "The ensemble: section 4.2.3, scaled down",
+        "Six networks at the scale of the runs above.",
+    ),
+}
+# The pictures of a claim, where they are not named after it.
+PICTURES = {"figure-1": ("figure-1a", "figure-1bc"), "figure-3": ("figure-2",)}
 
 
 def take(run: Path) -> None:
-    """Copy the run's head, its last verdict of every claim and the pictures of the documentation."""
+    """Copy the run's head, its last verdict of every claim and their pictures."""
     records = list(read(run / "records.jsonl"))
     verdicts = {record.claim: record for record in records if isinstance(record, Verdict)}
     (head,) = (record for record in records if isinstance(record, Run))
     # where it was written to is nobody's business
-    command = re.sub(r" --out(?:=| )(?:'[^']*'|\S+)", "", head.command)
+    command = re.sub(r" --(?:out(?:=| )(?:'[^']*'|\S+)|resume)", "", head.command)
     head = head.model_copy(update={"command": command})
+    part = _part(head, verdicts)
+    MEASURED.mkdir(exist_ok=True)
     kept = [head, *verdicts.values()]
-    MEASURED.write_text("".join(record.model_dump_json() + "\n" for record in kept))
-    for picture in (
-        "figure-1a.png",
-        "figure-1bc.png",
-        "higher-rates.png",
-        "initial-weights.png",
-        "saturation.png",
-    ):
-        shutil.copy(run / "figures" / picture, DOCS / "images" / picture)
+    (MEASURED / f"{part}.jsonl").write_text("".join(record.model_dump_json() + "\n" for record in kept))
+    for claim in verdicts:
+        for name in _pictures(claim):
+            if (run / "figures" / f"{name}.png").exists():
+                shutil.copy(run / "figures" / f"{name}.png", _image(part, name))
 
 
 def page() -> str:
-    """The page, from docs/measured.jsonl."""
-    head, *verdicts = read(MEASURED)
-    assert isinstance(head, Run)
-    versions = ", ".join(f"{name} {version}" for name, version in head.versions.items())
-    parts = [INTRODUCTION.format(command=head.command, machine=head.machine, versions=versions)]
-    order = sorted(
-        (v for v in verdicts if isinstance(v, Verdict)), key=lambda verdict: verdict.steps_ratio is None
-    )
-    rows = [[f"[{v.title}](#{v.claim})", v.source, f"**{v.outcome}**", v.measured] for v in order]
-    parts.append(
-        markdown(Table(columns=["claim", "in the paper", "verdict", "measured"], rows=rows), right=False)
-    )
-    for verdict in order:
-        parts.append(f"## {verdict.claim}\n\n{verdict.title} ({verdict.source}).\n")
-        parts.append(
-            f"Expected: {verdict.expected}.\n\nMeasured: **{verdict.outcome}**. {verdict.measured}\n"
-        )
-        for name in ("figure-1a", "figure-1bc") if verdict.claim == "figure-1" else (verdict.claim,):
-            if (DOCS / "images" / f"{name}.png").exists():
-                parts.append(f"![{verdict.title}](images/{name}.png)\n")
-        for title, table in verdict.tables.items():
-            parts.append(f"{title}:\n\n{markdown(table)}" + (f"\n{table.note}\n" if table.note else ""))
-        parts.append(
-            "What the paper leaves open and we chose:\n\n"
-            + "\n".join(f"- {c}" for c in verdict.choices)
-            + "\n"
-        )
+    """The page, from docs/measured."""
+    heads, verdicts = {}, {}
+    for part in PARTS:
+        if (MEASURED / f"{part}.jsonl").exists():
+            head, *found = read(MEASURED / f"{part}.jsonl")
+            assert isinstance(head, Run)
+            heads[part] = head
+            verdicts[part] = sorted(
+                (verdict for verdict in found if isinstance(verdict, Verdict)),
+                key=lambda verdict: (verdict.steps_ratio is None, verdict.claim != "figure-3"),
+            )
+    rows = [
+        [
+            f"[{verdict.title}](#{_anchor(part, verdict)})",
+            verdict.source,
+            f"**{verdict.outcome}**",
+            verdict.measured,
+        ]
+        for part, found in verdicts.items()
+        for verdict in found
+    ]
+    columns = ["claim", "in the paper", "verdict", "measured"]
+    parts = [INTRODUCTION, markdown(Table(columns=columns, rows=rows), right=False)]
+    for part, head in heads.items():
+        parts += _of(part, head, verdicts[part])
     return "\n".join(parts)
+
+
+def _of(part: str, head: Run, verdicts: list[Verdict]) -> Iterator[str]:
+    title, about = PARTS[part]
+    versions = ", ".join(f"{name} {version}" for name, version in head.versions.items())
+    yield f"## {title}\n\n{about}\n\n```bash\n{head.command}\n```\n\n{head.machine}; {versions}.\n"
+    for verdict in verdicts:
+        yield f"### {_anchor(part, verdict)}\n\n{verdict.title} ({verdict.source}).\n"
+        yield f"Expected: {verdict.expected}.\n\nMeasured: **{verdict.outcome}**. {verdict.measured}\n"
+        for name in _pictures(verdict.claim):
+            image = _image(part, name)
+            if image.exists():
+                yield f"![{verdict.title}]({image.relative_to(DOCS).as_posix()})\n"
+        for caption, table in verdict.tables.items():
+            yield f"{caption}:\n\n{markdown(table)}" + (f"\n{table.note}\n" if table.note else "")
+        chosen = "\n".join(f"- {choice}" for choice in verdict.choices)
+        yield f"What the paper leaves open and we chose:\n\n{chosen}\n"
+
+
+def _part(head: Run, verdicts: dict[str, Verdict]) -> str:
+    if set(verdicts) == {"ablation"}:
+        return "ablation"
+    return head.experiment + ("-quick" if head.config.get("scale") == "quick" else "")
+
+
+def _anchor(part: str, verdict: Verdict) -> str:
+    return f"{verdict.claim}-quick" if part.endswith("-quick") else verdict.claim
+
+
+def _pictures(claim: str) -> tuple[str, ...]:
+    return PICTURES.get(claim, (claim,))
+
+
+def _image(part: str, name: str) -> Path:
+    return DOCS / "images" / (f"{name}-quick.png" if part.endswith("-quick") else f"{name}.png")
 
 
 def markdown(table: Table, right: bool = True) -> str:
@@ -86,6 +139,6 @@ def markdown(table: Table, right: bool = True) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        take(Path(sys.argv[1]))
+    for run in sys.argv[1:]:
+        take(Path(run))
     (DOCS / "experiments.md").write_text(page())

@@ -8,11 +8,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from batchnorm.data.digits import Digits
-from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.experiments.mnist import mnist_experiment
+from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.records import Run, Verdict, read
+from batchnorm.training.config import Config, InceptionModel
+from batchnorm.training.toml import literal
 from tests.test_cli import batchnorm
 
 ROOT = Path(__file__).parent.parent
@@ -63,9 +66,12 @@ def test_python_blocks_run_in_order(page):
 )
 def test_reproduce_commands_run(command, tmp_path):
     arguments = shlex.split(command)[1:]
-    if "fashion-mnist" in arguments:
-        arguments += ["--claims", "list"]  # parsed, and nothing downloaded
-    done = batchnorm(*arguments, *QUICK, cwd=tmp_path)
+    if {"imagenet", "ensemble", "fashion-mnist"} & set(arguments):  # parsed; tests/experiments runs them
+        arguments += ["--help"] if "ensemble" in arguments else ["--claims", "list"]
+        quick = []
+    else:
+        quick = QUICK
+    done = batchnorm(*arguments, *quick, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for run in (tmp_path / "runs").glob("*"):
         assert batchnorm("report", run.resolve()).returncode == 0
@@ -75,6 +81,39 @@ def test_all_claims_run(tmp_path):
     assert any("--claims all" in command for command in commands("batchnorm"))
     done = batchnorm("reproduce", "mnist", "--claims", "all", "--steps", 1, "--seeds", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_train_and_evaluate_commands_are_understood(tmp_path):
+    """All but what trains: each command of the documentation, on the run.toml that the first one prints."""
+    lines = [line for line in commands("batchnorm") if line.split()[1] in ("train", "evaluate")]
+    assert len(lines) >= 6
+    example = batchnorm("train", "--example")
+    assert example.returncode == 0
+    (tmp_path / "run.toml").write_text(example.stdout)
+    for line in lines:
+        words = shlex.split(line.split(">")[0])[1:]
+        if "--resume" in words or words[0] == "evaluate":
+            done = batchnorm(*words, "--help", cwd=tmp_path)
+        else:
+            done = batchnorm(*words, *([] if "--example" in words else ["--dry-run"]), cwd=tmp_path)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+
+
+def test_the_table_of_keys_is_that_of_the_configuration():
+    rows = re.findall(
+        r"^\| `(\w+\.\w+)` \| (.*?) \| (.*) \|$", (ROOT / "docs" / "training.md").read_text(), re.M
+    )
+    expected = []
+    for section in Config.model_fields:
+        kind = InceptionModel if section == "model" else Config.model_fields[section].annotation
+        assert isinstance(kind, type) and issubclass(kind, BaseModel)
+        for name, field in kind.model_fields.items():
+            default = "required" if field.is_required() else "–"
+            if not field.is_required() and field.default is not None:
+                default = f"`{literal(field.default)}`"
+            assert field.description, name
+            expected.append((f"{section}.{name}", default, field.description.replace("*", "\\*")))
+    assert rows == expected
 
 
 @pytest.mark.parametrize("command", commands("make"))
@@ -109,7 +148,7 @@ def test_the_page_of_experiments_is_what_its_records_say(monkeypatch):
 
 
 def test_the_records_of_the_documentation_are_those_of_this_code():
-    head, *verdicts = read(ROOT / "docs" / "measured.jsonl")
+    head, *verdicts = read(ROOT / "docs" / "measured" / "mnist.jsonl")
     assert isinstance(head, Run)
     settings = DigitsSettings.model_validate(head.config)
     claims = {claim.name: claim for claim in mnist_experiment(settings, Digits.load()).claims}

@@ -20,17 +20,22 @@ class _Section(BaseModel):
 class InceptionModel(_Section):
     """`[model]` with name = "bn-inception": the arguments of `batchnorm.models.BNInception`."""
 
-    name: Literal["bn-inception"] = INCEPTION
-    batch_norm: bool = True
-    activation: Nonlinearity = "relu"
+    name: Literal["bn-inception"] = Field(
+        INCEPTION,
+        description="or any classification model of torchvision, which has dropout for a key at most",
+    )
+    batch_norm: bool = Field(True, description="before every nonlinearity")
+    activation: Nonlinearity = Field("relu", description="or sigmoid")
     width: float = Field(1.0, gt=0, description="multiplies every number of channels")
-    stem: Stem = "imagenet"
-    pool_proj_4cd: int = Field(96, ge=1)
-    separable_stem: bool = True
+    stem: Stem = Field("imagenet", description="for images of 224 pixels, or small for 28 to 64")
+    pool_proj_4cd: int = Field(96, ge=1, description="of modules 4c and 4d; 128 as figure 5 prints")
+    separable_stem: bool = Field(True, description="the first convolution depthwise, then 1×1")
     auxiliary: bool = Field(False, description="a second classifier after module 4d")
     dropout: float = Field(0.4, ge=0, lt=1, description="before the classifier; 0.4 is GoogLeNet's")
-    local_response_norm: bool = False
-    per_activation: tuple[str, ...] = ()
+    local_response_norm: bool = Field(False, description="in the stem, as in GoogLeNet")
+    per_activation: tuple[str, ...] = Field(
+        (), description="modules whose BN has moments for every single activation"
+    )
     init_gain: float = Field(1.0, gt=0, description="multiplies the convolutions' initial weights")
 
 
@@ -85,7 +90,7 @@ class Optimizer(_Section):
     """`[optimizer]`: SGD with momentum, the rate decaying exponentially in steps."""
 
     rate: float = Field(0.0015, gt=0, description="initial learning rate; 0.0015 is the paper's Inception")
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(
         2e-4, ge=0, description="L2, on the weights of convolutions and linear layers"
     )
@@ -98,7 +103,7 @@ class Optimizer(_Section):
 class Schedule(_Section):
     """`[training]`: how long, in which batches, with which numbers."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="of SGD")
     batch_size: int = Field(32, ge=2, description="images a step, over all processes")
     micro_batch: int | None = Field(
         None,
@@ -123,10 +128,10 @@ class Evaluations(_Section):
     """`[evaluation]`: when, and by which statistics."""
 
     every: int | None = Field(
-        None, ge=1, description="steps; unless given, evaluations are ever further `apart`"
+        None, ge=1, description="steps; unless given, an epoch"
     )
-    apart: float = Field(
-        0.1, gt=0, description="share of the steps so far from one evaluation to the next; at first 10 steps"
+    apart: float | None = Field(
+        None, gt=0, description="instead: a share of the steps so far, at least 10, to the next evaluation"
     )
     first: int = Field(1, ge=1, description="no evaluation before this step")
     images: int | None = Field(
@@ -139,21 +144,21 @@ class Evaluations(_Section):
 class Checkpoints(_Section):
     """`[checkpoints]`: when, and how many are kept beside the best one."""
 
-    every_seconds: float = Field(600, gt=0)
-    keep: int = Field(3, ge=1)
+    every_seconds: float = Field(600, gt=0, description="and when the run ends or is stopped")
+    keep: int = Field(3, ge=1, description="the newest so many, beside the best network and the final one")
 
 
 class Machine(_Section):
     """`[machine]`: what must not change a result but for rounding; may differ when a run is continued."""
 
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu"] = Field("auto", description="an accelerator where there is one")
     threads: int | None = Field(
         None, ge=1, description="of one process on a CPU; unless given, torch's default"
     )
     loaders: int = Field(
         0, ge=0, description="processes that read and distort images, for each training process"
     )
-    channels_last: bool = True
+    channels_last: bool = Field(True, description="the memory layout of images and weights")
     keep_memory: bool = Field(True, description="see bn.keep_memory; on a CPU only")
 
 
