@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import signal
 from contextlib import suppress
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
@@ -16,6 +15,7 @@ import torch
 from batchnorm.bench import networks
 from batchnorm.bench.case import timed
 from batchnorm.bench.rounds import Sample
+from batchnorm.children import signals_blocked
 from batchnorm.memory import keep_memory
 from batchnorm.passes.upgrade import upgrade
 
@@ -31,14 +31,8 @@ class Process:
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, name, size, batch, tuned, torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        # Ctrl-C reaches the whole group, but only the parent decides what it means: its mask is inherited,
-        # unless the first process that is started brings up the tracker, which unblocks
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with signals_blocked(signal.SIGINT):  # for good: it ends when the parent closes the pipe
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def __call__(self) -> Sample:

@@ -9,7 +9,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from batchnorm.bench.rounds import Contender, Sample
+from batchnorm.children import signals_blocked
 from batchnorm.memory import keep_memory
 
 Build = Callable[[], Mapping[str, Contender]]  # called in each process; what is sent there must be picklable
@@ -39,9 +39,7 @@ class Ranks:
         self._processes = []
         self._measured: dict[str, Sample] = {}
         store = str(Path(self._folder.name) / "store")
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # see process.py
-        try:
+        with signals_blocked(signal.SIGINT):  # for good: they end when the parent closes the pipes
             for rank in range(count):
                 pipe, theirs = context.Pipe()
                 process = context.Process(
@@ -51,8 +49,6 @@ class Ranks:
                 theirs.close()
                 self._pipes.append(pipe)
                 self._processes.append(process)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __call__(self, who: str) -> Sample:
         """One sample: of each part the time of the slowest rank."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from threading import Thread
 from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from batchnorm.children import STOP_SIGNALS, leave_with_parent, signals_blocked
 from batchnorm.data.idx import DataError
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Processes(Generic[Request, Answer]):
@@ -48,7 +44,7 @@ class Processes(Generic[Request, Answer]):
         )
 
     def __iter__(self) -> Iterator[Answer]:
-        with _signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
+        with signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
             answers = iter(self._answers)
         for answer in answers:
             if isinstance(answer, DataError):
@@ -74,32 +70,15 @@ def _unchanged(answer: Answer) -> Answer:
     return answer
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    resource_tracker.ensure_running()  # its own start would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start(_: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach the whole group of processes; the parent decides when to stop."""
+    """Stop when the parent says so, and not by a signal that it gets too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         Thread(target=_leave_when_told, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     else:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _leave_when_told() -> None:

@@ -10,22 +10,21 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from threading import Thread, Timer
+from threading import Timer
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
+from batchnorm.children import STOP_SIGNALS, leave_with_parent, signals_blocked
 from batchnorm.memory import keep_memory
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
 
 _CHECKPOINT_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 10.0
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerDied(Exception):
@@ -113,7 +112,7 @@ class Workers(Generic[J]):
 
         Raises: WorkerDied when a process was killed; whatever a worker raised.
         """
-        with _signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
+        with signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
             pending: set[Future[Outcome]] = {
                 self._pool.submit(_train, name, config, self.checkpoint(name))
                 for name, config in jobs.items()
@@ -146,15 +145,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class _Here:
     """What a worker process was started with, and whether it was told to go."""
 
@@ -168,11 +158,11 @@ class _Here:
 def _start(make: Make[Any], messages: Any, stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _terminate)
-    Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()  # a checkpoint is whole at any moment
     keep_memory()
     torch.set_num_threads(1)  # the networks are small: a core each, and sums that never depend on the machine
     _Here.make, _Here.messages, _Here.stop = make, messages, stop
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _terminate(*_: object) -> None:
@@ -183,14 +173,6 @@ def _terminate(*_: object) -> None:
     timer = Timer(_LAST_WORDS_SECONDS, os._exit, (0,))
     timer.daemon = True
     timer.start()
-
-
-def _leave_with_parent() -> None:
-    """Do not outlive a parent that was killed; a checkpoint is whole at any moment."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _train(job: str, config: Any, path: Path) -> Outcome:
