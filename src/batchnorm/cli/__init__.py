@@ -1,6 +1,7 @@
 """The command line; thin. What a command needs is imported when it runs: `--help` must not wait for torch.
 
 train                   a run.toml -> a network, its records and checkpoints
+evaluate                networks -> how often they are right, one by one and together
 reproduce  settings     a new experiment, or one that was stopped   options -> an experiment's run -> report
 bench      measurement  everything of one command, or of all        options -> rows -> tables, figure, page
 terminal   what they share: options by name, and failing in one line
@@ -15,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import bench, reproduce, train
+from batchnorm.cli import bench, evaluate, reproduce, train
 from batchnorm.cli.terminal import Failure, in_one_line
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(reproduce.app, name="reproduce")
 app.add_typer(bench.app, name="bench")
 app.command("train", epilog=train.EPILOG)(train.train)
+app.command("evaluate", epilog=evaluate.EPILOG, no_args_is_help=True)(evaluate.evaluate)
 
 
 @app.command("report")

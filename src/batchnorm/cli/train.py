@@ -6,6 +6,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +42,9 @@ rate = 0.1
 [training]
 steps = 2000
 batch_size = 32              # over all processes
+
+[evaluation]
+every = 500                  # steps; unless given, an epoch
 """
 
 EPILOG = (
@@ -95,6 +100,19 @@ def train(
     if example:
         typer.echo(EXAMPLE, nl=False)
         return
+    with _leaving_at_once():
+        _train(config, changes, recipe, without, out, resume, dry_run)
+
+
+def _train(
+    config: Path | None,
+    changes: list[str] | None,
+    recipe: str | None,
+    without: str | None,
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+) -> None:
     from rich.console import Console
 
     from batchnorm.training.config import Config
@@ -114,6 +132,16 @@ def train(
     _run(console, wanted, folder)
 
 
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """SIGTERM while there is nothing to save, as the imports take seconds; a session listens by itself."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _folder(out: Path | None, resume: bool) -> Path:
     if out is None and _ranks() > 1:
         raise Failure("name a folder that all processes share: --out runs/NAME")
@@ -126,9 +154,15 @@ def _chosen(folder: Path, config: Path | None, changes: list[str] | None) -> Con
 
     if config is None:
         raise Failure("name a run.toml; batchnorm train --example prints one to begin with")
-    if _rank() == 0 and (folder / "records.jsonl").exists():
+    if _rank() == 0 and _begun(folder):
         raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
     return toml.read(config, changes or ())
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run in `folder` came as far as its first record; killed before, it has nothing to go on with."""
+    path = folder / "records.jsonl"
+    return path.is_file() and b"\n" in path.read_bytes()
 
 
 def _continued(folder: Path, config: Path | None, changes: list[str] | None) -> Config:
@@ -136,6 +170,8 @@ def _continued(folder: Path, config: Path | None, changes: list[str] | None) -> 
     from batchnorm.records import RecordError, Run, read
     from batchnorm.training import toml
 
+    if folder.is_dir() and not _begun(folder):
+        raise Failure(f"{folder} holds no run yet: leave out --resume")
     with in_one_line(RecordError):
         head = next(read(folder / "records.jsonl"), None)
     if not isinstance(head, Run) or head.experiment != "train":
@@ -170,6 +206,7 @@ def _run(console: Console, config: Config, folder: Path) -> None:
     from batchnorm.training.network import NetworkError
     from batchnorm.training.progress import Bar
     from batchnorm.training.session import Diverged, Session, Stopped
+    from batchnorm.training.toml import ConfigError
 
     command = command_line()
     if not any(word == "--out" or word.startswith("--out=") for word in sys.argv):
@@ -177,7 +214,8 @@ def _run(console: Console, config: Config, folder: Path) -> None:
     show(console, f"run folder  {folder}")
     try:
         with (
-            in_one_line(DataError, RecordError, CheckpointError, NetworkError, Diverged, OSError),
+            in_one_line(ConfigError, DataError, RecordError, CheckpointError, NetworkError, Diverged),
+            _no_room(folder),
             Bar(console) as bar,
         ):
             result = Session(config, folder, command, bar).run()
@@ -186,6 +224,18 @@ def _run(console: Console, config: Config, folder: Path) -> None:
         raise typer.Exit(TERMINATED if stopped.signal == signal.SIGTERM else 130) from None
     show(console, _said(result))
     show(console, f"report  {folder / 'report.html'}")
+
+
+@contextmanager
+def _no_room(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise Failure(
+            f"{where}: {error.strerror or error}; what was saved in {folder} is whole: "
+            f"when that is mended, go on with --out {shlex.quote(str(folder))}{' --resume' * _begun(folder)}"
+        ) from None
 
 
 def _said(result: Result) -> str:

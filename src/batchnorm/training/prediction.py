@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
 from batchnorm.data.corrupt import Corrupt
-from batchnorm.data.crops import multi_crop, single_crop
-from batchnorm.data.loader import InOrder
 from batchnorm.data.source import load
 from batchnorm.data.subset import Subset
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import Config
-from batchnorm.training.score import Score, probabilities
+from batchnorm.training.evaluate import Crops, Predictions, predict
 from batchnorm.training.trainer import Trainer
 
-CROPS = 144
-_AT_A_TIME = 2  # images, each in 145 crops
+CROPS: Literal[144] = 144
 _TRAINING = 3  # times what a forward pass costs
 
 
@@ -50,55 +47,58 @@ class Prediction(BaseModel):
 class Predictor:
     """A prediction in progress.
 
-    single, multi: (images so far, classes) probabilities by the central crop, and the mean over 144 crops.
-    labels: (images so far,) their classes.
+    said: by one crop of each image so far, and by 144.
 
-    Raises: CheckpointError when the network has not been trained.
+    Raises: DataError when the validation set cannot be loaded.
     """
 
     def __init__(self, config: Prediction, job: str, folder: Path) -> None:
-        self.config, self.job, self.step = config, job, 0
+        self.config, self.job = config, job
         self.evaluations: list[Evaluation] = []
-        size = config.config.data.image_size
-        one, many = single_crop(size), multi_crop(size)
-        validation = Subset(load(config.config.data.source, "val"), config.images)
-        self._batches = InOrder(
-            validation,
-            lambda image: torch.cat([one(image)[None], many(image)]),
-            _AT_A_TIME,
-            corrupt=Corrupt(config.config.data.corrupt_share, len(validation)),
-        )
+        self.source = Subset(load(config.config.data.source, "val"), config.images)
+        nothing = Predictions(torch.empty(0, self.source.classes), torch.empty(0, dtype=torch.int64))
+        self.said: dict[Crops, Predictions] = {1: nothing, CROPS: nothing}
         self._checkpoint = folder / f"{config.network}.pt"
-        self.single, self.multi = (torch.empty(0, validation.classes) for _ in range(2))
-        self.labels = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def step(self) -> int:
+        """How many images have been seen in all their crops."""
+        return len(self.said[CROPS])
 
     def run(self) -> Iterator[Evaluation | Result | None]:
-        """Predict; yield None after every few images, and in the end how many were right by 144 crops."""
-        network: nn.Module | None = None
-        for number, (images, labels) in enumerate(self._batches):
-            if number * _AT_A_TIME < self.step:
-                continue
-            network = network or self._network()
-            self.single = torch.cat([self.single, probabilities(network, images[:, 0])])
-            self.multi = torch.cat([self.multi, probabilities(network, images[:, 1:])])
-            self.labels = torch.cat([self.labels, labels])
-            self.step = (number + 1) * _AT_A_TIME
-            yield None
-        accuracy = Score.of(self.multi, self.labels).accuracy
-        loss = float(nn.functional.nll_loss(self.multi.log(), self.labels))
+        """Predict; yield None after every few images, and in the end how many were right by 144 crops.
+
+        Raises: CheckpointError when the network has not been trained.
+        """
+        if self.step < len(self.source):
+            network = self._network()
+            for crops in self.said:
+                rest = range(len(self.said[crops]), len(self.source))
+                size, corrupt = self.config.config.data.image_size, Corrupt(1, len(self.source))
+                for part in predict(network, self.source, size, crops=crops, indices=rest, corrupt=corrupt):
+                    self.said[crops] = Predictions.joined([self.said[crops], part])
+                    yield None
+        accuracy = self.said[CROPS].score.accuracy
         if not self.evaluations:
-            evaluation = Evaluation(job=self.job, step=self.config.images, loss=loss, accuracy=accuracy)
-            self.evaluations.append(evaluation)
-            yield evaluation
+            self.evaluations.append(
+                Evaluation(job=self.job, step=self.step, loss=self._loss(), accuracy=accuracy)
+            )
+            yield self.evaluations[0]
         yield Result(
             job=self.job,
             config=self.config.model_dump(mode="json"),
-            steps=self.config.images,
+            steps=self.step,
             diverged=False,
-            loss=loss,
+            loss=self._loss(),
             accuracy=accuracy,
             seconds=0.0,
         )
+
+    def _loss(self) -> float:
+        """Cross-entropy of the mean over the crops, nats, of the images that could be read."""
+        said = self.said[CROPS]
+        read = said.labels >= 0
+        return float(nn.functional.nll_loss(said.probabilities[read].log(), said.labels[read]))
 
     def _network(self) -> nn.Module:
         state = checkpoint.load(self._checkpoint)
@@ -112,10 +112,8 @@ class Predictor:
         """What is predicted so far."""
         return {
             "config": self.config.model_dump(mode="json"),
-            "step": self.step,
-            "single": self.single,
-            "multi": self.multi,
-            "labels": self.labels,
+            "probabilities": {crops: said.probabilities for crops, said in self.said.items()},
+            "labels": {crops: said.labels for crops, said in self.said.items()},
             "evaluations": [evaluation.model_dump_json() for evaluation in self.evaluations],
         }
 
@@ -123,14 +121,18 @@ class Predictor:
         """Go on from there. Raises: CheckpointError if that was another prediction."""
         if state.get("config") != self.config.model_dump(mode="json"):
             raise CheckpointError(f"the checkpoint of {self.job} is of another prediction: delete it")
-        self.step = state["step"]
-        self.single, self.multi, self.labels = state["single"], state["multi"], state["labels"]
+        self.said = _said(state)
         self.evaluations = [Evaluation.model_validate_json(line) for line in state["evaluations"]]
 
 
-def predicted(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Of an ended prediction: (N, classes) by one crop, (N, classes) by 144, and the classes, (N,)."""
+def predicted(path: Path) -> dict[Crops, Predictions]:
+    """What an ended prediction says by one crop, and by 144. Raises: CheckpointError."""
     state = checkpoint.load(path)
     if state is None:
         raise CheckpointError(f"there is no {path}")
-    return state["single"], state["multi"], state["labels"]
+    return _said(state)
+
+
+def _said(state: dict[str, Any]) -> dict[Crops, Predictions]:
+    labels = state["labels"]
+    return {crops: Predictions(of, labels[crops]) for crops, of in state["probabilities"].items()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchnorm.training.config import Config
+from batchnorm.training.toml import literal
 
 # Where the paper gives a factor, this is it.
 L2_FACTOR = 5
@@ -136,13 +137,15 @@ def apply(config: Config, variant: str, without: Collection[int] = ()) -> tuple[
     config: that of the variant "inception", whose rate the others multiply.
     without: numbers of steps of section 4.2.1 to leave out, 1 to 7.
 
-    Raises: ValueError for a variant or step that there is not.
+    Raises: ValueError for a variant or step that there is not, and for a step left out where none is made.
     """
     if variant not in VARIANTS:
         raise ValueError(f"no recipe {variant!r}: choose from {', '.join(VARIANTS)}")
     if unknown := sorted(set(without) - set(range(1, 8))):
         raise ValueError(f"no step {unknown[0]} in section 4.2.1: they are 1 to 7")
     chosen = VARIANTS[variant]
+    if without and not chosen.steps:
+        raise ValueError(f"{variant} makes none of the seven changes: there is nothing to leave out")
     applied = []
     for key, value in (("batch_norm", chosen.batch_norm), ("activation", chosen.activation)):
         if value is not None:
@@ -166,7 +169,9 @@ def _set(config: Config, what: str, key: str, value: Any) -> tuple[Config, Appli
     part = getattr(config, section)
     before = getattr(part, name, None)
     if value is None:
-        return config, Applied(what, key, before, before, f"{config.model.name} has no {name}")
+        model = config.model.name
+        note = f"{key} is not set, {model} keeps its own" if hasattr(part, name) else f"{model} has no {name}"
+        return config, Applied(what, key, before, before, note)
     changed = config.model_copy(update={section: part.model_copy(update={name: value})})
     return changed, Applied(what, key, before, value)
 
@@ -177,12 +182,4 @@ def _if_there(present: Any, value: Any) -> Any:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else repr(value)
-        if not isinstance(value, str)
-        else f'"{value}"'
-    )
+    return f"{value:g}" if isinstance(value, float) else literal(value)

@@ -1,4 +1,4 @@
-"""How many images a network classifies correctly, each seen in one crop or in many."""
+"""How many images a network classifies correctly."""
 
 from __future__ import annotations
 
@@ -42,11 +42,6 @@ class Score:
 
 @torch.inference_mode()
 def probabilities(network: nn.Module, images: Tensor) -> Tensor:
-    """The probability of each class, (N, classes), of images (N, C, S, S), or of their crops (N, crops, C, S, S).
-
-    Over crops it is the arithmetic mean of the class probabilities (Szegedy et al. 2014, sec. 7).
-    """
-    if images.dim() == 4:
-        alone: Tensor = network(images).softmax(1)
-        return alone
-    return torch.stack([network(crop).softmax(1) for crop in images.unbind(1)]).mean(0)
+    """The probability of each class, (N, classes), of images (N, C, S, S)."""
+    of_classes: Tensor = network(images).softmax(1)
+    return of_classes

@@ -14,6 +14,8 @@ from pydantic_core import ErrorDetails
 
 from batchnorm.training.config import ELSEWHERE, Config, InceptionModel, TorchvisionModel
 
+_IN_TOML = {"a valid boolean": "true or false", "a valid array": "a list", "tuple": "list"}
+
 
 class ConfigError(Exception):
     """A configuration that cannot be used; the message names the key and, where it can, the one that was meant."""
@@ -38,7 +40,9 @@ def read(path: Path, changes: Iterable[str] = ()) -> Config:
 
 def parse(values: Mapping[str, Any], changes: Iterable[str] = ()) -> Config:
     """The configuration of these nested `values` with `changes`, as in `read`. Raises: ConfigError."""
-    merged = {"training": {}} | {name: _section(name, part) for name, part in values.items()}
+    merged: dict[str, dict[str, Any]] = {"training": {}} | {
+        name: _section(name, part) for name, part in values.items()
+    }
     for change in changes:
         _change(merged, change)
     try:
@@ -88,7 +92,7 @@ def _change(values: dict[str, dict[str, Any]], change: str) -> None:
 
 
 def _said(error: ErrorDetails) -> str:
-    section, *rest = error["loc"] or ("",)
+    section, *rest = error["loc"] or ("",)  # nowhere: a path, say, that is no text
     torchvision = section == "model" and rest[:1] == ["torchvision"]
     if section == "model":
         rest = rest[1:]  # the first is the union's tag
@@ -99,7 +103,10 @@ def _said(error: ErrorDetails) -> str:
         return f"unknown key {where}{of}{_meant(str(rest[-1] if rest else section), known)}"
     if error["type"] == "missing":
         return f"{where} is missing"
-    return f"{where} = {literal(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    why = error["msg"][0].lower() + error["msg"][1:]
+    for said, meant in _IN_TOML.items():
+        why = why.replace(said, meant)
+    return f"{where} = {literal(error['input'])}: {why}" if where else why
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

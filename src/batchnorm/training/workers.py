@@ -53,8 +53,11 @@ class Trains(Protocol):
     """What a worker runs: it can stop after any yield, and another one that is given its state goes on."""
 
     job: str
-    step: int
     evaluations: list[Evaluation]
+
+    @property
+    def step(self) -> int:
+        """How far it is."""
 
     def run(self) -> Iterator[Evaluation | Result | None]:
         """Do it; yield what is worth recording, the result last, and None at moments that are good to stop at."""

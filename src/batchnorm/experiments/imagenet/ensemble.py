@@ -9,19 +9,17 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor
 
 from batchnorm.experiments.claim import Claim, Curves, Finding, percent
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
 from batchnorm.records import Chart, Table
 from batchnorm.training.config import Config
+from batchnorm.training.evaluate import Crops, Predictions
 from batchnorm.training.prediction import CROPS, Prediction, predicted
-from batchnorm.training.score import Score
 
 # "Each was based on BN-x30, modified via some of": larger initial weights in the convolutions, Dropout of 5 or 10 %,
 # per-activation BN in the last hidden layers. Which network had which the paper does not say.
@@ -59,7 +57,10 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
     name = "ensemble"
     title = "Six networks together are better than the best of them"
     source = "section 4.2.3, figure 4"
-    expected = f"over {CROPS} crops the ensemble's accuracy is above that of its best network, by one crop or by {CROPS}"
+    expected = (
+        f"over {CROPS} crops the ensemble's accuracy is above that of its best network, by one crop or by "
+        f"{CROPS}"
+    )
 
     def __init__(self, validation: int) -> None:
         self._validation = validation
@@ -94,29 +95,23 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
 
     def find(self, settings: EnsembleSettings, curves: Curves) -> Finding:
         """Top-1 accuracy of every network by one crop and by 144, and of their mean."""
-        single, multi = [], []
+        networks = []
         for number in range(1, len(MEMBERS) + 1):
             path = curves[_prediction(number)].checkpoint
             assert path is not None
-            one, many, labels = predicted(path)
-            single.append(one)
-            multi.append(many)
-        rows = [
-            [f"network {number}", *_cells(of, labels)]
-            for number, of in enumerate(zip(single, multi, strict=True), 1)
-        ]
-        together = [sum(each[1:], each[0]) / len(each) for each in (single, multi)]
-        rows.append(["ensemble of all six", *_cells(together, labels)])
+            networks.append(predicted(path))
+        together = {crops: Predictions.mean([said[crops] for said in networks]) for crops in networks[0]}
+        rows = [[f"network {number}", *_accuracies(said)] for number, said in enumerate(networks, 1)]
+        rows.append(["ensemble of all six", *_accuracies(together)])
         rows.append(["paper: one network", percent(PAPER_SINGLE, 2), percent(PAPER_CROPS, 2)])
         rows.append(["paper: ensemble", "–", percent(PAPER_ENSEMBLE, 2)])
-        best = max(Score.of(each, labels).accuracy for each in multi)
-        best_single = max(Score.of(each, labels).accuracy for each in single)
-        ensemble = Score.of(together[1], labels).accuracy
+        best = {crops: max(said[crops].score.accuracy for said in networks) for crops in together}
+        ensemble = together[CROPS].score
         return Finding(
-            ensemble > max(best, best_single),
-            f"The ensemble gets {percent(ensemble, 2)} right over {CROPS} crops; the best of its networks "
-            f"{percent(best, 2)} over {CROPS} crops and {percent(best_single, 2)} by a single one. "
-            f"{len(labels):,} images.",
+            ensemble.accuracy > max(best.values()),
+            f"The ensemble gets {percent(ensemble.accuracy, 2)} right over {CROPS} crops; the best of its networks "
+            f"{percent(best[CROPS], 2)} over {CROPS} crops and {percent(best[1], 2)} by a single one. "
+            f"{ensemble.images:,} images.",
             {
                 "Accuracy of the networks and of the ensemble": Table(
                     columns=["network", "single crop", f"{CROPS} crops"],
@@ -127,8 +122,8 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         )
 
 
-def _cells(of: Iterable[Tensor], labels: Tensor) -> list[str]:
-    return [percent(Score.of(each, labels).accuracy, 2) for each in of]
+def _accuracies(said: dict[Crops, Predictions]) -> list[str]:
+    return [percent(said[crops].score.accuracy, 2) for crops in (1, CROPS)]
 
 
 def _said(changes: dict[str, Any]) -> str:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import statistics
 
+from batchnorm.data.source import NAMES as DATA_SETS
 from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, percent, spread
 from batchnorm.experiments.imagenet import variants
+from batchnorm.experiments.imagenet.settings import PAPER as PAPER_SCALE
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import NAMES, job
 from batchnorm.records import Chart, Line, Panel, Role, Table
@@ -59,6 +61,11 @@ class Figure3(Claim[ImagenetSettings, Config]):
             if len(settings.rates) > 1
             else f"Inception's rate is {rates}; the others' rates are 1, 5 and 30 times that."
         )
+        slow, fast = (
+            variants.variant(settings, name, settings.rates[0], 0).optimizer
+            for name in ("inception", "bn-x5")
+        )
+        decays = (settings.steps - 1) // slow.decay_every
         return [
             f"The network is that of figure 5 with {settings.width:g} times the channels, for images of "
             f"{settings.image_size} pixels, batches of {settings.batch_size}; He et al.'s initial weights. Training "
@@ -68,9 +75,10 @@ class Figure3(Claim[ImagenetSettings, Config]):
             chosen,
             "SGD with momentum 0.9; L2 of 2e-4 on weights, 4e-5 in the networks with the changes of section 4.2.1; "
             "dropout of 0.4 before the classifier, and none. The paper gives none of the first three numbers.",
-            f"Inception and BN-Baseline are trained for {settings.steps:,} steps, in which the rate decays "
-            f"{variants.DECAYS} times by 4 %, to 2 %, as in the paper's 31 million; the others, whose rate decays 6 "
-            f"times faster, for {variants.steps(settings, 'bn-x5'):,}.",
+            f"Inception and BN-Baseline are trained for {settings.steps:,} steps, in which the rate decays {decays} "
+            f"times by 4 %, to {percent(slow.decay**decays, 0)}; in the paper's 31 million {variants.DECAYS} times, "
+            f"to 2 %. The others, whose rate decays 6 times faster (every {_steps(fast.decay_every)}, not "
+            f"{slow.decay_every:,}), are trained for {variants.steps(settings, 'bn-x5'):,}.",
             "Neither network has local response normalization.",
             "The target is the best accuracy of Inception from the same seed; steps are those of the first evaluation "
             "that reaches it. Evaluations are at most 25 % of the steps so far apart. Accuracy with BN is by "
@@ -97,7 +105,7 @@ class Figure3(Claim[ImagenetSettings, Config]):
             x_label="training steps",
             y_label="validation accuracy",
             x_log=True,
-            y_range=_from_half(lines),
+            y_range=_upper_part(lines),
             y_percent=True,
             lines=lines,
         )
@@ -120,7 +128,7 @@ class Figure3(Claim[ImagenetSettings, Config]):
         fewer = {name: _ratios(steps["inception"], steps[name]) for name in NAMES}
         best = {name: statistics.fmean(c.best_accuracy for c in of[name]) for name in NAMES}
         higher = max((name for name in NAMES if name != "inception"), key=lambda name: best[name])
-        above = best[higher] - best["inception"]
+        above = round(best[higher] - best["inception"], 9)  # one point is one point
         rows = []
         for name, printed in PAPER.items():
             millions, accuracy = printed
@@ -137,10 +145,17 @@ class Figure3(Claim[ImagenetSettings, Config]):
             )
         tables = {
             "Steps to Inception's best accuracy, and the best accuracy of each": Table(
-                columns=["network", "steps", "times fewer", "best", "paper: steps", "times fewer", "best"],
+                columns=[
+                    "network",
+                    "steps",
+                    "times fewer",
+                    "best",
+                    "paper: steps",
+                    "paper: times fewer",
+                    "paper: best",
+                ],
                 rows=rows,
-                note=f"Mean ± standard deviation over {settings.seeds} seeds; the paper's columns are ImageNet's, to "
-                f"72.2 %. {_scale(settings)}",
+                note=f"{_over(settings.seeds)}; the paper's columns are ImageNet's, to 72.2 %. {_scale(settings)}",
             ),
             "Every network": _each(of, targets),
         }
@@ -150,23 +165,35 @@ class Figure3(Claim[ImagenetSettings, Config]):
         reached = len(x5) == len(targets)
         ratio = statistics.fmean(x5) if reached else 0.0
         said = (
-            f"BN-x5 needs {ratio:.1f} times fewer steps"
+            f"BN-x5 needs {ratio:.3g} times fewer steps"
             if reached
             else "BN-x5 does not reach it from every seed"
         )
         return Finding(
             ratio >= FEWER_STEPS and above >= POINTS_ABOVE,
             f"To Inception's best accuracy, {spread(targets, '{:.2%}')} after {spread(steps['inception'])} steps, "
-            f"{said} ({spread(steps['bn-x5'])}). {NAMES[higher]} ends highest, {100 * above:+.1f} points from "
+            f"{said} ({spread(steps['bn-x5'])}). {NAMES[higher]} ends highest, {100 * above:+.3g} points from "
             f"Inception: {percent(best[higher], 2)}. {_scale(settings)}",
             tables,
         )
 
 
 def _scale(settings: ImagenetSettings) -> str:
-    if settings.scale == "paper":
-        return "At the paper's scale."
-    return f"A scaled run, on {settings.data} and not on ImageNet."
+    """What the run is, as whoever reads a number of it has to know."""
+    if all(getattr(settings, name) == value for name, value in PAPER_SCALE.items() if name != "seeds"):
+        return f"At the paper's scale, on {settings.data}."
+    kind = "A quick look, scaled down" if settings.scale == "quick" else "A scaled run"
+    if settings.data in DATA_SETS:
+        return f"{kind}, on {settings.data} and not on ImageNet."
+    return f"{kind}, on {settings.data} with other settings than the paper's."
+
+
+def _over(seeds: int) -> str:
+    return f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number:,} steps"
 
 
 def _of(settings: ImagenetSettings, curves: Curves, name: str) -> list[Curve[Config]]:
@@ -195,10 +222,11 @@ def _line(name: str, curves: list[Curve[Config]]) -> Line | None:
     )
 
 
-def _from_half(lines: list[Line]) -> tuple[float, float]:
-    """The upper part of the axis, where the networks differ."""
-    highest = max(y for line in lines for y in line.y if y is not None)
-    return (max(0.0, round(highest - 0.3, 1)), min(1.0, round(highest + 0.05, 2)))
+def _upper_part(lines: list[Line]) -> tuple[float, float]:
+    """Where the networks differ: 30 points, and more where the best accuracy of one of them lies lower."""
+    best = [max(y for y in line.y if y is not None) for line in lines]
+    lowest = min(max(best) - 0.3, min(best) - 0.05)
+    return (max(0.0, round(lowest, 2)), min(1.0, round(max(best) + 0.05, 2)))
 
 
 def _each(of: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:

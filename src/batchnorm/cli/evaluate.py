@@ -1,0 +1,224 @@
+"""`batchnorm evaluate`: how often trained networks are right, one by one and together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from batchnorm.cli.terminal import Failure, in_one_line, show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from batchnorm.data.source import Source
+    from batchnorm.training.evaluate import Crops, SavedNetwork
+    from batchnorm.training.score import Score
+
+EPILOG = (
+    "[bold]Examples[/]\n\n"
+    "batchnorm evaluate runs/NAME                       the best network of a run\n\n"
+    "batchnorm evaluate runs/NAME --crops 144           as GoogLeNet was tested\n\n"
+    "batchnorm evaluate runs/A runs/B                   each, and their ensemble\n\n"
+    "batchnorm evaluate runs/NAME --statistics moving   as PyTorch's BN would be\n\n"
+    "batchnorm evaluate best.pt --data FOLDER           on other images\n\n"
+    "batchnorm evaluate runs/NAME --images 1000         a quick look"
+)
+
+_MANY_CLASSES = 10  # with more, the five likeliest are looked at too
+_Value = TypeVar("_Value")
+
+
+def evaluate(
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN|FILE...",
+            help="A run's folder, or a best.pt or final.pt of its checkpoints; several are an ensemble.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Other data, named as in run.toml, of which the validation split is taken.",
+            show_default="the run's",
+        ),
+    ] = None,
+    crops: Annotated[int, typer.Option(metavar="1|144", help="Crops of an image.")] = 1,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            metavar="population|moving",
+            help="What BN normalises by: the population statistics of Algorithm 2, or moving averages.",
+        ),
+    ] = "population",
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Only so many, the first in a fixed random order of the set.", show_default="all"
+        ),
+    ] = None,
+    final: Annotated[
+        bool, typer.Option("--final", help="Of a run's folder take final.pt, not best.pt.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads on a CPU.", show_default="torch's choice")
+    ] = None,
+) -> None:
+    """Measure the accuracy of trained networks on a validation set; of several, also that of their ensemble.
+
+    An ensemble says the arithmetic mean of its networks' class probabilities, as in figure 4 of the paper.
+    Nothing is written. What was trained in 16 bits is computed in float32 here.
+    """
+    import torch
+    from rich.console import Console
+
+    from batchnorm.data.corrupt import Corrupt
+    from batchnorm.data.idx import DataError
+    from batchnorm.memory import keep_memory
+    from batchnorm.training import evaluate as training
+    from batchnorm.training.network import NetworkError
+
+    by = _one_of(training.STATISTICS, statistics, "--statistics")
+    views = _one_of(training.CROPS, crops, "--crops")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not torch.accelerator.is_available():
+        keep_memory()
+    console = Console()
+    with in_one_line(DataError, NetworkError, OSError):
+        files = [training.network_file(place, "final.pt" if final else "best.pt") for place in places]
+        networks = [training.load_network(file, by) for file in files]
+        source, described = _source(networks, data, images)
+        corrupt = Corrupt(1, len(source))
+        scores = _scores(console, networks, source, views, corrupt)
+    if not scores[0].images:
+        raise Failure(f"no image is left to look at: {corrupt}")
+    sizes = sorted({network.config.data.image_size for network in networks})
+    normalised = any(network.has_norms for network in networks)
+    show(console, f"images      {described}")
+    show(console, f"crops       {crops} of {' or '.join(f'{size} × {size}' for size in sizes)} pixels")
+    show(
+        console,
+        f"statistics  {f'{by} ({training.STATISTICS[by]})' if normalised else 'none: there is no BN'}",
+    )
+    if len(corrupt):
+        show(console, f"left out    {corrupt}")
+    names = [str(place) for place in places]
+    console.print()
+    console.print(_table(networks, names, scores, source.classes > _MANY_CLASSES))
+
+
+def _one_of(choices: dict[_Value, Any], value: object, name: str) -> _Value:
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise Failure(f"{name} {value}: choose {' or '.join(map(str, choices))}")
+
+
+def _source(networks: Sequence[SavedNetwork], data: str | None, images: int | None) -> tuple[Source, str]:
+    """The images that all `networks` are shown, and how to call them."""
+    from batchnorm.data.idx import DataError
+    from batchnorm.data.source import load
+    from batchnorm.data.subset import Subset
+
+    named = sorted({network.config.data.source for network in networks})
+    if data is None and len(named) > 1:
+        raise Failure(f"the networks were trained on {' and '.join(named)}: choose one with --data")
+    name = data or named[0]
+    try:
+        whole = load(name, "val")
+    except DataError as error:
+        raise Failure(str(error) if data else f"{error}; name the run's data with --data") from None
+    for network in networks:
+        network.expect(whole, name)
+    if images is None or images >= len(whole):
+        return whole, f"{len(whole):,}, the validation set of {name}"
+    return Subset(whole, images), (
+        f"{images:,} of {len(whole):,}, the first in a fixed random order, of the validation set of {name}"
+    )
+
+
+def _scores(
+    console: Console, networks: Sequence[SavedNetwork], source: Source, crops: Crops, corrupt: Any
+) -> list[Score]:
+    """Of each network and, of several, of the ensemble."""
+    from batchnorm.training.evaluate import Predictions, predict
+
+    every = []
+    with _bar(console, len(source), len(networks)) as advance:
+        for saved in networks:
+            parts = []
+            for part in predict(
+                saved.network,
+                source,
+                saved.config.data.image_size,
+                crops=crops,
+                batch_size=saved.config.evaluation.batch_size,
+                corrupt=corrupt,
+                loaders=saved.config.machine.loaders,
+            ):
+                parts.append(part)
+                advance(len(part))
+            every.append(Predictions.joined(parts))
+    ensemble = [Predictions.mean(every)] if len(every) > 1 else []
+    return [predictions.score for predictions in every + ensemble]
+
+
+@contextmanager
+def _bar(console: Console, images: int, networks: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with images/s and the time left, to be told of images; nothing where there is no terminal."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.speed or 0.0
+            return Text(f"{speed:,.{0 if speed >= 10 else 2}f} images/s" if speed else "")
+
+    of = f"{networks} × {images:,} images" if networks > 1 else f"{images:,} images"
+    progress = Progress(
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:,}" + f" of {of}"),
+        Speed(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = progress.add_task("", total=images * networks)
+    with progress:
+        yield lambda done: progress.advance(task, done)
+
+
+def _table(
+    networks: Sequence[SavedNetwork], names: Sequence[str], scores: Sequence[Score], top5: bool
+) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("network", overflow="fold", header_style="dim", vertical="top")
+    for name in (
+        "step",
+        "top-1\naccuracy",
+        "top-1\nerror",
+        *(("top-5\naccuracy", "top-5\nerror") if top5 else ()),
+    ):
+        table.add_column(name, justify="right", no_wrap=True, header_style="dim")
+    steps = [f"{network.step:,}" for network in networks]
+    if len(networks) > 1:
+        names, steps = [*names, f"ensemble of {len(networks)}"], [*steps, ""]
+    for at, (name, step, score) in enumerate(zip(names, steps, scores, strict=True)):
+        shares = [score.accuracy, 1 - score.accuracy]
+        if top5:
+            shares += [score.accuracy_top5, 1 - score.accuracy_top5]
+        row = [name, step, *(f"{share:.2%}" for share in shares)]
+        table.add_row(*map(Text, row), style="bold" if at == len(networks) else "")
+    return table

@@ -1,0 +1,231 @@
+"""What a trained network says about labelled images: probabilities of classes, by one crop of each image or by 144.
+
+    saved = load_network(network_file(Path("runs/NAME")))           # best.pt: checked, on its device, in eval mode
+    for part in predict(saved.network, source, saved.config.data.image_size, crops=144, indices=range(done, total)):
+        parts.append(part); done += len(part)                       # a good moment to stop, or to save
+    Predictions.joined(parts).score.accuracy                        # of one network
+    Predictions.mean(of_each_network).score.accuracy                # of an ensemble
+
+Rows stand for `indices`, one for one, so that the probabilities of several networks can be averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.data.corrupt import Corrupt
+from batchnorm.data.crops import multi_crop, single_crop
+from batchnorm.data.processes import Processes
+from batchnorm.data.source import Source, Unreadable
+from batchnorm.training import checkpoint, toml
+from batchnorm.training.checkpoint import CheckpointError
+from batchnorm.training.config import Config
+from batchnorm.training.network import NetworkError, build
+from batchnorm.training.population import has_norms
+from batchnorm.training.score import Score, probabilities
+
+Crops = Literal[1, 144]
+Statistics = Literal["population", "moving"]
+CROPS: dict[Crops, Callable[[int], Callable[[Tensor], Tensor]]] = {1: single_crop, 144: multi_crop}
+STATISTICS: dict[Statistics, str] = {"population": "Algorithm 2", "moving": "moving averages"}
+
+_PARTS = {"config", "classes", "channels", "step", "population", "moving"}
+_GIVE = "give a run's folder, or best.pt or final.pt of its checkpoints"
+_UNREADABLE = -1
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """A network of `batchnorm train`, in evaluation mode, as it was after `step` steps."""
+
+    path: Path
+    network: nn.Module
+    config: Config
+    classes: int
+    channels: int
+    step: int
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether it is a matter which statistics it takes."""
+        return has_norms(self.network)
+
+    def expect(self, source: Source, name: str) -> None:
+        """Raise NetworkError unless the images of `source`, called `name`, are of the kind it was trained on."""
+        theirs, mine = (_kind(each.channels, each.classes) for each in (source, self))
+        if theirs != mine:
+            raise NetworkError(f"{self.path} was trained on {mine}, {name} has {theirs}: choose other data")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is said about images, and what is right.
+
+    probabilities: (n, classes) float32; NaN for an image that could not be read.
+    labels: (n,) int64; -1 for an image that could not be read.
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def score(self) -> Score:
+        """Of the images that could be read."""
+        read = self.labels != _UNREADABLE
+        return Score.of(self.probabilities[read], self.labels[read])
+
+    @classmethod
+    def joined(cls, parts: Iterable[Predictions]) -> Predictions:
+        """Of one network about all images of `parts`."""
+        every = list(parts)
+        return cls(
+            torch.cat([part.probabilities for part in every]), torch.cat([part.labels for part in every])
+        )
+
+    @classmethod
+    def mean(cls, networks: Sequence[Predictions]) -> Predictions:
+        """Of an ensemble: the arithmetic mean of the networks' probabilities (section 4.2.3)."""
+        total = torch.zeros_like(networks[0].probabilities)
+        for each in networks:
+            total += each.probabilities
+        return cls(total / len(networks), torch.stack([each.labels for each in networks]).amin(0))
+
+
+def network_file(place: Path, name: str = "best.pt") -> Path:
+    """The file of a network: `place` itself or, of a run's folder, checkpoints/`name`. Raises: NetworkError."""
+    path = place / "checkpoints" / name if place.is_dir() else place
+    if not path.is_file():
+        what = f"{place} holds no checkpoints/{name}" if place.is_dir() else f"there is no file {path}"
+        raise NetworkError(f"{what}: {_GIVE}")
+    return path
+
+
+def load_network(path: Path, statistics: Statistics = "population") -> SavedNetwork:
+    """The network in a best.pt or final.pt, on the accelerator if there is one and its configuration allows it.
+
+    statistics: what BN normalises by: those of Algorithm 2, or the moving averages of training.
+
+    Raises: NetworkError for a file that is something else, or is broken.
+    """
+    try:
+        state = checkpoint.load(path) or {}
+    except (CheckpointError, OSError):
+        raise NetworkError(f"{path} is broken, or no file of batchnorm train: {_GIVE}") from None
+    if not state.keys() >= _PARTS:
+        raise NetworkError(f"{path} holds no network to be used: {_GIVE}")
+    try:
+        config = toml.parse(state["config"])
+        network = build(config, state["classes"], state["channels"])
+        if config.training.precision == "float64":
+            network = network.double()
+        network.load_state_dict(state[statistics])
+    except (toml.ConfigError, NetworkError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise NetworkError(f"{path} was written by another version of batchnorm: {reason}") from None
+    if config.machine.device == "auto" and torch.accelerator.is_available():
+        network = network.to(torch.accelerator.current_accelerator())
+    network = network.to(memory_format=torch.channels_last)
+    return SavedNetwork(path, network.eval(), config, state["classes"], state["channels"], state["step"])
+
+
+def predict(
+    network: nn.Module,
+    source: Source,
+    image_size: int,
+    *,
+    crops: Crops = 1,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 250,
+    corrupt: Corrupt | None = None,
+    loaders: int = 0,
+) -> Iterator[Predictions]:
+    """What `network` says about images of `source`, after every max(1, batch_size // crops) of them.
+
+    crops: by how many of image_size pixels each image is seen; their probabilities are averaged.
+    indices: of the images, in this order; unless given, all. Continued with the rest of them, after whole parts, it
+        goes on to the same numbers.
+    batch_size: crops that the network sees at a time.
+    corrupt: counts the images that cannot be read; unless given, none may be unreadable.
+    loaders: processes that read ahead single crops; the 144 are too large to be handed over.
+
+    Raises: DataError for images that cannot be read; ValueError for a network that is not in evaluation mode.
+    """
+    if network.training:
+        raise ValueError("the network is in training mode, its BN would see the batch: call network.eval()")
+    corrupt = Corrupt(0, len(source)) if corrupt is None else corrupt
+    indices = range(len(source)) if indices is None else indices
+    images = max(1, batch_size // crops)
+    requests = [indices[at : at + images] for at in range(0, len(indices), images)]
+    reader = _Reader(source, CROPS[crops](image_size))
+    answers = Processes(reader, requests, loaders if crops == 1 else 0)
+    return _predictions(network, answers, source.classes, batch_size, corrupt)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Crops and labels of the images at `places` of a request; `unreadable` says why the others are not there."""
+
+    requested: int
+    places: list[int]
+    crops: list[Tensor]
+    labels: list[int]
+    unreadable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the images of a request, in whichever process."""
+
+    source: Source
+    crop: Callable[[Tensor], Tensor]
+
+    def __call__(self, indices: Sequence[int]) -> _Images:
+        images = _Images(len(indices), [], [], [], {})
+        for place, index in enumerate(indices):
+            try:
+                image, label = self.source[index]
+            except Unreadable as error:
+                images.unreadable[error.name] = error.why
+                continue
+            images.places.append(place)
+            images.crops.append(self.crop(image))
+            images.labels.append(label)
+        return images
+
+
+def _predictions(
+    network: nn.Module, answers: Iterable[_Images], classes: int, batch_size: int, corrupt: Corrupt
+) -> Iterator[Predictions]:
+    for images in answers:
+        corrupt.add(images.unreadable)
+        rows = torch.full((images.requested, classes), torch.nan)
+        labels = torch.full((images.requested,), _UNREADABLE)
+        if images.places:
+            rows[images.places] = _mean_over_crops(network, torch.stack(images.crops), batch_size)
+            labels[images.places] = torch.tensor(images.labels)
+        yield Predictions(rows, labels)
+
+
+@torch.inference_mode()
+def _mean_over_crops(network: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Of images, (N, C, S, S), or of all their crops, (N, crops, C, S, S), which the network sees side by side."""
+    weight = next(network.parameters())
+    seen = [
+        probabilities(network, part.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+        for part in images.flatten(0, -4).split(batch_size)
+    ]
+    of_images: Tensor = torch.cat(seen).unflatten(0, (len(images), -1))
+    return of_images.mean(1).float().cpu()
+
+
+def _kind(channels: int, classes: int) -> str:
+    return f"images of {channels} channel{'s' * (channels > 1)} in {classes} classes"
