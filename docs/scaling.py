@@ -49,11 +49,12 @@ float64 ([Sync](statistics.md)). MB are 10⁶ bytes that a rank receives:
 8, Sync costs what the line of 8 ranks says, however many groups there are.
 
 **Buffers need not be sent.** With Sync over all ranks they are equal anyway, and
-`DistributedDataParallel(model, broadcast_buffers=False)` saves the broadcasts. Evaluation exchanges nothing.
+`DistributedDataParallel(model, broadcast_buffers=False)` saves the broadcasts. A network in
+evaluation mode exchanges nothing.
 
-**Population statistics are one all_reduce**, once, when training has ended: every rank takes the moments of batches
-of its own (algorithm 2 of the paper), and for their mean over the ranks each receives at most {population} MB
-(BN-Inception) or {resnet_population} MB (ResNet-50).
+**Population statistics are one all_reduce**, whenever they are taken; `batchnorm train` does at each evaluation. Every
+rank takes the moments of batches of its own (algorithm 2 of the paper), and for their mean over the ranks each receives
+at most {population} MB (BN-Inception) or {resnet_population} MB (ResNet-50).
 
 ## When to synchronise
 
@@ -104,7 +105,8 @@ can be: ranks that come late to an exchange, and the passes over memory that the
 The same command on each of, say, 4 machines with 8 processes each; HOST is one of them:
 
 ```
-torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m batchnorm.cli train run.toml
+torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    -m batchnorm.cli train run.toml --out /shared/runs/NAME
 ```
 
 `batch_size` in run.toml counts the images of a step over all processes, and Sync is off unless asked for:

@@ -83,12 +83,15 @@ class Result(_Record):
     kind: Literal["result"] = "result"
     job: str
     config: dict[str, JsonValue]
-    steps: int = Field(description="steps taken; fewer than asked for when it diverged")
+    steps: int = Field(
+        description="steps taken; fewer than asked for when it diverged or ran out of patience"
+    )
     diverged: bool = Field(description="the loss became inf or nan")
     loss: float
     accuracy: float
     accuracy_moving: float | None = None
     train_accuracy: float | None = None
+    unreadable: int = Field(0, description="images of either set that could not be read")
     seconds: float
 
 

@@ -53,8 +53,8 @@ def evaluate(
     statistics: Annotated[
         str,
         typer.Option(
-            metavar="population|moving",
-            help="What BN normalises by: the population statistics of Algorithm 2, or moving averages.",
+            metavar="population|moving|average",
+            help="What BN normalises by: population (Algorithm 2) or moving (averages); average: averaged weights.",
         ),
     ] = "population",
     images: Annotated[

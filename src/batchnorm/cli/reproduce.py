@@ -191,7 +191,7 @@ def imagenet(
 )
 def ensemble(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tenth of the steps, 300 validation images.")
+        bool, typer.Option("--quick", help="An eighth of the steps, 300 validation images.")
     ] = False,
     data: Annotated[
         str | None,
@@ -232,12 +232,11 @@ def ensemble(
     networks, as figure 4 does.
     """
     from batchnorm.experiments.imagenet import ensemble_experiment
-    from batchnorm.experiments.imagenet.ensemble import QUICK, EnsembleSettings
-    from batchnorm.experiments.imagenet.settings import preset
+    from batchnorm.experiments.imagenet.ensemble import EnsembleSettings, preset
 
     chosen = _given(data=data, steps=steps, rate=rate, images=images, width=width)
     if not resume:
-        chosen = preset(False, data) | (QUICK if quick else {}) | chosen
+        chosen = preset(quick, data) | chosen
     _run("ensemble", EnsembleSettings, ("ensemble",), ensemble_experiment, chosen, out, resume, workers)
 
 

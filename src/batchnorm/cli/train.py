@@ -37,7 +37,8 @@ source = "fashion-mnist"     # or a folder with train/CLASS/*.jpg and val/CLASS/
 image_size = 28
 
 [optimizer]
-rate = 0.1
+rate = 0.02
+decay_every = 20             # steps, after each of which the rate is 4 % lower
 
 [training]
 steps = 2000
@@ -73,7 +74,7 @@ def train(
         str | None,
         typer.Option(
             help="Change the run as the paper does: inception, bn-baseline, bn-x5, bn-x30, bn-x5-sigmoid. "
-            "Every change is printed."
+            "Every change is printed. The run.toml is that of inception, whose rate the others multiply."
         ),
     ] = None,
     without: Annotated[
@@ -85,7 +86,10 @@ def train(
         typer.Option(file_okay=False, help="The run's folder.", show_default="runs/train-DATE-TIME"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, or with the newest one.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --out (one that has not begun begins), or the newest."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run would be, and do not train.")
@@ -115,17 +119,26 @@ def _train(
 ) -> None:
     from rich.console import Console
 
+    from batchnorm.training import toml
     from batchnorm.training.config import Config
     from batchnorm.training.toml import ConfigError
 
     console = Console(quiet=_rank() > 0)
     with in_one_line(ConfigError):
         folder = _folder(out, resume)
-        wanted = _continued(folder, config, changes) if resume else _chosen(folder, config, changes)
-        if recipe is not None or without is not None:
-            if resume:
-                raise Failure("--recipe cannot change when a run is continued: leave it out")
+        before = _before(folder, resume)
+        if before is not None and config is None:
+            wanted = toml.parse(before.model_dump(mode="json"), changes or ())
+        elif config is not None:
+            wanted = toml.read(config, changes or ())
+        else:
+            raise Failure("name a run.toml; batchnorm train --example prints one to begin with")
+        if recipe is not None:
             wanted = _by_recipe(console, wanted, recipe, without)
+        elif without is not None:
+            raise Failure("--without leaves out steps of a recipe: name it, --recipe bn-x5")
+    if before is not None and (changed := toml.differences(before, wanted)):
+        raise Failure(f"{', '.join(changed)} cannot change when a run is continued; start a new run for that")
     if dry_run:
         show(console, Config.model_dump_json(wanted, indent=2))
         return
@@ -148,50 +161,38 @@ def _folder(out: Path | None, resume: bool) -> Path:
     return out or (newest_run("train") if resume else new_folder("train"))
 
 
-def _chosen(folder: Path, config: Path | None, changes: list[str] | None) -> Config:
-    """The configuration of a new run in `folder`."""
-    from batchnorm.training import toml
-
-    if config is None:
-        raise Failure("name a run.toml; batchnorm train --example prints one to begin with")
-    if _rank() == 0 and _begun(folder):
-        raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
-    return toml.read(config, changes or ())
-
-
 def _begun(folder: Path) -> bool:
     """Whether a run in `folder` came as far as its first record; killed before, it has nothing to go on with."""
     path = folder / "records.jsonl"
     return path.is_file() and b"\n" in path.read_bytes()
 
 
-def _continued(folder: Path, config: Path | None, changes: list[str] | None) -> Config:
-    """The configuration of the run in `folder`; of what the user names, only the machine and checkpoints may differ."""
+def _before(folder: Path, resume: bool) -> Config | None:
+    """The configuration of the run in `folder` that is to go on; None where none has begun, and one is to begin."""
     from batchnorm.records import RecordError, Run, read
     from batchnorm.training import toml
 
-    if folder.is_dir() and not _begun(folder):
-        raise Failure(f"{folder} holds no run yet: leave out --resume")
+    if not _begun(folder):
+        return None
+    if not resume:
+        if _rank() > 0:  # the first process may have begun already; it is the one to complain
+            return None
+        raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
     with in_one_line(RecordError):
         head = next(read(folder / "records.jsonl"), None)
     if not isinstance(head, Run) or head.experiment != "train":
         raise Failure(f"{folder} does not hold a run of batchnorm train")
-    before = toml.parse(head.config)
-    wanted = (
-        toml.read(config, changes or ()) if config is not None else toml.parse(head.config, changes or ())
-    )
-    changed = toml.differences(before, wanted)
-    if changed:
-        raise Failure(f"{', '.join(changed)} cannot change when a run is continued; start a new run for that")
-    return wanted
+    return toml.parse(head.config)
 
 
-def _by_recipe(console: Console, config: Config, recipe: str | None, without: str | None) -> Config:
+def _by_recipe(console: Console, config: Config, recipe: str, without: str | None) -> Config:
     from batchnorm.training import recipe as recipes
 
+    numbers = words(without) if without else ()
+    if not all(number.isdecimal() for number in numbers):
+        raise Failure(f"--without {without}: name steps by their numbers in section 4.2.1, as in 2,7")
     try:
-        left_out = [int(number) for number in words(without)] if without else []
-        config, applied = recipes.apply(config, recipe or "bn-x5", left_out)
+        config, applied = recipes.apply(config, recipe, [int(number) for number in numbers])
     except ValueError as error:
         raise Failure(str(error)) from None
     for each in applied:

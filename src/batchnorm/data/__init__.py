@@ -1,1 +1,1 @@
-"""Data sets: MNIST-like digits from IDX files."""
+"""Labelled images: from files, folders and tars, in which order, cut how, in batches."""

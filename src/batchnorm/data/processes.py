@@ -25,7 +25,7 @@ class Processes(Generic[Request, Answer]):
         is in use, and die with their parent. 0: the calls happen here, when an answer is asked for.
 
     With processes, `answer` and the requests must be picklable. A DataError from `answer` is raised here;
-    whatever else it raises too, as torch's DataLoader does. Raises: RuntimeError when a process was killed.
+    whatever else it raises too, as torch's DataLoader does. Raises: DataError too when a process was killed.
     """
 
     def __init__(
@@ -46,7 +46,18 @@ class Processes(Generic[Request, Answer]):
     def __iter__(self) -> Iterator[Answer]:
         with signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
             answers = iter(self._answers)
-        for answer in answers:
+        while True:
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error) and "is killed by" not in str(error):
+                    raise
+                raise DataError(
+                    "a loader process was killed: out of memory, or of shared memory, of which a container has "
+                    "little (docker run --shm-size=8g)"
+                ) from None
             if isinstance(answer, DataError):
                 try:
                     raise answer

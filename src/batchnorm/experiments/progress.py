@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from batchnorm.experiments.claim import Job
-from batchnorm.records import Result, Verdict
+from batchnorm.records import Result, Table, Verdict
 from batchnorm.training.workers import Progress as Step
 
 
@@ -92,25 +94,65 @@ class Display:
         )
 
 
+_HEADING = 8  # letters that a column's heading may take however narrow the column
+_ENDLESS = 10_000
 _MARKS = {"seen": ("✓", "green"), "not seen here": ("✗", "red"), "incomplete": ("…", "yellow")}
 
 
 def summary(verdicts: Sequence[Verdict]) -> RenderableType:
-    """The verdicts, and the tables of the last one."""
-    parts: list[RenderableType] = []
-    for verdict in verdicts:
+    """The verdicts, and the first table of the last one; the others are in the report."""
+    parts: list[RenderableType] = [_Judged(verdict) for verdict in verdicts]
+    for title, table in list(verdicts[-1].tables.items())[:1] if verdicts else ():
+        parts.append(_Titled(title, table))
+    return Group(*parts)
+
+
+class _Judged:
+    """A verdict in a frame."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self._verdict = verdict
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        verdict, inside = self._verdict, options.max_width - 4
         mark, colour = _MARKS[verdict.outcome]
         text = Text.assemble(
-            (f"{mark} {verdict.outcome}  ", f"bold {colour}"),
-            (verdict.measured, ""),
-            (f"\n\nexpected: {verdict.expected}\nin the paper: {verdict.source}", "dim"),
+            (_filled(verdict.title, inside), "bold"),
+            "\n\n" + _filled(verdict.measured, inside),
+            ("\n\n" + _filled(f"expected: {verdict.expected}", inside), "dim"),
+            ("\n" + _filled(f"in the paper: {verdict.source}", inside), "dim"),
         )
-        parts.append(Panel(text, title=verdict.title, title_align="left", border_style=colour))
-    for title, table in verdicts[-1].tables.items() if verdicts else ():
-        grid = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
-        for index, column in enumerate(table.columns):
-            grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-        for row in table.rows:
-            grid.add_row(*row)
-        parts += [Text(), grid]
-    return Group(*parts)
+        heading = f"[bold]{mark} {verdict.outcome}[/]"
+        yield Panel(text, title=heading, title_align="left", border_style=colour)
+
+
+class _Titled:
+    """A table under its title; where its lines would be too long, what follows a "±" stands below."""
+
+    def __init__(self, title: str, table: Table) -> None:
+        self._title, self._table = title, table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows, width = self._table.rows, options.max_width
+        grid = self._grid(rows)
+        if Measurement.get(console, options.update(width=_ENDLESS), grid).maximum > width:
+            grid = self._grid([[cell.replace(" ± ", "\n± ") for cell in row] for row in rows])
+        yield Text(f"\n{_filled(self._title, width)}\n", "bold")
+        yield grid
+        yield Text(f"\n{_filled(self._table.note, width)}", "dim")
+
+    def _grid(self, rows: Sequence[Sequence[str]]) -> Grid:
+        grid = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for index, column in enumerate(self._table.columns):
+            longest = max((len(line) for row in rows for line in row[index].splitlines()), default=0)
+            heading = textwrap.fill(column, max(longest, _HEADING), break_long_words=False)
+            grid.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        for row in rows:
+            grid.add_row(*map(Text, row))
+        return grid
+
+
+def _filled(text: str, width: int) -> str:
+    """In lines of at most `width`, none of which begins with the sign of a number."""
+    together = text.replace(" %", "\u00a0%")  # rich would break there too
+    return textwrap.fill(together, max(width, 1), break_on_hyphens=False).replace("\u00a0", " ")

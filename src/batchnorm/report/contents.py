@@ -33,6 +33,8 @@ class Network:
         """Whether it has batch normalization: only then is there an accuracy by the moving averages."""
         if self.result is not None and isinstance(self.result.config.get("batch_norm"), bool):
             return bool(self.result.config["batch_norm"])
+        if self.result is not None and self.result.accuracy_moving is not None:
+            return True
         return any(evaluation.accuracy_moving is not None for evaluation in self.evaluations.values())
 
     @property

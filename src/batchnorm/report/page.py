@@ -23,8 +23,8 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-# a number and its "%" stay on one line
-_ENVIRONMENT.filters["prose"] = lambda text: text.replace(" %", "\u00a0%")
+# a number stays on one line with its "%" and with its spread
+_ENVIRONMENT.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 _MANY = 30  # a longer table of networks starts folded
 
 

@@ -67,7 +67,8 @@ class Checkpoints:
         """Write the state after `step` steps; then delete what is older than the newest `keep`."""
         path = self.folder / f"step-{step:09}.pt"
         save(state, path)
-        for old in self.paths()[: -self.keep]:
+        remains = self.folder.glob("step-*.unfinished")  # of a run that was killed
+        for old in [*self.paths()[: -self.keep], *remains]:
             old.unlink(missing_ok=True)
         return path
 

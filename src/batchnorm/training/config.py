@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from batchnorm.models.inception import Nonlinearity, Stem
 
@@ -70,7 +70,7 @@ class Data(_Section):
     crop_area: tuple[float, float] = Field(
         (0.08, 1.0), description="share of the image that a training crop covers, from and to; GoogLeNet's"
     )
-    mirror: bool = Field(True, description="turn every other training image round")
+    mirror: bool = Field(True, description="swap left and right of a training image with probability 1/2")
     distortion: Literal["full", "reduced", "none"] = Field(
         "full", description="photometric distortion of training images"
     )
@@ -84,6 +84,13 @@ class Data(_Section):
     corrupt_share: float = Field(
         0.01, ge=0, le=1, description="a larger share of images that cannot be read stops the run"
     )
+
+    @field_validator("crop_area")
+    @classmethod
+    def _in_order(cls, area: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < area[0] <= area[1] <= 1:
+            raise ValueError("a share of the image, from and to: 0 < from ≤ to ≤ 1")
+        return area
 
 
 class Optimizer(_Section):
@@ -127,9 +134,7 @@ class Schedule(_Section):
 class Evaluations(_Section):
     """`[evaluation]`: when, and by which statistics."""
 
-    every: int | None = Field(
-        None, ge=1, description="steps; unless given, an epoch"
-    )
+    every: int | None = Field(None, ge=1, description="steps; unless given, an epoch")
     apart: float | None = Field(
         None, gt=0, description="instead: a share of the steps so far, at least 10, to the next evaluation"
     )

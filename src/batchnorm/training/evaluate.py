@@ -31,9 +31,13 @@ from batchnorm.training.population import has_norms
 from batchnorm.training.score import Score, probabilities
 
 Crops = Literal[1, 144]
-Statistics = Literal["population", "moving"]
+Statistics = Literal["population", "moving", "average"]
 CROPS: dict[Crops, Callable[[int], Callable[[Tensor], Tensor]]] = {1: single_crop, 144: multi_crop}
-STATISTICS: dict[Statistics, str] = {"population": "Algorithm 2", "moving": "moving averages"}
+STATISTICS: dict[Statistics, str] = {
+    "population": "Algorithm 2",
+    "moving": "moving averages",
+    "average": "averaged weights, Algorithm 2",
+}
 
 _PARTS = {"config", "classes", "channels", "step", "population", "moving"}
 _GIVE = "give a run's folder, or best.pt or final.pt of its checkpoints"
@@ -112,7 +116,8 @@ def network_file(place: Path, name: str = "best.pt") -> Path:
 def load_network(path: Path, statistics: Statistics = "population") -> SavedNetwork:
     """The network in a best.pt or final.pt, on the accelerator if there is one and its configuration allows it.
 
-    statistics: what BN normalises by: those of Algorithm 2, or the moving averages of training.
+    statistics: what BN normalises by: those of Algorithm 2, or the moving averages of training; "average" is the
+        average of the weights (training.ema) by statistics of Algorithm 2 of its own.
 
     Raises: NetworkError for a file that is something else, or is broken.
     """
@@ -122,6 +127,8 @@ def load_network(path: Path, statistics: Statistics = "population") -> SavedNetw
         raise NetworkError(f"{path} is broken, or no file of batchnorm train: {_GIVE}") from None
     if not state.keys() >= _PARTS:
         raise NetworkError(f"{path} holds no network to be used: {_GIVE}")
+    if state.get(statistics) is None:
+        raise NetworkError(f"{path} holds no averaged weights: it was trained without training.ema")
     try:
         config = toml.parse(state["config"])
         network = build(config, state["classes"], state["channels"])

@@ -1,8 +1,12 @@
-"""Ctrl-C and SIGTERM as a polite request; a second one is as rude as ever."""
+"""Ctrl-C and SIGTERM as a polite request; a second one is as rude as ever.
+
+Under torchrun one request comes twice: to every process of the terminal or the job, and again from torchrun.
+"""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -13,9 +17,12 @@ class Interruption:
     told: called with the signal, once.
     """
 
+    _ECHO = 1.0  # seconds in which another signal is the same request
+
     def __init__(self, told: Callable[[signal.Signals], None]) -> None:
         self.seen: signal.Signals | None = None
         self._told = told
+        self._at = 0.0
 
     def __enter__(self) -> Interruption:
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -27,6 +34,8 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.seen is not None:
+            if time.monotonic() - self._at < self._ECHO:
+                return
             raise KeyboardInterrupt
-        self.seen = signal.Signals(number)
+        self.seen, self._at = signal.Signals(number), time.monotonic()
         self._told(self.seen)

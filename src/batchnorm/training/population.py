@@ -36,7 +36,7 @@ def inference_copy(
         with torch.no_grad():
             for batch in batches:
                 forward(model, batch)
-        _average_over_processes(norms)
+        average_over_processes(model)
     return model.eval()
 
 
@@ -49,11 +49,15 @@ def _norms(model: nn.Module) -> list[_NormBase]:
     return [module for module in model.modules() if isinstance(module, _NormBase)]
 
 
-def _average_over_processes(norms: list[_NormBase]) -> None:
+def average_over_processes(model: nn.Module) -> None:
+    """Give the running statistics of `model`, in every process, their mean over all processes."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     buffers = [
-        buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
+        buffer
+        for norm in _norms(model)
+        for buffer in (norm.running_mean, norm.running_var)
+        if buffer is not None
     ]
     joined = torch.cat([buffer.double().flatten() for buffer in buffers])
     dist.all_reduce(joined)

@@ -10,6 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from batchnorm.data.corrupt import Corrupt
 from batchnorm.records import Evaluation
 from batchnorm.training.trainer import Trainer
 
@@ -34,7 +35,7 @@ class Bar:
         )
         self._shown = 0.0
         self._marks: list[tuple[float, int]] = []  # (seconds in training, step)
-        self._named = 0
+        self._named: dict[Corrupt, int] = {}  # how many images of each were named
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -61,11 +62,11 @@ class Bar:
 
     def step(self, trainer: Trainer) -> None:
         """Move the bar."""
+        self._name_corrupt(trainer)
         now = time.monotonic()
         if now - self._shown < _REFRESH:
             return
         self._shown = now
-        self._name_corrupt(trainer)
         self._marks = [mark for mark in self._marks if trainer.seconds - mark[0] < _SPEED_OVER]
         self._marks.append((trainer.seconds, trainer.step))
         seconds, steps = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
@@ -96,9 +97,11 @@ class Bar:
         self._say("stopping: writing a checkpoint (Ctrl-C again to give it up)")
 
     def _name_corrupt(self, trainer: Trainer) -> None:
-        for name, why in list(trainer.corrupt.found.items())[self._named :]:
-            self._say(f"skipped an image that cannot be read, {name}: {why}")
-        self._named = len(trainer.corrupt)
+        for corrupt in trainer.corrupt.values():
+            if len(corrupt) > (named := self._named.get(corrupt, 0)):
+                for name, why in list(corrupt.found.items())[named:]:
+                    self._say(f"skipped an image that cannot be read, {name}: {why}")
+                self._named[corrupt] = len(corrupt)
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

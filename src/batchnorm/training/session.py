@@ -18,11 +18,11 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 
-from batchnorm import report
 from batchnorm.records import Evaluation, RecordFile, Result, Run
 from batchnorm.training import checkpoint
-from batchnorm.training.checkpoint import Checkpoints
+from batchnorm.training.checkpoint import CheckpointError, Checkpoints
 from batchnorm.training.config import Config
 from batchnorm.training.interruption import Interruption
 from batchnorm.training.machine import machine, versions
@@ -82,25 +82,41 @@ class Session:
         with ExitStack() as stack:
             interruption = stack.enter_context(Interruption(lambda _: self.watcher.stopping()))
             trainer = Trainer(self.config, JOB)
-            source = self.checkpoints.newest
+            source = self._newest()
             if source is not None and (state := checkpoint.load(source)) is not None:
-                trainer.load_state_dict(state)
+                try:
+                    trainer.load_state_dict(state)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{source}: {error}") from None
             paper = None
             if trainer.processes.is_main_process:  # the others train along and say nothing
                 paper = stack.enter_context(_Paper(self.folder))
-                paper.begin(self._head(trainer))
+                paper.begin(self._head(trainer), trainer.evaluations)
                 self.watcher.started(trainer, source)
-            result = self._train(trainer, interruption, paper)
-        if paper is not None:
-            report.build(self.folder)
+            try:
+                result = self._train(trainer, interruption, paper)
+            except (Stopped, Diverged):
+                if paper is not None:
+                    paper.draw()
+                raise
+            if paper is not None:
+                paper.draw()
         return result
 
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from: what the first process sees, for a shared folder may lag behind elsewhere."""
+        seen = [self.checkpoints.newest]
+        broadcast_object_list(seen)
+        return seen[0]
+
     def _train(self, trainer: Trainer, interruption: Interruption, paper: _Paper | None) -> Result:
-        best = max((evaluation.accuracy for evaluation in trainer.evaluations), default=0.0)
+        best = max((evaluation.accuracy for evaluation in trainer.evaluations), default=-1.0)
+        complete = trainer.result is not None
         saved = time.monotonic()
         for record in trainer.run():
             if isinstance(record, Result):
-                self._finish(trainer, record, paper)
+                if not complete:
+                    self._finish(trainer, record, paper)
                 return record
             if paper is not None:
                 self.watcher.step(trainer)
@@ -108,7 +124,7 @@ class Session:
                 if paper is not None:
                     paper.write(record)
                     self.watcher.evaluated(record)
-                if record.accuracy > best:
+                if record.accuracy > best and not trainer.diverged:
                     best = record.accuracy
                     self._save_networks(trainer, "best.pt")
             due = time.monotonic() - saved > self.config.checkpoints.every_seconds
@@ -117,6 +133,7 @@ class Session:
                 self._save(trainer)
                 saved = time.monotonic()
             if stop:
+                trainer.processes.wait_for_everyone()  # torchrun ends the others when the first leaves
                 raise Stopped(signal.Signals(stop))
         raise AssertionError("a trainer ends with a result")
 
@@ -147,6 +164,9 @@ class Session:
     def _save_networks(self, trainer: Trainer, name: str) -> None:
         """The network as it is used and as it was trained, and what is needed to build it again."""
         inference = trainer.inference or trainer.inference_network()
+        average = trainer.average_inference
+        if average is None and trainer.average is not None:
+            average = trainer.inference_network(averaged=True)
         if trainer.processes.is_main_process:
             networks = {
                 "config": trainer.config.model_dump(mode="json"),
@@ -155,6 +175,7 @@ class Session:
                 "step": trainer.step,
                 "population": inference.state_dict(),
                 "moving": trainer.network.state_dict(),
+                "average": average.state_dict() if average is not None else None,
             }
             checkpoint.save(networks, self.checkpoints.folder / name)
 
@@ -162,7 +183,8 @@ class Session:
         newest = self.checkpoints.newest
         good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise Diverged(
-            f"the loss became {result.loss} by step {result.steps:,}: try a lower optimizer.rate; {good}"
+            f"the loss became {result.loss} by step {result.steps:,}: start a new run with a lower optimizer.rate; "
+            f"{good}"
         )
 
     def _head(self, trainer: Trainer) -> Run:
@@ -197,10 +219,18 @@ class _Paper:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def begin(self, head: Run) -> None:
-        """Write the head of a new record file."""
+    def begin(self, head: Run, evaluations: list[Evaluation]) -> None:
+        """Write the head of a new record file, and what a checkpoint knows that a lost file does not."""
         if not self._records.records:
             self._records.append(head)
+        for evaluation in evaluations:
+            self.write(evaluation)
+
+    def draw(self) -> None:
+        """Make the page of what there is."""
+        from batchnorm import report  # and matplotlib, for which training need not wait
+
+        report.build(self._folder)
 
     def write(self, record: Evaluation | Result) -> None:
         """Write a record, unless a run that was continued has written it before."""

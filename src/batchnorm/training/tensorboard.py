@@ -54,3 +54,4 @@ class EventFiles:
             writer.add_scalar("accuracy/test among five", evaluation.accuracy_top5, evaluation.step)
         for name, value in zip(("15th", "50th", "85th"), evaluation.percentiles or (), strict=False):
             writer.add_scalar(f"sigmoid input/{name} percentile", value, evaluation.step)
+        writer.flush()  # a run may be killed

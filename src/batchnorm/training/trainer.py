@@ -24,21 +24,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import single_crop
 from batchnorm.data.distortion import training_transform
+from batchnorm.data.idx import DataError
 from batchnorm.data.loader import Batch, InOrder, Loader
 from batchnorm.data.order import Order
 from batchnorm.data.source import Source, load
 from batchnorm.data.subset import Subset
 from batchnorm.memory import keep_memory
-from batchnorm.models.inception import Outputs
 from batchnorm.passes.convert_sync import convert_sync
 from batchnorm.passes.virtual_batch import virtual_batch
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import ELSEWHERE, Config
 from batchnorm.training.network import NetworkError, build
-from batchnorm.training.population import has_norms, inference_copy
+from batchnorm.training.population import average_over_processes, has_norms, inference_copy
 from batchnorm.training.schedule import evaluation_steps
 from batchnorm.training.score import Score, probabilities
+from batchnorm.training.toml import ConfigError
 
 _PRECISIONS = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
 _LOOK_EVERY = 50  # steps between two looks at whether the loss is still a number
@@ -51,7 +52,7 @@ class Trainer:
     config: what to train and how.
     job: the network's name in the records.
 
-    Raises: DataError, NetworkError for what cannot be loaded or built; ValueError for a batch that does not divide.
+    Raises: DataError, NetworkError, ConfigError for what cannot be loaded, built or shared among the processes.
     """
 
     def __init__(self, config: Config, job: str) -> None:
@@ -60,13 +61,15 @@ class Trainer:
         rank, ranks = self.processes.process_index, self.processes.num_processes
         training, data = config.training, config.data
         place: Any = {"rank": rank, "ranks": ranks, "processes": config.machine.loaders}
-        self.source = load(data.source, "train")
-        self.validation_source: Source = load(data.source, "val")
+        with self.processes.local_main_process_first():  # which downloads, where anything is to be
+            self.source = load(data.source, "train")
+            self.validation_source: Source = load(data.source, "val")
         if config.evaluation.images is not None:
             self.validation_source = Subset(self.validation_source, config.evaluation.images)
-        self.corrupt, unreadable = (
-            Corrupt(data.corrupt_share, len(source)) for source in (self.source, self.validation_source)
-        )
+        self.corrupt = {
+            split: Corrupt(data.corrupt_share, len(source))
+            for split, source in (("train", self.source), ("val", self.validation_source))
+        }
         self.order = Order(
             len(self.source),
             training.batch_size,
@@ -75,19 +78,21 @@ class Trainer:
             shuffle=data.shuffle,
             seed=training.seed,
         )
+        try:
+            self.order.share(ranks)
+        except ValueError as error:
+            raise ConfigError(f"training.batch_size: {error}") from None
         transform = training_transform(
             data.image_size, crop_area=data.crop_area, mirror=data.mirror, distortion=data.distortion
         )
-        self.loader = Loader(self.source, transform, self.order, corrupt=self.corrupt, **place)
+        self.loader = Loader(self.source, transform, self.order, corrupt=self.corrupt["train"], **place)
         self.validation = InOrder(
             self.validation_source,
             single_crop(data.image_size),
             config.evaluation.batch_size,
-            corrupt=unreadable,
+            corrupt=self.corrupt["val"],
             **place,
         )
-        largest_share = math.ceil(len(self.validation_source) / ranks)
-        self._rounds = math.ceil(largest_share / config.evaluation.batch_size)
         torch.manual_seed(training.seed + rank)  # dropout; everything else has a generator of its own
         network = build(config, self.source.classes, self.source.channels)
         if training.sync:
@@ -117,7 +122,9 @@ class Trainer:
         self.diverged = False
         self.evaluations: list[Evaluation] = []
         self.result: Result | None = None
-        self.inference: nn.Module | None = None  # the network that was evaluated last
+        # the networks that were evaluated last: as trained, and the average of the weights
+        self.inference: nn.Module | None = None
+        self.average_inference: nn.Module | None = None
 
     def run(self) -> Iterator[Evaluation | Result | None]:
         """Train; yield what is worth recording, and None at every other moment that is good to stop at.
@@ -156,30 +163,35 @@ class Trainer:
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
-        self.loss_sum += loss.detach()
+        self.loss_sum = self.loss_sum + loss.detach()  # float64 where the loss is
         self.losses += 1
 
     def _learn_in_parts(self, images: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
         """The gradients of one batch from micro-batches, BN's too; past DDP, which would see several passes."""
         total, loss = sum(map(len, labels)), torch.zeros((), device=self.processes.device)
-        with virtual_batch(self.network, images):
+        # on an accelerator activations wait in the CPU's memory: there it is what micro-batches are for
+        offload = self.processes.device.type != "cpu"
+        with virtual_batch(self.network, images, offload=offload):
             for part, its_labels in zip(images, labels, strict=True):
                 its_loss = self._loss(self.network(part), its_labels) * (len(its_labels) / total)
                 self.processes.backward(its_loss)
-                loss += its_loss.detach()
-        for parameter in self.network.parameters():
-            if parameter.grad is not None:
-                parameter.grad = self.processes.reduce(parameter.grad, "mean")
+                loss = loss + its_loss.detach()
+        if self.processes.num_processes > 1:
+            gradients = [each.grad for each in self.network.parameters() if each.grad is not None]
+            joined = self.processes.reduce(torch.cat([each.flatten() for each in gradients]), "mean")
+            for gradient, part in zip(
+                gradients, joined.split([each.numel() for each in gradients]), strict=True
+            ):
+                gradient.copy_(part.view_as(gradient))
         return loss
 
-    def _loss(self, outputs: Tensor | Outputs, labels: Tensor) -> Tensor:
-        if isinstance(outputs, Tensor):
-            return nn.functional.cross_entropy(outputs, labels)
-        auxiliary = nn.functional.cross_entropy(outputs.auxiliary, labels)
-        return (
-            nn.functional.cross_entropy(outputs.logits, labels)
-            + self.config.training.auxiliary_weight * auxiliary
-        )
+    def _loss(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        # several are an auxiliary head's too: our `Outputs`, or torchvision's
+        first, *auxiliary = [outputs] if isinstance(outputs, Tensor) else outputs
+        loss = nn.functional.cross_entropy(first, labels)
+        for logits in auxiliary:
+            loss = loss + self.config.training.auxiliary_weight * nn.functional.cross_entropy(logits, labels)
+        return loss
 
     def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         layout = torch.channels_last if self.config.machine.channels_last else torch.contiguous_format
@@ -189,11 +201,8 @@ class Trainer:
 
     def _due(self) -> Iterator[int]:
         steps, wanted = self.config.training.steps, self.config.evaluation
-        at = (
-            range(wanted.every, steps, wanted.every)
-            if wanted.every
-            else evaluation_steps(steps, wanted.apart)
-        )
+        every = wanted.every or self.order.batches_per_epoch
+        at = evaluation_steps(steps, wanted.apart) if wanted.apart else range(every, steps, every)
         yield from (step for step in at if step >= wanted.first)
         yield steps
 
@@ -203,7 +212,9 @@ class Trainer:
         population = yield from self._score(self.inference)
         average = None
         if self.average is not None:
-            average = yield from self._score(self.inference_network(averaged=True))
+            self.average_inference = self.inference_network(averaged=True)
+            average = yield from self._score(self.average_inference)
+        self._share_corrupt()
         evaluation = Evaluation(
             job=self.job,
             step=self.step,
@@ -222,28 +233,35 @@ class Trainer:
         averaged: of the average of the weights instead, whose statistics no training batch has moved.
         """
         network = self.average.module if averaged and self.average is not None else self.network
-        epoch, wanted = self.order.batches_per_epoch, self.config.evaluation.population_batches
-        steps = range(0, epoch, math.ceil(epoch / wanted))
+        epoch = self.order.batches_per_epoch
+        batches = min(self.config.evaluation.population_batches, epoch)
+        steps = [number * epoch // batches for number in range(batches)]
         return inference_copy(network, self.loader.batches(steps), self._forward)
 
     def _forward(self, network: nn.Module, batch: Batch) -> None:
-        images, _ = self._placed(batch)
-        micro = self.config.training.micro_batch or len(images)
-        for part in images.split(micro):
-            network(part)
+        network(self._placed(batch)[0])  # micro-batches or not, the batch is whole: its statistics are meant
 
     def _score(self, network: nn.Module) -> Generator[None, None, Score]:
         """Of all processes together, each with its share of the validation set."""
         score = Score()
         batches = iter(self.validation)
-        for _ in range(self._rounds):
+        for _ in range(self.validation.rounds):
             batch = next(batches, None)  # another process may have one more
             if batch is not None:
                 images, labels = self._placed(batch)
                 score += Score.of(probabilities(network, images), labels)
             yield None
         counts = torch.tensor([score.images, score.first, score.among_five], device=self.processes.device)
-        return Score(*self.processes.reduce(counts).tolist())
+        whole = Score(*self.processes.reduce(counts).tolist())
+        if not whole.images:
+            raise DataError(f"none of the validation images can be read: {self.corrupt['val']}")
+        return whole
+
+    def _share_corrupt(self) -> None:
+        """Let all processes know what each could not read; too many are too many for all of them."""
+        for corrupt in self.corrupt.values():
+            for found in gather_object([corrupt.found]):
+                corrupt.add(found)
 
     def _mean_loss(self) -> float:
         """Of the steps since the evaluation before, and of all processes."""
@@ -255,7 +273,7 @@ class Trainer:
     def sound(self) -> bool:
         """Whether every weight and the loss are still numbers: only then is the state worth keeping."""
         values = (self.loss_sum, *self.network.parameters())
-        return all(bool(value.isfinite().all()) for value in values)
+        return not self.diverged and all(bool(value.isfinite().all()) for value in values)
 
     @property
     def _out_of_patience(self) -> bool:
@@ -268,7 +286,9 @@ class Trainer:
         if self.result is None:
             last, moving = self.evaluations[-1], None
             if has_norms(self.network):
-                moving = yield from self._score(copy.deepcopy(self.network).eval())
+                network = copy.deepcopy(self.network).eval()
+                average_over_processes(network)
+                moving = yield from self._score(network)
             self.result = Result(
                 job=self.job,
                 config=self.config.model_dump(mode="json"),
@@ -277,6 +297,7 @@ class Trainer:
                 loss=last.loss,
                 accuracy=last.accuracy,
                 accuracy_moving=moving.accuracy if moving is not None else None,
+                unreadable=sum(map(len, self.corrupt.values())),
                 seconds=round(self.seconds, 2),
             )
         yield self.result
@@ -296,21 +317,30 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.processes.scaler.state_dict() if self.processes.scaler is not None else None,
-            "random": gather_object([torch.get_rng_state()]),
-            "loss_sum": self.loss_sum,
+            "random": gather_object([self._random_states()]),
+            "loss_sum": self.processes.reduce(self.loss_sum, "mean"),
             "losses": self.losses,
             "seconds": self.seconds,
-            "corrupt": self.corrupt.state_dict(),
+            "corrupt": {split: corrupt.state_dict() for split, corrupt in self.corrupt.items()},
+            "diverged": self.diverged,
             "evaluations": [evaluation.model_dump_json() for evaluation in self.evaluations],
             "result": self.result.model_dump_json() if self.result is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Raises: CheckpointError if that was another run."""
+        """Continue where `state_dict` was taken. Raises: CheckpointError if that was another run, or none."""
         if not _same_run(self.config, state.get("config")):
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+            raise CheckpointError(
+                f"the checkpoint of {self.job} does not fit the network: delete it, or use a new folder"
+            ) from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
         self.loss_sum = state["loss_sum"].to(self.processes.device)
         self.network.load_state_dict(state["model"])
@@ -322,23 +352,36 @@ class Trainer:
             self.processes.scaler.load_state_dict(state["scaler"])
         random, rank = state["random"], self.processes.process_index
         if rank < len(random):  # of more processes than there were, the further ones draw anew
-            torch.set_rng_state(random[rank])
-        self.corrupt.load_state_dict(state["corrupt"])
+            self._set_random_states(random[rank])
+        for split, corrupt in self.corrupt.items():
+            corrupt.load_state_dict(state["corrupt"][split])
         self.evaluations = [Evaluation.model_validate_json(line) for line in state["evaluations"]]
         self.result = Result.model_validate_json(state["result"]) if state["result"] else None
-        self.diverged = self.result is not None and self.result.diverged
+        self.diverged = state["diverged"]
+
+    def _random_states(self) -> list[Tensor]:
+        """Of this process's generators: the CPU's and, where there is one, the accelerator's."""
+        device = self.processes.device
+        of_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+        return [torch.get_rng_state(), *of_device]
+
+    def _set_random_states(self, states: list[Tensor]) -> None:
+        device = self.processes.device
+        torch.set_rng_state(states[0])
+        if device.type != "cpu" and len(states) > 1:
+            torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 def _processes(config: Config) -> Accelerator:
     """All processes of this run, of which torchrun says how many there are; without it just this one."""
     machine = config.machine
-    if machine.threads is not None:
-        torch.set_num_threads(machine.threads)
     cpu = machine.device == "cpu" or not torch.accelerator.is_available()
     if cpu and config.training.precision == "float16":
         raise NetworkError('[training] precision = "float16" is for accelerators: on a CPU take "bfloat16"')
     # told that it is a CPU, Accelerate joins the processes by gloo; left to find out, it would not join them
     processes = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[config.training.precision])
+    if machine.threads is not None:  # here, because of several processes Accelerate sets a number of its own
+        torch.set_num_threads(machine.threads)
     if processes.device.type == "cpu" and machine.keep_memory:
         keep_memory()
     return processes

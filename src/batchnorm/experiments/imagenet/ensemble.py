@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from batchnorm.experiments.claim import Claim, Curves, Finding, percent
+from batchnorm.experiments.imagenet import settings as scales
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
 from batchnorm.records import Chart, Table
@@ -37,7 +38,7 @@ PAPER_SINGLE, PAPER_CROPS, PAPER_ENSEMBLE = 0.748, 0.7801, 0.799
 
 
 class EnsembleSettings(ImagenetSettings):
-    """What a user may choose of the ensemble."""
+    """What a user may choose of the ensemble; there is no sweep, so `rates` and `sweep_steps` have no say."""
 
     claims: tuple[str, ...] = ("ensemble",)
     seeds: int = Field(1, ge=1, le=1, description="the six networks have seeds 0 to 5")
@@ -46,6 +47,14 @@ class EnsembleSettings(ImagenetSettings):
 
 
 QUICK: dict[str, Any] = {"scale": "quick", "steps": 2_000, "images": 300}
+PAPER: dict[str, Any] = scales.PAPER | {"rate": 0.0015, "images": None}
+
+
+def preset(quick: bool, data: str | None) -> dict[str, Any]:
+    """What is chosen unless the user says otherwise."""
+    if quick:
+        return QUICK
+    return PAPER if scales.preset(False, data) else {}
 
 
 class Ensemble(Claim[EnsembleSettings, Config | Prediction]):

@@ -92,8 +92,8 @@ class Failures(Claim[ImagenetSettings, Config]):
             all(failed) and all(learned),
             f"{said}. Chance is {percent(self._chance)}.",
             {
-                "Best accuracy, without and with BN": Table(
-                    columns=["without BN", "best", "with BN", "best"],
+                "Accuracy in the end, without and with BN": Table(
+                    columns=["without BN", "in the end", "with BN", "in the end"],
                     rows=rows,
                     note=f"Mean ± standard deviation over {settings.seeds} seeds.",
                 )
@@ -108,5 +108,5 @@ class Failures(Claim[ImagenetSettings, Config]):
 
 def _ends(curves: list[Curve[Config]]) -> str:
     diverged = sum(curve.result is not None and curve.result.diverged for curve in curves)
-    best = spread((curve.best_accuracy for curve in curves), "{:.2%}")
-    return f"{best} ({diverged} of {len(curves)} diverged)" if diverged else best
+    last = spread((curve.evaluations[-1].accuracy for curve in curves), "{:.2%}")
+    return f"{last} ({diverged} of {len(curves)} diverged)" if diverged else last

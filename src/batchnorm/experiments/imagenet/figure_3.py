@@ -37,6 +37,8 @@ ROLES: dict[str, Role] = {
     "bn-x30": "bn",
     "bn-x5-sigmoid": "other",
 }
+# Three networks share a colour: one is dashed, one has a mark at every evaluation.
+_DASHED, _MARKED = "bn-baseline", "bn-x30"
 FEWER_STEPS = 10
 POINTS_ABOVE = 0.01
 
@@ -113,9 +115,10 @@ class Figure3(Claim[ImagenetSettings, Config]):
             Chart(
                 claim=self.name,
                 name="figure-2",
-                title="Validation accuracy against training steps",
-                caption="The paper's figure 2, its axis of steps drawn in logarithms. Line: median over the seeds; "
-                "band: all of them.",
+                title=f"Validation accuracy on {settings.data} against training steps",
+                caption="The paper's figure 2, its axis of steps drawn in logarithms. "
+                + ("Line: median over the seeds; band: all of them. " if settings.seeds > 1 else "")
+                + _scale(settings),
                 panels=[panel],
             )
         ]
@@ -173,9 +176,27 @@ class Figure3(Claim[ImagenetSettings, Config]):
             ratio >= FEWER_STEPS and above >= POINTS_ABOVE,
             f"To Inception's best accuracy, {spread(targets, '{:.2%}')} after {spread(steps['inception'])} steps, "
             f"{said} ({spread(steps['bn-x5'])}). {NAMES[higher]} ends highest, {100 * above:+.3g} points from "
-            f"Inception: {percent(best[higher], 2)}. {_scale(settings)}",
+            f"Inception: {percent(best[higher], 2)}. In the last quarter of its steps Inception gained "
+            f"{_late_gains(of['inception'])} points{_at_edge(settings, curves)}. "
+            f"{_scale(settings)}",
             tables,
         )
+
+
+def _late_gains(curves: list[Curve[Config]]) -> str:
+    """Points by which the best accuracy rose in the last quarter of the steps: whether training was at its end."""
+    gains = []
+    for curve in curves:
+        before = [e.accuracy for e in curve.evaluations if e.step <= 0.75 * curve.evaluations[-1].step]
+        gains.append(100 * (curve.best_accuracy - max(before, default=0.0)))
+    return spread(gains, "{:.2f}")
+
+
+def _at_edge(settings: ImagenetSettings, curves: Curves) -> str:
+    """Whether a rate that was not tried might have been better still."""
+    rate = variants.best_rate(settings, curves)
+    edge = len(settings.rates) > 1 and rate in (min(settings.rates), max(settings.rates))
+    return f"; its rate, {rate:g}, is at the edge of those that were tried" if edge else ""
 
 
 def _scale(settings: ImagenetSettings) -> str:
@@ -215,6 +236,8 @@ def _line(name: str, curves: list[Curve[Config]]) -> Line | None:
     return Line(
         label=NAMES[name],
         role=ROLES[name],
+        dashed=name == _DASHED,
+        markers=name == _MARKED,
         x=[float(step) for step in steps],
         y=[statistics.median(each) for each in values],
         low=[min(each) for each in values],
@@ -226,7 +249,7 @@ def _upper_part(lines: list[Line]) -> tuple[float, float]:
     """Where the networks differ: 30 points, and more where the best accuracy of one of them lies lower."""
     best = [max(y for y in line.y if y is not None) for line in lines]
     lowest = min(max(best) - 0.3, min(best) - 0.05)
-    return (max(0.0, round(lowest, 2)), min(1.0, round(max(best) + 0.05, 2)))
+    return (max(0.0, round(lowest, 2)), min(1.0, round(max(best) + 0.02, 2)))
 
 
 def _each(of: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:

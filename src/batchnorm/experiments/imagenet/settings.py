@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -26,7 +27,7 @@ class ImagenetSettings(Settings):
     crop_area: tuple[float, float] = (0.7, 1.0)
     batch_size: int = Field(32, ge=2)
     rates: tuple[float, ...] = Field(
-        (0.005, 0.01, 0.02, 0.04), min_length=1, description="of which Inception gets the best"
+        (0.005, 0.01, 0.02, 0.04, 0.08), min_length=1, description="of which Inception gets the best"
     )
     sweep_steps: int = Field(3_000, ge=50, description="that each rate is tried for")
     images: int | None = Field(None, ge=1, description="of the validation set; unless given, all")
@@ -54,6 +55,8 @@ PAPER: dict[str, Any] = {
 
 
 def preset(quick: bool, data: str | None) -> dict[str, Any]:
-    """What is chosen unless the user says otherwise; a folder is taken for ImageNet."""
-    paper = {} if data is None or data in NAMES else PAPER
-    return paper | (QUICK if quick else {})
+    """What is chosen unless the user says otherwise; a folder of colour images or shards is taken for ImageNet."""
+    if quick:
+        return QUICK
+    small = data is None or data in NAMES or any(Path(data).expanduser().glob("*-ubyte*"))
+    return {} if small else PAPER

@@ -52,7 +52,7 @@ def inception(settings: ImagenetSettings, rate: float, seed: int, length: int) -
         optimizer=Optimizer(rate=rate, decay_every=max(1, length // DECAYS)),
         training=Schedule(steps=length, batch_size=settings.batch_size, seed=seed),
         evaluation=Evaluations(apart=0.25, first=min(100, length), images=settings.images),
-        machine=Machine(threads=1, device="cpu"),
+        machine=Machine() if settings.scale == "paper" else Machine(threads=1, device="cpu"),
     )
 
 
