@@ -22,30 +22,19 @@ written by `docs/experiments.py` from the records of the runs named below, in `d
 same command gives the same numbers.
 """
 
-# By the name of the file in docs/measured: a title, and what is to be known before the numbers.
+# By the name of the file in docs/measured.
 PARTS = {
-    "mnist": (
-        "Digits: section 4.1",
-        "On the 10,000 real digits that come with the package, 8,000 to train on and 2,000 to test.",
-    ),
-    "imagenet": (
-        "Inception: section 4.2, scaled down",
-        "Not ImageNet: the 60,000 real images of Fashion-MNIST at 28 pixels, a quarter of the channels, and some 2,000 "
-        "times fewer steps than the paper's. `--data DIR` runs the paper's own scale.",
-    ),
-    "imagenet-quick": (
-        "The same in ten minutes",
-        "What `--quick` shows: one seed, a tenth of the steps.",
-    ),
-    "ablation": (
-        "Which of the changes matters: section 4.2.1",
-        "The table the paper never printed, at the scale of the runs above.",
-    ),
-    "ensemble": (
-        "The ensemble: section 4.2.3, scaled down",
-        "Six networks at the scale of the runs above.",
-    ),
+    "mnist": "Digits: section 4.1",
+    "imagenet": "Inception: section 4.2",
+    "imagenet-quick": "Inception in a hurry",
+    "ablation": "Which of the changes matters: section 4.2.1",
+    "ensemble": "The ensemble: section 4.2.3",
+    "ensemble-quick": "The ensemble in a hurry",
 }
+SCALED = (
+    "A scaled run, not ImageNet: {width:g} times the channels, {steps:,} steps of Inception where the paper has 31 million. "
+    "`--data DIR` is for the paper's own scale."
+)
 # The pictures of a claim, where they are not named after it.
 PICTURES = {"figure-1": ("figure-1a", "figure-1bc"), "figure-3": ("figure-2",)}
 
@@ -98,9 +87,11 @@ def page() -> str:
 
 
 def _of(part: str, head: Run, verdicts: list[Verdict]) -> Iterator[str]:
-    title, about = PARTS[part]
+    about = f"{head.data}."
+    if head.config.get("scale", "paper") != "paper":
+        about += " " + SCALED.format(**head.config)
     versions = ", ".join(f"{name} {version}" for name, version in head.versions.items())
-    yield f"## {title}\n\n{about}\n\n```bash\n{head.command}\n```\n\n{head.machine}; {versions}.\n"
+    yield f"## {PARTS[part]}\n\n{about}\n\n```bash\n{head.command}\n```\n\n{head.machine}; {versions}.\n"
     for verdict in verdicts:
         yield f"### {_anchor(part, verdict)}\n\n{verdict.title} ({verdict.source}).\n"
         yield f"Expected: {verdict.expected}.\n\nMeasured: **{verdict.outcome}**. {verdict.measured}\n"
@@ -115,9 +106,8 @@ def _of(part: str, head: Run, verdicts: list[Verdict]) -> Iterator[str]:
 
 
 def _part(head: Run, verdicts: dict[str, Verdict]) -> str:
-    if set(verdicts) == {"ablation"}:
-        return "ablation"
-    return head.experiment + ("-quick" if head.config.get("scale") == "quick" else "")
+    name = "ablation" if set(verdicts) == {"ablation"} else head.experiment
+    return name + ("-quick" if head.config.get("scale") == "quick" else "")
 
 
 def _anchor(part: str, verdict: Verdict) -> str:

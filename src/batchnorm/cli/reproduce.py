@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from batchnorm.cli import settings
-from batchnorm.cli.terminal import Failure, command_line, in_one_line, new_folder, show, words
+from batchnorm.cli.terminal import (
+    Failure,
+    command_line,
+    from_options,
+    in_one_line,
+    new_folder,
+    show,
+    words,
+)
 
 if TYPE_CHECKING:
     from batchnorm.experiments.claim import Settings
+    from batchnorm.experiments.imagenet.settings import ImagenetSettings
     from batchnorm.experiments.run import Experiment
+    from batchnorm.training.config import Config
 
     S = TypeVar("S", bound=Settings)
 
@@ -116,7 +126,8 @@ def mnist(
     "batchnorm reproduce imagenet --quick              a look, ten minutes on 2 cores\n\n"
     "batchnorm reproduce imagenet                      the scaled run on Fashion-MNIST, hours\n\n"
     "batchnorm reproduce imagenet --claims ablation    each change of section 4.2.1 left out\n\n"
-    "batchnorm reproduce imagenet --data /data/imagenet    the paper's own scale, on a cluster\n\n"
+    "batchnorm reproduce imagenet --data /data/imagenet    the paper's own scale, on one machine\n\n"
+    "batchnorm reproduce imagenet --data /data/imagenet --toml plan    its run.toml files, for torchrun on many\n\n"
     "batchnorm reproduce imagenet --resume             go on with a stopped run",
 )
 def imagenet(
@@ -155,6 +166,13 @@ def imagenet(
         Path | None,
         typer.Option(file_okay=False, help="The run's folder.", show_default="runs/imagenet-DATE-TIME"),
     ] = None,
+    toml: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Train nothing: write each network's run.toml into this folder, for batchnorm train under torchrun.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -162,7 +180,12 @@ def imagenet(
         ),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Networks trained at the same time.", show_default="one a core")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Networks trained at the same time.",
+            show_default="one a core, at the paper's scale one",
+        ),
     ] = None,
 ) -> None:
     """The Inception networks of section 4.2: steps to Inception's best accuracy, and how high each ends.
@@ -179,6 +202,11 @@ def imagenet(
     chosen = _given(data=data, steps=steps, seeds=seeds, width=width, claims=_named(claims, claim_names()))
     if not resume:
         chosen = preset(quick, data) | chosen
+    if toml is not None:
+        _write_plan(from_options(ImagenetSettings, chosen), toml)
+        return
+    if workers is None and chosen.get("scale") == "paper":
+        workers = 1
     _run("imagenet", ImagenetSettings, claim_names(), imagenet_experiment, chosen, out, resume, workers)
 
 
@@ -238,6 +266,25 @@ def ensemble(
     if not resume:
         chosen = preset(quick, data) | chosen
     _run("ensemble", EnsembleSettings, ("ensemble",), ensemble_experiment, chosen, out, resume, workers)
+
+
+def _write_plan(wanted: ImagenetSettings, folder: Path) -> None:
+    from batchnorm.experiments.imagenet import imagenet_experiment
+    from batchnorm.training.toml import written
+
+    if len(wanted.rates) > 1:
+        raise Failure(
+            "--toml needs Inception's rate, which the scaled run finds by a sweep: name data of ImageNet's kind"
+        )
+    jobs: dict[str, Config] = {}
+    for claim in imagenet_experiment(wanted).claims:
+        jobs |= claim.jobs(wanted, {})
+    with in_one_line(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, config in jobs.items():
+            (folder / f"{name}.toml").write_text(written(config), encoding="utf-8")
+    for name in jobs:
+        typer.echo(f"torchrun ... -m batchnorm.cli train {folder / name}.toml --out runs/{name}")
 
 
 def _listed(claims: str | None, names: tuple[str, ...], title: Callable[[str], str]) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from batchnorm.models.inception import Nonlinearity, Stem
 
@@ -144,6 +144,12 @@ class Evaluations(_Section):
     )
     population_batches: int = Field(20, ge=1, description="training batches over which Algorithm 2 averages")
     batch_size: int = Field(250, ge=1, description="images at a time in one process")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.every is not None and self.apart is not None:
+            raise ValueError("give every or apart, not both")
+        return self
 
 
 class Checkpoints(_Section):

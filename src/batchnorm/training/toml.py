@@ -63,6 +63,18 @@ def differences(one: Config, other: Config) -> list[str]:
     ]
 
 
+def written(config: Config) -> str:
+    """The text of a run.toml that says `config`, every key of it."""
+    lines = []
+    for section, values in config.model_dump().items():
+        lines += [
+            f"[{section}]",
+            *(f"{key} = {literal(value)}" for key, value in values.items() if value is not None),
+            "",
+        ]
+    return "\n".join(lines)
+
+
 def literal(value: Any) -> str:
     """`value` as it stands in a run.toml."""
     return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
