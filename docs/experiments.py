@@ -32,8 +32,8 @@ PARTS = {
     "ensemble-quick": "The ensemble in a hurry",
 }
 SCALED = (
-    "A scaled run, not ImageNet: {width:g} times the channels, {steps:,} steps of Inception where the paper has 31 million. "
-    "`--data DIR` is for the paper's own scale."
+    "A scaled run, not ImageNet: {width:g} times the channels, {steps:,} steps of Inception where the paper has 31 "
+    "million. `--data DIR` is for the paper's own scale."
 )
 # The pictures of a claim, where they are not named after it.
 PICTURES = {"figure-1": ("figure-1a", "figure-1bc"), "figure-3": ("figure-2",)}

@@ -202,6 +202,8 @@ def imagenet(
     chosen = _given(data=data, steps=steps, seeds=seeds, width=width, claims=_named(claims, claim_names()))
     if not resume:
         chosen = preset(quick, data) | chosen
+    elif quick:
+        raise Failure("--quick cannot change when a run is continued: leave it out")
     if toml is not None:
         _write_plan(from_options(ImagenetSettings, chosen), toml)
         return
@@ -265,6 +267,8 @@ def ensemble(
     chosen = _given(data=data, steps=steps, rate=rate, images=images, width=width)
     if not resume:
         chosen = preset(quick, data) | chosen
+    elif quick:
+        raise Failure("--quick cannot change when a run is continued: leave it out")
     _run("ensemble", EnsembleSettings, ("ensemble",), ensemble_experiment, chosen, out, resume, workers)
 
 
@@ -331,7 +335,7 @@ def _run(
     go_on = f"batchnorm reproduce {kind} --out {shlex.quote(str(folder))} --resume"
     with in_one_line(DataError, RecordError, CheckpointError):
         if resume:
-            wanted = settings.read_from(folder, model, chosen)
+            wanted = settings.read_from(folder, kind, model, chosen)
         else:
             wanted = settings.chosen_for(folder, model, claim_names, chosen)
         experiment = make(wanted)

@@ -25,8 +25,8 @@ def chosen_for(folder: Path, kind: type[S], claim_names: Collection[str], chosen
     return from_options(kind, chosen)
 
 
-def read_from(folder: Path, kind: type[S], chosen: dict[str, Any]) -> S:
-    """Those of the run in `folder`, with which what was chosen must agree."""
+def read_from(folder: Path, experiment: str, kind: type[S], chosen: dict[str, Any]) -> S:
+    """Those of the run of an experiment in `folder`, with which what was chosen must agree."""
     from pydantic import ValidationError
 
     from batchnorm.records import Run, read
@@ -35,6 +35,8 @@ def read_from(folder: Path, kind: type[S], chosen: dict[str, Any]) -> S:
     head = next(read(path), None)
     if not isinstance(head, Run):
         raise Failure(f"{path} does not begin with a run record: it is not a run that can be continued")
+    if head.experiment != experiment:
+        raise Failure(f"{folder} holds a run of {head.experiment}: name a folder of {experiment} with --out")
     try:
         settings = kind.model_validate(head.config)
     except ValidationError as error:

@@ -139,6 +139,11 @@ def spread(values: Iterable[float | None], pattern: str = "{:,.0f}") -> str:
     return whole.replace("%", " %")
 
 
+def over(seeds: int) -> str:
+    """What numbers with a spread are, in a table's note."""
+    return f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
+
+
 def percent(share: float, digits: int = 1) -> str:
     """A share between 0 and 1 for people: '94.8 %'."""
     return f"{100 * share:.{digits}f} %"

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a polite request; a second one is as rude as ever.
 
-Under torchrun one request comes twice: to every process of the terminal or the job, and again from torchrun.
+Under torchrun one request may come twice: from a scheduler that tells every process of a job, and from torchrun, which
+passes on what it was told.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, spread
+from batchnorm.experiments.claim import Claim, Curves, Finding, over, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import job
@@ -94,7 +94,7 @@ class Ablation(Claim[ImagenetSettings, Config]):
                 "Best accuracy of BN-x5 with one change left out": Table(
                     columns=["", "best", "points"],
                     rows=rows,
-                    note=f"Mean ± standard deviation over {settings.seeds} seeds.",
+                    note=f"{over(settings.seeds)}.",
                 )
             },
         )

@@ -9,7 +9,7 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, percent, spread
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, over, percent, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import NAMES, job
@@ -95,7 +95,7 @@ class Failures(Claim[ImagenetSettings, Config]):
                 "Accuracy in the end, without and with BN": Table(
                     columns=["without BN", "in the end", "with BN", "in the end"],
                     rows=rows,
-                    note=f"Mean ± standard deviation over {settings.seeds} seeds.",
+                    note=f"{over(settings.seeds)}.",
                 )
             },
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 
 from batchnorm.data.source import NAMES as DATA_SETS
-from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, percent, spread
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, over, percent, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.settings import PAPER as PAPER_SCALE
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
@@ -158,7 +158,7 @@ class Figure3(Claim[ImagenetSettings, Config]):
                     "paper: best",
                 ],
                 rows=rows,
-                note=f"{_over(settings.seeds)}; the paper's columns are ImageNet's, to 72.2 %. {_scale(settings)}",
+                note=f"{over(settings.seeds)}; the paper's columns are ImageNet's, to 72.2 %. {_scale(settings)}",
             ),
             "Every network": _each(of, targets),
         }
@@ -207,10 +207,6 @@ def _scale(settings: ImagenetSettings) -> str:
     if settings.data in DATA_SETS:
         return f"{kind}, on {settings.data} and not on ImageNet."
     return f"{kind}, on {settings.data} with other settings than the paper's."
-
-
-def _over(seeds: int) -> str:
-    return f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
 
 
 def _steps(number: int) -> str:
