@@ -72,8 +72,9 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of trained networks on a validation set; of several, also that of their ensemble.
 
-    An ensemble says the arithmetic mean of its networks' class probabilities, as in figure 4 of the paper.
-    Nothing is written. What was trained in 16 bits is computed in float32 here.
+    An ensemble says the arithmetic mean of its networks' class
+    probabilities, as in figure 4 of the paper. Nothing is written. What was
+    trained in 16 bits is computed in float32 here.
     """
     import torch
     from rich.console import Console

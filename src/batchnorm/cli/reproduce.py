@@ -29,6 +29,28 @@ if TYPE_CHECKING:
 
     S = TypeVar("S", bound=Settings)
 
+_Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on with the run in --out, or with the newest one, to the same numbers."
+    ),
+]
+_Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Networks trained at the same time.",
+        show_default="one a core; one at the paper's scale",
+    ),
+]
+_Seeds = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many seeds, 0, 1, ..., the verdict averages over.", show_default="3"),
+]
+_Width = Annotated[
+    float | None, typer.Option(help="Multiplies every number of channels.", show_default="0.25")
+]
+
 app = typer.Typer(help="Reproduce an experiment of the paper (Ioffe & Szegedy 2015).", no_args_is_help=True)
 
 
@@ -59,10 +81,7 @@ def mnist(
         int | None,
         typer.Option(min=1, help="Steps of the longest run; no run is longer.", show_default="50000"),
     ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many seeds, 0, 1, ..., the verdict averages over.", show_default="3"),
-    ] = None,
+    seeds: _Seeds = None,
     rate: Annotated[
         float | None,
         typer.Option(help="The learning rate that both networks of figure 1 share.", show_default="0.1"),
@@ -78,20 +97,14 @@ def mnist(
         Path | None,
         typer.Option(file_okay=False, help="The run's folder.", show_default="runs/mnist-DATE-TIME"),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with the run in --out, or with the newest one, to the same numbers."
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Networks trained at the same time.", show_default="one a core")
-    ] = None,
+    resume: _Resume = False,
+    workers: _Workers = None,
 ) -> None:
     """The handwritten digits of section 4.1 and figure 1: the same network with and without batch normalization.
 
-    Trains 784-100-100-100-10 sigmoid networks on binary 28×28 digits in batches of 60 and writes a folder with
-    records.jsonl, TensorBoard events, figures and report.html. Ctrl-C loses nothing: --resume goes on.
+    Trains 784-100-100-100-10 sigmoid networks on binary 28×28 digits in
+    batches of 60 and writes a folder with records.jsonl, TensorBoard
+    events, figures and report.html. Ctrl-C loses nothing: --resume goes on.
     """
     from batchnorm.data.digits import Digits
     from batchnorm.experiments.mnist import claim_names, claim_title, mnist_experiment
@@ -155,13 +168,8 @@ def imagenet(
             min=50, help="Of Inception and BN-Baseline; the others take a fifth of it.", show_default="16000"
         ),
     ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many seeds, 0, 1, ..., the verdict averages over.", show_default="3"),
-    ] = None,
-    width: Annotated[
-        float | None, typer.Option(help="Multiplies every number of channels.", show_default="0.25")
-    ] = None,
+    seeds: _Seeds = None,
+    width: _Width = None,
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="The run's folder.", show_default="runs/imagenet-DATE-TIME"),
@@ -173,26 +181,16 @@ def imagenet(
             help="Train nothing: write each network's run.toml into this folder, for batchnorm train under torchrun.",
         ),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with the run in --out, or with the newest one, to the same numbers."
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Networks trained at the same time.",
-            show_default="one a core, at the paper's scale one",
-        ),
-    ] = None,
+    resume: _Resume = False,
+    workers: _Workers = None,
 ) -> None:
     """The Inception networks of section 4.2: steps to Inception's best accuracy, and how high each ends.
 
-    Trains Inception, BN-Baseline, BN-x5, BN-x30 and BN-x5-Sigmoid, and Inception where the paper saw it fail. By
-    default a scaled run, and labelled so: a quarter of the channels on the 60,000 images of Fashion-MNIST. Writes a
-    folder with records.jsonl, TensorBoard events, figures and report.html. Ctrl-C loses nothing: --resume goes on.
+    Trains Inception, BN-Baseline, BN-x5, BN-x30 and BN-x5-Sigmoid, and
+    Inception where the paper saw it fail. By default a scaled run, and
+    labelled so: a quarter of the channels on the 60,000 images of Fashion-
+    MNIST. Writes a folder with records.jsonl, TensorBoard events, figures
+    and report.html. Ctrl-C loses nothing: --resume goes on.
     """
     from batchnorm.experiments.imagenet import claim_names, claim_title, imagenet_experiment
     from batchnorm.experiments.imagenet.settings import ImagenetSettings, preset
@@ -239,27 +237,18 @@ def ensemble(
         int | None,
         typer.Option(min=1, help="Of the validation set, in 144 crops each.", show_default="2000"),
     ] = None,
-    width: Annotated[
-        float | None, typer.Option(help="Multiplies every number of channels.", show_default="0.25")
-    ] = None,
+    width: _Width = None,
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="The run's folder.", show_default="runs/ensemble-DATE-TIME"),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with the run in --out, or with the newest one, to the same numbers."
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Networks trained at the same time.", show_default="one a core")
-    ] = None,
+    resume: _Resume = False,
+    workers: _Workers = None,
 ) -> None:
     """The ensemble of section 4.2.3: six BN-x30 networks, each a little different, and the mean of what they say.
 
-    Trains the six, asks each about validation images in one crop and in 144, and sets the ensemble beside its
-    networks, as figure 4 does.
+    Trains the six, asks each about validation images in one crop and in
+    144, and sets the ensemble beside its networks, as figure 4 does.
     """
     from batchnorm.experiments.imagenet import ensemble_experiment
     from batchnorm.experiments.imagenet.ensemble import EnsembleSettings, preset

@@ -98,8 +98,9 @@ def train(
 ) -> None:
     """Train a network, evaluate it as it goes, and keep checkpoints from which --resume continues.
 
-    The folder holds records.jsonl, checkpoints, TensorBoard events and report.html. In evaluations BN takes the
-    population statistics of Algorithm 2; at the end the moving averages' accuracy stands beside it.
+    The folder holds records.jsonl, checkpoints, TensorBoard events and
+    report.html. In evaluations BN takes the population statistics of
+    Algorithm 2; at the end the moving averages' accuracy stands beside it.
     """
     if example:
         typer.echo(EXAMPLE, nl=False)

@@ -71,11 +71,13 @@ class Predictor:
         Raises: CheckpointError when the network has not been trained.
         """
         if self.step < len(self.source):
-            network = self._network()
+            network, data = self._network(), self.config.config.data
             for crops in self.said:
                 rest = range(len(self.said[crops]), len(self.source))
-                size, corrupt = self.config.config.data.image_size, Corrupt(1, len(self.source))
-                for part in predict(network, self.source, size, crops=crops, indices=rest, corrupt=corrupt):
+                corrupt = Corrupt(data.corrupt_share, len(self.source))
+                for part in predict(
+                    network, self.source, data.image_size, crops=crops, indices=rest, corrupt=corrupt
+                ):
                     self.said[crops] = Predictions.joined([self.said[crops], part])
                     yield None
         accuracy = self.said[CROPS].score.accuracy

@@ -58,7 +58,7 @@ class Figure3(Claim[ImagenetSettings, Config]):
         """See `Claim.choices`."""
         rates = ", ".join(f"{rate:g}" for rate in settings.rates)
         chosen = (
-            f"Inception's rate is the best of {rates}, by the best accuracy in {settings.sweep_steps:,} steps from "
+            f"Inception's rate is the best of {rates}, by the best accuracy in {min(settings.sweep_steps, settings.steps):,} steps from "
             f"another seed; the others' rates are 1, 5 and 30 times that."
             if len(settings.rates) > 1
             else f"Inception's rate is {rates}; the others' rates are 1, 5 and 30 times that."

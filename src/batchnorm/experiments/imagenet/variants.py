@@ -73,9 +73,8 @@ def sweep(settings: ImagenetSettings) -> dict[str, Config]:
     """Inception at each rate, from a seed of its own; none where there is no choice."""
     if len(settings.rates) == 1:
         return {}
-    return {
-        _swept(rate): inception(settings, rate, SWEEP_SEED, settings.sweep_steps) for rate in settings.rates
-    }
+    length = min(settings.sweep_steps, settings.steps)
+    return {_swept(rate): inception(settings, rate, SWEEP_SEED, length) for rate in settings.rates}
 
 
 def best_rate(settings: ImagenetSettings, curves: Curves) -> float | None:
