@@ -57,9 +57,10 @@ class Figure3(Claim[ImagenetSettings, Config]):
     def choices(self, settings: ImagenetSettings) -> list[str]:
         """See `Claim.choices`."""
         rates = ", ".join(f"{rate:g}" for rate in settings.rates)
+        tried = min(settings.sweep_steps, settings.steps)
         chosen = (
-            f"Inception's rate is the best of {rates}, by the best accuracy in {min(settings.sweep_steps, settings.steps):,} steps from "
-            f"another seed; the others' rates are 1, 5 and 30 times that."
+            f"Inception's rate is the best of {rates}, by the best accuracy in {tried:,} steps from another seed; "
+            "the others' rates are 1, 5 and 30 times that."
             if len(settings.rates) > 1
             else f"Inception's rate is {rates}; the others' rates are 1, 5 and 30 times that."
         )
