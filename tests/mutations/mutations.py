@@ -47,6 +47,10 @@ EACH_ACTIVATION, FREEZE, ADAPT = (
     ("passes/test_freeze.py",),
     ("passes/test_adapt.py",),
 )
+SESSION, TRAINER = ("training/test_session.py",), ("training/test_trainer.py",)
+RECIPE, EVALUATE = ("training/test_recipe.py",), ("training/test_evaluate.py",)
+ORDER, LOADER = ("data/test_order.py",), ("data/test_loader.py",)
+IMAGENET, INCEPTION = ("experiments/test_imagenet.py",), ("models/test_inception.py",)
 
 MUTATIONS = [
     # --- moments
@@ -725,6 +729,87 @@ MUTATIONS = [
         "a part without a mask taken for padding", "passes/together.py",
         "torch.ones_like(x[:, :1], dtype=torch.bool)", "torch.zeros_like(x[:, :1], dtype=torch.bool)",
         "no mask means that all is valid", VIRTUAL_BATCH,
+    ),
+    # --- the trainer
+    Mutation(
+        "a checkpoint written in place", "training/checkpoint.py",
+        "        unfinished.replace(path)", "        path.write_bytes(unfinished.read_bytes())",
+        "whoever is killed while it is written leaves half of one", SESSION,
+    ),
+    Mutation(
+        "checksums not looked at", "training/checkpoint.py",
+        "whole = archive.testzip() is None", "whole = True",
+        "a flipped bit would be trained on", SESSION,
+    ),
+    Mutation(
+        "dropout's generator forgotten", "training/trainer.py",
+        '            self._set_random_states(random[rank])', '            pass',
+        "a continued run drops other units", TRAINER,
+    ),
+    Mutation(
+        "momentum forgotten", "training/trainer.py",
+        '        self.optimizer.load_state_dict(state["optimizer"])\n', '',
+        "SGD would start from rest", TRAINER,
+    ),
+    Mutation(
+        "L2 on γ and β", "training/trainer.py",
+        '{"params": others, "weight_decay": 0.0}', '{"params": others, "weight_decay": weight_decay}',
+        "they are no weights", TRAINER,
+    ),
+    Mutation(
+        "a micro-batch's loss unweighted", "training/trainer.py",
+        ' * (len(its_labels) / total)', ' * (micro_weight := 1.0)',
+        "the whole batch's loss is a mean over its images", TRAINER,
+    ),
+    Mutation(
+        "patience off by one", "training/trainer.py",
+        "_first_best(accuracies) >= patience", "_first_best(accuracies) > patience",
+        "so many evaluations, and no more", TRAINER,
+    ),
+    Mutation(
+        "rate decays too slowly", "training/recipe.py",
+        "DECAY_FACTOR = 6", "DECAY_FACTOR = 5",
+        "the paper says 6 times", RECIPE,
+    ),
+    Mutation(
+        "the diverged network may be best", "training/session.py",
+        "if record.accuracy > best and not trainer.diverged:", "if record.accuracy > best:",
+        "of weights that are no numbers", SESSION,
+    ),
+    Mutation(
+        "a rank reads all of the batch", "data/order.py",
+        "start = at * self.batch_size + rank * share", "start = at * self.batch_size",
+        "processes share a batch", ORDER,
+    ),
+    Mutation(
+        "examples always in the same order", "data/order.py",
+        'if self.shuffle == "within-shards":', 'if self.shuffle == "shards":',
+        "item 6 the wrong way round", ORDER,
+    ),
+    Mutation(
+        "distortion by the clock", "data/loader.py",
+        'torch.default_generator.manual_seed(mixed(self.seed, request.epoch, at % examples))', 'pass',
+        "a sample's distortion follows from seed and epoch", LOADER,
+    ),
+    Mutation(
+        "steps counted from another seed's target", "experiments/imagenet/figure_3.py",
+        'for c, t in zip(of[name], targets, strict=True)]', 'for c, t in zip(of[name], reversed(targets), strict=True)]',
+        "seed by seed", IMAGENET,
+    ),
+    Mutation(
+        "ensemble without its last network", "training/evaluate.py",
+        "return cls(total / len(networks)", "return cls(total / (len(networks) - 1 or 1)",
+        "an arithmetic mean", EVALUATE,
+    ),
+    Mutation(
+        "count_include_pad", "models/inception.py",
+        "count_include_pad=False", "count_include_pad=True",
+        "padding is no data", INCEPTION,
+    ),
+    Mutation(
+        "4c and 4d as printed", "models/inception.py",
+        "pool_proj_4cd: int = 96,", "pool_proj_4cd: int = 128,",
+        "128 does not add up", INCEPTION,
     ),
     # --- the package
     Mutation(

@@ -25,7 +25,7 @@ from batchnorm.records import Evaluation, Result, read
 from batchnorm.training import checkpoint, toml
 from batchnorm.training.evaluate import Predictions, load_network, network_file, predict
 from batchnorm.training.network import NetworkError, build
-from batchnorm.training.score import Score, probabilities
+from batchnorm.training.score import Score
 from batchnorm.training.session import Session
 from tests.data.pictures import image_folder
 
@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
     "model": {"width": 0.05, "stem": "small"},
     "data": {"source": "mnist-10k", "image_size": 28, "distortion": "none", "mirror": False},
     "optimizer": {"rate": 0.1},
-    "training": {"steps": 12, "batch_size": 16},
+    "training": {"steps": 12, "batch_size": 16, "ema": 0.5},
     "evaluation": {"every": 6, "images": 40, "population_batches": 2},
     "machine": {"device": "cpu", "threads": 1, "keep_memory": False},
 }
@@ -137,7 +137,10 @@ def test_of_144_crops_the_probabilities_are_averaged(batch_size):
     network, source = linear(), noise(4)
     crops = torch.stack([multi_crop(SIZE)(image) for image, _ in source])
     predictions = said(network, source, crops=144, batch_size=batch_size)
-    torch.testing.assert_close(predictions.probabilities, probabilities(network, crops))
+    each = torch.stack([network(of_image).softmax(1).mean(0) for of_image in crops]).detach()
+    torch.testing.assert_close(predictions.probabilities, each)
+    of_mean = torch.stack([network(of_image).mean(0).softmax(0) for of_image in crops])
+    assert (each - of_mean).abs().max() > 1e-3  # which the mean of the logits would not be
 
 
 @pytest.mark.parametrize(("crops", "sizes"), [(1, [4, 4, 2]), (144, [1] * 10)])
@@ -207,11 +210,15 @@ def test_a_runs_networks_are_as_good_as_its_records_say(run, evaluate):
     result = records[-1]
     assert isinstance(result, Result) and result.accuracy_moving is not None
     assert result.accuracy_moving != result.accuracy
-    best = max((r for r in records if isinstance(r, Evaluation)), key=lambda r: r.accuracy)
+    evaluations = [record for record in records if isinstance(record, Evaluation)]
+    best = max(evaluations, key=lambda evaluation: evaluation.accuracy)
+    averaged = evaluations[-1].accuracy_average
+    assert averaged is not None
     for options, step, accuracy in (
         ([], best.step, best.accuracy),
         (["--final"], 12, result.accuracy),
         (["--final", "--statistics", "moving"], 12, result.accuracy_moving),
+        (["--final", "--statistics", "average"], 12, averaged),
     ):
         code, out, error = evaluate(run, "--images", 40, *options)
         assert (code, error) == (0, "")
@@ -390,7 +397,7 @@ def test_a_network_of_another_version_is_one_line(tmp_path, changes):
         (["RUN", "NETWORK"], "the networks were trained on PICTURES and mnist-10k: choose one with --data\n"),
         (["RUN", "--data", "nowhere"], "no data set 'nowhere': name a folder"),
         (["RUN", "--crops", "10"], "--crops 10: choose 1 or 144\n"),
-        (["RUN", "--statistics", "batch"], "--statistics batch: choose population or moving\n"),
+        (["RUN", "--statistics", "batch"], "--statistics batch: choose population or moving or average\n"),
     ],
 )
 def test_what_does_not_go_together_is_said(run, pictures, evaluate, options, says):
@@ -425,3 +432,11 @@ def test_the_bar_fits_a_terminal_and_leaves_nothing_behind():
     assert re.search(r"291,000 of 6 × 50,000 images +[\d,.]+ images/s left +\d:\d\d:\d\d$", shown)
     assert len(shown) <= 80
     assert screen.getvalue().endswith("\x1b[2K")  # the line is cleared
+
+
+def test_without_an_average_of_the_weights_there_is_none_to_evaluate(run, tmp_path):
+    state = checkpoint.load(network_file(run))
+    assert state is not None
+    checkpoint.save(state | {"average": None}, tmp_path / "best.pt")
+    with pytest.raises(NetworkError, match="holds no averaged weights"):
+        load_network(tmp_path / "best.pt", "average")
