@@ -8,11 +8,12 @@ import torch
 
 pytest.importorskip("PIL", reason="images come with the extra")
 
+from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.idx import DataError
 from batchnorm.data.loader import InOrder, Loader
 from batchnorm.data.order import Order
-from batchnorm.data.source import InMemory, Unreadable, load
+from batchnorm.data.source import InMemory, Unreadable
 from tests.data.pictures import image_folder
 
 EXAMPLES = 50

@@ -16,10 +16,11 @@ pytest.importorskip("webdataset", reason="the oracle of these tests")
 import webdataset
 
 from batchnorm.data import shards
+from batchnorm.data.catalogue import load
 from batchnorm.data.idx import DataError
 from batchnorm.data.images import decode
 from batchnorm.data.shards import Index, Shards
-from batchnorm.data.source import Unreadable, load
+from batchnorm.data.source import Unreadable
 from tests.data.pictures import encoded, picture
 
 COUNTS = {"train-0": 5, "train-1": 3, "val-0": 4}

@@ -16,10 +16,11 @@ from torch import nn
 
 from batchnorm import cli, memory
 from batchnorm.cli.evaluate import _bar
+from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import multi_crop, single_crop
 from batchnorm.data.idx import DataError
-from batchnorm.data.source import InMemory, Unreadable, load
+from batchnorm.data.source import InMemory, Unreadable
 from batchnorm.data.subset import Subset
 from batchnorm.records import Evaluation, Result, read
 from batchnorm.training import checkpoint, toml

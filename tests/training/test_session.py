@@ -27,8 +27,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from batchnorm import cli
+from batchnorm.data.catalogue import load
 from batchnorm.data.crops import single_crop
-from batchnorm.data.source import load
 from batchnorm.records import RecordFile
 from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError, Checkpoints

@@ -124,8 +124,8 @@ def _one_of(choices: dict[_Value, Any], value: object, name: str) -> _Value:
 
 def _source(networks: Sequence[SavedNetwork], data: str | None, images: int | None) -> tuple[Source, str]:
     """The images that all `networks` are shown, and how to call them."""
+    from batchnorm.data.catalogue import load
     from batchnorm.data.idx import DataError
-    from batchnorm.data.source import load
     from batchnorm.data.subset import Subset
 
     named = sorted({network.config.data.source for network in networks})

@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
-from batchnorm.data.source import load
 from batchnorm.data.subset import Subset
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint

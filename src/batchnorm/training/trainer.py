@@ -21,13 +21,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import single_crop
 from batchnorm.data.distortion import training_transform
 from batchnorm.data.idx import DataError
 from batchnorm.data.loader import Batch, InOrder, Loader
 from batchnorm.data.order import Order
-from batchnorm.data.source import Source, load
+from batchnorm.data.source import Source
 from batchnorm.data.subset import Subset
 from batchnorm.memory import keep_memory
 from batchnorm.passes.convert_sync import convert_sync

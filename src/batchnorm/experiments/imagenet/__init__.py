@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from batchnorm.data.source import Source, load
+from batchnorm.data.catalogue import load
+from batchnorm.data.source import Source
 from batchnorm.experiments.claim import Claim
 from batchnorm.experiments.imagenet.ablation import Ablation
 from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings

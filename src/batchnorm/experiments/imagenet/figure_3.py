@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.data.source import NAMES as DATA_SETS
+from batchnorm.data.catalogue import NAMES as DATA_SETS
 from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, over, percent, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.settings import PAPER as PAPER_SCALE

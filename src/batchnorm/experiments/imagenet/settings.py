@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from batchnorm.data.source import NAMES
+from batchnorm.data.catalogue import NAMES
 from batchnorm.experiments.claim import Settings
 from batchnorm.models.inception import Stem
 

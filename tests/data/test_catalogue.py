@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from batchnorm.data import source as module
+from batchnorm.data import catalogue as module
+from batchnorm.data.catalogue import load
 from batchnorm.data.digits import Digits
 from batchnorm.data.idx import DataError
 from batchnorm.data.names import Names
-from batchnorm.data.source import Unreadable, load
+from batchnorm.data.source import Unreadable
 from tests.data.pictures import encoded, image_folder, picture
 from tests.data.test_idx import idx_bytes
 
