@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.records import Evaluation, RecordError, Result, Table, Verdict
+from batchnorm.records import Evaluation, RecordError, Result, Run, Table, Verdict
 from batchnorm.report.page import render
 from batchnorm.report.tables import Grid, duration, moment, number, share
 
@@ -297,3 +297,37 @@ def test_outcomes_differ_by_more_than_colour():
         assert found
         marks.add(found[0])
     assert len(marks) == 3
+
+
+def test_a_run_without_claims_is_about_its_network():
+    head = Run(
+        experiment="train",
+        title="bn-inception on digits",
+        command="batchnorm train run.toml --out a",
+        config={},
+        seeds=[0],
+        versions={},
+        machine="m",
+        started="2026-01-01T00:00:00+00:00",
+    )
+    looks = [Evaluation(job="network", step=step, loss=1.0, accuracy=step / 100) for step in (20, 30)]
+    result = Result(
+        job="network",
+        config={},
+        steps=30,
+        diverged=False,
+        loss=1.0,
+        accuracy=0.3,
+        accuracy_moving=0.25,
+        seconds=1.0,
+    )
+    stopped, ended = render([head, *looks]), render([head, *looks, result])
+    for page in (stopped, ended):
+        assert "30.00\u00a0%" in page
+        assert "of the validation images right after 30 steps" in page
+        assert "verdict" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).lower()
+    assert "batchnorm train run.toml --out a --resume" in stopped
+    assert "The run has not come to its end." in stopped
+    assert "--resume" not in ended
+    assert "25.00\u00a0% by the moving averages" in ended
+    assert "Not evaluated yet" in render([head])

@@ -242,7 +242,7 @@ def _no_room(folder: Path) -> Iterator[None]:
 
 def _said(result: Result) -> str:
     moving = "" if result.accuracy_moving is None else f" ({result.accuracy_moving:.2%} by moving averages)"
-    return f"{result.accuracy:.2%} of the validation images after {result.steps:,} steps{moving}"
+    return f"{result.accuracy:.2%} of the validation images right after {result.steps:,} steps{moving}"
 
 
 def _rank() -> int:

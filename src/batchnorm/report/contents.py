@@ -53,8 +53,15 @@ class Contents:
     networks: list[Network]
 
     @property
+    def judged(self) -> bool:
+        """Whether the run is about claims; one of `batchnorm train` is about its network."""
+        return self.run.experiment != "train"
+
+    @property
     def finished(self) -> bool:
-        """Whether there is a verdict, and each of them was reached."""
+        """Whether there is a verdict, and each of them was reached; without claims, whether the network has ended."""
+        if not self.judged:
+            return any(network.result is not None for network in self.networks)
         return bool(self.verdicts) and all(verdict.outcome != "incomplete" for verdict in self.verdicts)
 
     @property
@@ -112,7 +119,12 @@ class Headline:
 
 
 def headline(contents: Contents) -> Headline:
-    """The ratio of steps where there is one, else how many claims were seen, else how far the run came."""
+    """The ratio of steps where there is one, else how many claims were seen, else how far the run came.
+
+    Of a run without claims, how accurate its network is.
+    """
+    if not contents.judged:
+        return _of_network(contents.networks[0] if contents.networks else None)
     best = ratios(contents.verdicts[0]) if contents.verdicts else {}
     if best:
         # the claim is about some accuracy of 80 % or more, so the largest ratio of those
@@ -136,6 +148,18 @@ def headline(contents: Contents) -> Headline:
     ended = sum(network.result is not None for network in contents.networks)
     return Headline(
         "", "No verdict yet", f"{_networks(ended)} ended, {len(contents.networks) - ended} under way."
+    )
+
+
+def _of_network(network: Network | None) -> Headline:
+    """How accurate a network is, as far as it has come."""
+    last = network.last if network is not None else None
+    if network is None or last is None:
+        return Headline("", "Not evaluated yet")
+    moving = network.result.accuracy_moving if network.result is not None else None
+    detail = "" if moving is None else f"{100 * moving:.2f} % by the moving averages."
+    return Headline(
+        f"{100 * last.accuracy:.2f} %", f"of the validation images right after {last.step:,} steps", detail
     )
 
 
@@ -165,7 +189,7 @@ def progress(contents: Contents) -> Chart | None:
     axes = Panel(
         title="",
         x_label="training steps",
-        y_label="test accuracy",
+        y_label="test accuracy" if contents.judged else "validation accuracy",
         x_log=True,
         y_range=(0.0, 1.0),
         y_percent=True,
@@ -174,7 +198,7 @@ def progress(contents: Contents) -> Chart | None:
     return Chart(
         claim="",
         name="progress",
-        title="Test accuracy so far",
+        title="Test accuracy so far" if contents.judged else "Validation accuracy",
         caption="One line for each network.",
         panels=[axes],
     )

@@ -62,6 +62,7 @@ def render(records: Iterable[Record]) -> str:
         dark=Markup(DARK.css()),
         started=tables.moment(contents.run.started),
         headline=gathered.headline(contents),
+        judged=contents.judged,
         finished=contents.finished,
         resume=contents.resume,
         verdicts=contents.verdicts,
