@@ -187,6 +187,11 @@ class Config(_Section):
     checkpoints: Checkpoints = Checkpoints()
     machine: Machine = Machine()
 
+    def changed(self, section: str, **values: object) -> Self:
+        """A copy in which these keys of a section have these values, which are not checked again."""
+        part = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: part})
+
     @property
     def steps(self) -> int:
         """How many it takes, at most."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,9 +59,13 @@ def average_over_processes(model: nn.Module) -> None:
         for buffer in (norm.running_mean, norm.running_var)
         if buffer is not None
     ]
-    joined = torch.cat([buffer.double().flatten() for buffer in buffers])
+    mean_over_processes(buffers, torch.float64)
+
+
+def mean_over_processes(tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Give `tensors`, in place and in every process, their mean over all processes: one exchange, in `dtype`."""
+    joined = torch.cat([tensor.to(dtype).flatten() for tensor in tensors])
     dist.all_reduce(joined)
     joined /= dist.get_world_size()
-    parts = joined.split([buffer.numel() for buffer in buffers])
-    for buffer, part in zip(buffers, parts, strict=True):
-        buffer.copy_(part.view_as(buffer))
+    for tensor, part in zip(tensors, joined.split([each.numel() for each in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -172,8 +172,7 @@ def _set(config: Config, what: str, key: str, value: Any) -> tuple[Config, Appli
         model = config.model.name
         note = f"{key} is not set, {model} keeps its own" if hasattr(part, name) else f"{model} has no {name}"
         return config, Applied(what, key, before, before, note)
-    changed = config.model_copy(update={section: part.model_copy(update={name: value})})
-    return changed, Applied(what, key, before, value)
+    return config.changed(section, **{name: value}), Applied(what, key, before, value)
 
 
 def _if_there(present: Any, value: Any) -> Any:

@@ -37,7 +37,12 @@ from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import ELSEWHERE, Config
 from batchnorm.training.network import NetworkError, build
-from batchnorm.training.population import average_over_processes, has_norms, inference_copy
+from batchnorm.training.population import (
+    average_over_processes,
+    has_norms,
+    inference_copy,
+    mean_over_processes,
+)
 from batchnorm.training.schedule import evaluation_steps
 from batchnorm.training.score import Score, probabilities
 from batchnorm.training.toml import ConfigError
@@ -179,11 +184,7 @@ class Trainer:
                 loss = loss + its_loss.detach()
         if self.processes.num_processes > 1:
             gradients = [each.grad for each in self.network.parameters() if each.grad is not None]
-            joined = self.processes.reduce(torch.cat([each.flatten() for each in gradients]), "mean")
-            for gradient, part in zip(
-                gradients, joined.split([each.numel() for each in gradients]), strict=True
-            ):
-                gradient.copy_(part.view_as(gradient))
+            mean_over_processes(gradients, gradients[0].dtype)
         return loss
 
     def _loss(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from batchnorm.data.catalogue import load
@@ -24,23 +23,17 @@ _SCALES = {
     "paper": "BN-Inception on {data}",
 }
 # Figure 3 comes last: its verdict is the headline, and the last record.
-_CLAIMS: dict[
-    str, tuple[type[Claim[ImagenetSettings, Config]], Callable[[int], Claim[ImagenetSettings, Config]]]
-] = {
-    Ablation.name: (Ablation, lambda classes: Ablation()),
-    Failures.name: (Failures, Failures),
-    Figure3.name: (Figure3, lambda classes: Figure3()),
-}
+_CLAIMS = (Ablation, Failures, Figure3)
 
 
 def claim_names() -> tuple[str, ...]:
     """The names that `ImagenetSettings.claims` may hold, in the order in which they are judged."""
-    return tuple(_CLAIMS)
+    return tuple(claim.name for claim in _CLAIMS)
 
 
 def claim_title(name: str) -> str:
     """What the claim of that name says, in one sentence."""
-    return _CLAIMS[name][0].title
+    return next(claim.title for claim in _CLAIMS if claim.name == name)
 
 
 def imagenet_experiment(settings: ImagenetSettings) -> Experiment[ImagenetSettings, Config]:
@@ -49,8 +42,9 @@ def imagenet_experiment(settings: ImagenetSettings) -> Experiment[ImagenetSettin
     Raises: DataError when the data cannot be loaded.
     """
     train, validation = load(settings.data, "train"), load(settings.data, "val")
-    claims = [make(train.classes) for name, (_, make) in _CLAIMS.items() if name in settings.claims]
-    return Experiment("imagenet", _title(settings), claims, _described(settings, train, validation), _trainer)
+    every: list[Claim[ImagenetSettings, Config]] = [Ablation(), Failures(train.classes), Figure3()]
+    claims = [claim for claim in every if claim.name in settings.claims]
+    return Experiment("imagenet", _title(settings), claims, _described(settings, train, validation), _make)
 
 
 def ensemble_experiment(
@@ -63,7 +57,7 @@ def ensemble_experiment(
         f"An ensemble of six: {_title(settings)}",
         [Ensemble(len(validation))],
         _described(settings, train, validation),
-        _trainer_or_predictor,
+        _make,
     )
 
 
@@ -78,9 +72,5 @@ def _described(settings: ImagenetSettings, train: Source, validation: Source) ->
     )
 
 
-def _trainer(config: Config, job: str, folder: Path) -> Trainer:
-    return Trainer(config, job)
-
-
-def _trainer_or_predictor(config: Config | Prediction, job: str, folder: Path) -> Trainer | Predictor:
+def _make(config: Config | Prediction, job: str, folder: Path) -> Trainer | Predictor:
     return Predictor(config, job, folder) if isinstance(config, Prediction) else Trainer(config, job)

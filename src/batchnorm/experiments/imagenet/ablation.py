@@ -53,8 +53,7 @@ class Ablation(Claim[ImagenetSettings, Config]):
                 without = () if number is None else (number,)
                 config = variants.variant(settings, _RECIPE, rate, seed, without)
                 if number == _LRN:
-                    model = config.model.model_copy(update={"local_response_norm": True})
-                    config = config.model_copy(update={"model": model})
+                    config = config.changed("model", local_response_norm=True)
                 jobs[_job(number, seed)] = config
         return jobs
 

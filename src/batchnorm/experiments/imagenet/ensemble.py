@@ -90,8 +90,7 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         jobs: dict[str, Config | Prediction] = {}
         for number, changes in enumerate(MEMBERS, 1):
             config = variants.variant(settings, "bn-x30", settings.rate, number - 1)
-            model = config.model.model_copy(update=changes)
-            config = config.model_copy(update={"model": model})
+            config = config.changed("model", **changes)
             jobs[_network(number)] = config
             if _network(number) in curves and curves[_network(number)].result is not None:
                 images = min(settings.images or self._validation, self._validation)

@@ -56,10 +56,8 @@ class Failures(Claim[ImagenetSettings, Config]):
         length = variants.steps(settings, "bn-x5")
         for seed in range(settings.seeds):
             plain = variants.cut(variants.inception(settings, rate, seed, settings.steps), length)
-            faster = plain.optimizer.model_copy(update={"rate": 5 * rate})
-            sigmoid = plain.model.model_copy(update={"activation": "sigmoid"})
-            jobs[job(FASTER, seed)] = plain.model_copy(update={"optimizer": faster})
-            jobs[job(SIGMOID, seed)] = plain.model_copy(update={"model": sigmoid})
+            jobs[job(FASTER, seed)] = plain.changed("optimizer", rate=5 * rate)
+            jobs[job(SIGMOID, seed)] = plain.changed("model", activation="sigmoid")
             for name in _WITH.values():
                 jobs[job(name, seed)] = variants.variant(settings, name, rate, seed)
         return jobs

@@ -66,7 +66,7 @@ def variant(
 
 def cut(config: Config, length: int) -> Config:
     """`config`, trained for `length` steps of its schedule."""
-    return config.model_copy(update={"training": config.training.model_copy(update={"steps": length})})
+    return config.changed("training", steps=length)
 
 
 def sweep(settings: ImagenetSettings) -> dict[str, Config]:
