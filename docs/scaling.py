@@ -90,13 +90,14 @@ batchnorm bench scaling
 ```
 
 It times a step of BN-Inception of quarter width with 28 pixels, 32 images a rank and SGD, in 1, 2 and 4 processes of
-one thread each, joined by gloo; without Sync, with it and the bare collectives take turns. What Sync adds is
+one thread each, joined by gloo; without Sync, with it and single collectives take turns. What Sync adds is
 predicted from the last alone:
 
     added = Σ over Sync's collectives of (latency(p) + bytes that a rank receives / bandwidth(p))
 
-latency and bandwidth being those of a bare all_gather or all_reduce, of 8 bytes and of 1 MiB. That is the least it
-can be: ranks that come late to an exchange, and the passes over memory that the exchange divides, come on top.
+latency and bandwidth being those of an all_gather or all_reduce of 8 bytes and of 1 MiB, each after a millisecond of
+computation, as in a step: back to back they are several times faster, for no rank sleeps and has to be woken. Ranks
+that come late because layers differ, and the passes over memory that the exchange divides, come on top.
 
 {measured}
 

@@ -27,7 +27,7 @@ from batchnorm.training import checkpoint
 from batchnorm.training.config import Config
 from batchnorm.training.prediction import Prediction
 
-SETTINGS = ImagenetSettings(seeds=2, rates=(0.02,))
+SETTINGS = ImagenetSettings(seeds=2, steps=16_000, rates=(0.02,))
 FIVE = ("inception", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid")
 # at which steps a network has which accuracy, by the network's name in the records
 Accuracies = Callable[[str], dict[int, float]]
@@ -157,7 +157,7 @@ def test_no_network_but_the_sweeps_is_planned_before_that_has_ended(claim):
         assert set(differences(first, other)) == {"optimizer.rate"}
     assert not first.model.batch_norm
     assert first.training.seed not in range(SWEPT.seeds)
-    assert first.steps == SWEPT.sweep_steps == 3_000
+    assert first.steps == SWEPT.sweep_steps == 2_000
     curves = {name: curve(name, config, {100: 0.5}) for name, config in sweep.items()}
     last = next(reversed(curves))
     for partial in ({}, {k: v for k, v in curves.items() if k != last}, curves | {last: Curve(sweep[last])}):
@@ -249,6 +249,33 @@ def test_steps_are_those_to_the_best_accuracy_of_inception_from_the_same_seed():
     ]  # fmt: skip
     assert [row[4] for row in each.rows if row[0] == "BN-x5"] == ["500", "1,000"]
     assert [row[4] for row in each.rows if row[0] == "BN-x30"] == ["not reached"] * 2
+
+
+def test_how_far_ahead_each_network_is_on_the_way():
+    verdict = judged(
+        {
+            "inception-seed0": {1_000: 0.8, 2_000: 0.85, 4_000: 0.88, 8_000: 0.89, 16_000: 0.9},
+            "inception-seed1": {3_000: 0.79, 4_000: 0.81, 16_000: 0.9},
+            "bn-x5-seed0": {100: 0.8, 500: 0.85, 1_000: 0.879},
+            "bn-x5-seed1": {500: 0.8, 1_600: 0.899},
+        }
+    )
+    table = verdict.tables["Times fewer steps to lesser accuracies"]
+    assert table.columns == [
+        "accuracy",
+        "Inception's steps",
+        "BN-Baseline",
+        "BN-x5",
+        "BN-x30",
+        "BN-x5-Sigmoid",
+    ]
+    rows = [[row[0], row[1], row[3]] for row in table.rows]
+    assert rows == [
+        ["80.00 % ± 0.00 %", "2,500 ± 2,121", "9.0 ± 1.4"],  # 1,000 / 100 and 4,000 / 500
+        ["85.00 % ± 0.00 %", "9,000 ± 9,899", "7.0 ± 4.2"],  # 2,000 / 500 and 16,000 / 1,600
+        ["88.00 % ± 0.00 %", "10,000 ± 8,485", "reached by 1 of 2"],
+        ["89.00 % ± 0.00 %", "12,000 ± 5,657", "reached by 1 of 2"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -457,7 +484,7 @@ def test_the_ablation_is_not_seen_when_a_network_is_better_without_by_more_than_
 
 # -- the ensemble ---------------------------------------------------------------------------------------------------
 
-SIX = EnsembleSettings(images=40)
+SIX = EnsembleSettings(images=40, steps=SETTINGS.steps, rate=0.02, crop_area=SETTINGS.crop_area)
 
 
 def test_the_six_networks_are_bn_x30_each_modified_as_the_paper_says():

@@ -1,9 +1,10 @@
-"""What Sync must cost a step, from nothing but the time of bare collectives: latency and bandwidth.
+"""What Sync must cost a step, from nothing but the time of collectives by themselves: latency and bandwidth.
 
     time of a collective = latency + bytes that reach a rank / bandwidth
 
 for so many ranks and either collective, by two sizes of it; Sync's of a step one after the other, for each layer waits
-for its own. What Sync computes besides, and ranks that come late to an exchange, are not in it.
+for its own. The collectives are timed between computations, so that a latency has the waking of ranks that slept in
+it. What Sync computes besides, and that layers differ in what lies between, are not in it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Link(NamedTuple):
 
 
 def links(row: Row) -> dict[Name, Link]:
-    """Of each collective, from a row that has them bare."""
+    """Of each collective, from a row that has them by themselves."""
     assert row.processes is not None
     ranks = row.processes.count
     found: dict[Name, Link] = {}

@@ -1,10 +1,10 @@
-"""A training step in 1, 2 and 4 processes, with Sync and without, and the collectives alone.
+"""A training step in 1, 2 and 4 processes, with Sync and without, and the collectives by themselves.
 
 Every process is a rank of gloo's and has one thread, a batch of its own and DistributedDataParallel with its defaults.
 
 plain   each rank normalises by its own batch
 ours    Sync: all ranks by the batches of all
-others  a collective alone, by which link.py predicts what Sync costs
+others  a collective between computations, by which link.py predicts what Sync costs
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from batchnorm.training.workers import available_cores
 _SIZE = 28  # pixels
 _TURNS = 3
 _CALLS = 20  # of a bare collective in a sample
+# A convolution of these images takes about as long as what lies between two exchanges of Sync in a step.
+_COMPUTED = (8, 32, _SIZE, _SIZE)
 
 
 def network() -> BNInception:
@@ -93,12 +95,20 @@ def _together_from_the_start(contender: Contender) -> Sample:
 
 
 def _alone(collective: Collective) -> Sample:
+    """The time of a collective when there is computation between one and the next, as there is in a step.
+
+    Back to back they would be faster: nobody would sleep while others compute, and have to be woken.
+    """
     own = torch.zeros(collective.bytes // torch.float64.itemsize, dtype=torch.float64)
     all_ = own.new_empty(dist.get_world_size() * own.numel())
-    start = time.perf_counter()
+    images, weight = torch.randn(_COMPUTED), torch.randn(_COMPUTED[1], _COMPUTED[1], 3, 3)
+    seconds = 0.0
     for _ in range(_CALLS):
+        torch.conv2d(images, weight, padding=1)
+        start = time.perf_counter()
         if collective.name == "all_gather":
             _all_gather(all_, own)
         else:
             dist.all_reduce(own)
-    return {"step": (time.perf_counter() - start) / _CALLS}
+        seconds += time.perf_counter() - start
+    return {"step": seconds / _CALLS}

@@ -24,9 +24,9 @@ NOTE = (
 
 SCALING = (
     "A step is the wall time of the slowest rank. added is what Sync added to it, the difference of two medians; "
-    "predicted is what bare collectives say it must: the latency and bytes / bandwidth of each exchange, one after "
-    "the other. core ms is the time of a core that one rank's step took, step · min(ranks, cores) / ranks: the same in "
-    "every line if ranks cost each other nothing."
+    "predicted is what collectives by themselves say it must: the latency and bytes / bandwidth of each exchange, one "
+    "after the other. core ms is the time of a core that one rank's step took, step · min(ranks, cores) / ranks: the "
+    "same in every line if ranks cost each other nothing."
 )
 
 
@@ -182,7 +182,7 @@ def _links(rows: Sequence[Row]) -> Grid:
             body.append(
                 [f"{name}, {_ranks(row.processes.count)}", *_cells(brief)[:2], *_cells(long)[:2], rate]
             )
-    return Grid("Bare collectives", ["collective", small, "±", large, "±", "MB/s"], body)
+    return Grid("Collectives between computations", ["collective", small, "±", large, "±", "MB/s"], body)
 
 
 def _ranks(count: int) -> str:

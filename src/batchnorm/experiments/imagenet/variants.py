@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from batchnorm.experiments.claim import Curve, Curves
+from batchnorm.experiments.claim import Curve, Curves, percent
 from batchnorm.experiments.imagenet.settings import ImagenetSettings
 from batchnorm.training import recipe
 from batchnorm.training.config import (
@@ -51,7 +51,7 @@ def inception(settings: ImagenetSettings, rate: float, seed: int, length: int) -
         ),
         optimizer=Optimizer(rate=rate, decay_every=max(1, length // DECAYS)),
         training=Schedule(steps=length, batch_size=settings.batch_size, seed=seed),
-        evaluation=Evaluations(apart=0.25, first=min(100, length), images=settings.images),
+        evaluation=Evaluations(apart=0.25, first=max(1, length // 40), images=settings.images),
         machine=Machine() if settings.scale == "paper" else Machine(threads=1, device="cpu"),
     )
 
@@ -74,7 +74,12 @@ def sweep(settings: ImagenetSettings) -> dict[str, Config]:
     if len(settings.rates) == 1:
         return {}
     length = min(settings.sweep_steps, settings.steps)
-    return {_swept(rate): inception(settings, rate, SWEEP_SEED, length) for rate in settings.rates}
+    return {
+        _swept(rate): inception(settings, rate, SWEEP_SEED, length).changed(
+            "evaluation", first=max(1, length // 2)
+        )
+        for rate in settings.rates
+    }
 
 
 def best_rate(settings: ImagenetSettings, curves: Curves) -> float | None:
@@ -89,6 +94,14 @@ def best_rate(settings: ImagenetSettings, curves: Curves) -> float | None:
 def swept(settings: ImagenetSettings, curves: Curves) -> dict[float, Curve[Config]]:
     """The curves of the sweep, as far as there are any, by rate."""
     return {rate: curves[_swept(rate)] for rate in settings.rates if _swept(rate) in curves}
+
+
+def cropped(settings: ImagenetSettings) -> str:
+    """How much of an image the networks are trained on, in a sentence."""
+    low, high = settings.crop_area
+    if low == high == 1:
+        return "Networks are trained on whole images."
+    return f"Training crops cover {percent(low, 0)} to {percent(high, 0)} of an image."
 
 
 def job(name: str, seed: int) -> str:
