@@ -11,7 +11,7 @@ from batchnorm.experiments.imagenet.ablation import Ablation
 from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings
 from batchnorm.experiments.imagenet.failures import Failures
 from batchnorm.experiments.imagenet.figure_3 import Figure3
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.settings import ImagenetSettings, InceptionSettings
 from batchnorm.experiments.run import Experiment
 from batchnorm.training.config import Config
 from batchnorm.training.prediction import Prediction, Predictor
@@ -61,11 +61,11 @@ def ensemble_experiment(
     )
 
 
-def _title(settings: ImagenetSettings) -> str:
+def _title(settings: InceptionSettings) -> str:
     return _SCALES[settings.scale].format(data=settings.data)
 
 
-def _described(settings: ImagenetSettings, train: Source, validation: Source) -> str:
+def _described(settings: InceptionSettings, train: Source, validation: Source) -> str:
     return (
         f"{settings.data}: {len(train):,} training and {len(validation):,} validation images in {train.classes} "
         f"classes, at {settings.image_size} pixels"

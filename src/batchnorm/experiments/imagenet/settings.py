@@ -12,11 +12,10 @@ from batchnorm.experiments.claim import Settings
 from batchnorm.models.inception import Stem
 
 
-class ImagenetSettings(Settings):
-    """What a user may choose; with the data it decides every number. The defaults are those of the scaled run."""
+class InceptionSettings(Settings):
+    """What every experiment with Inception lets a user choose. The defaults are those of the scaled run."""
 
     data: str = "fashion-mnist"
-    claims: tuple[str, ...] = ("failures", "figure-3")
     scale: Literal["scaled", "quick", "paper"] = "scaled"
     steps: int = Field(
         8_000, ge=50, description="that Inception and BN-Baseline are trained for; BN-x5 and on, a fifth"
@@ -27,11 +26,17 @@ class ImagenetSettings(Settings):
     # A few epochs leave nothing to regularise, and crops make every network slower: whole images.
     crop_area: tuple[float, float] = (1.0, 1.0)
     batch_size: int = Field(32, ge=2)
+    images: int | None = Field(None, ge=1, description="of the validation set; unless given, all")
+
+
+class ImagenetSettings(InceptionSettings):
+    """What a user may choose; with the data it decides every number."""
+
+    claims: tuple[str, ...] = ("failures", "figure-3")
     rates: tuple[float, ...] = Field(
         (0.01, 0.02, 0.04, 0.08), min_length=1, description="of which Inception gets the best"
     )
     sweep_steps: int = Field(2_000, ge=50, description="that each rate is tried for")
-    images: int | None = Field(None, ge=1, description="of the validation set; unless given, all")
 
 
 # A look at the same claims in ten minutes on two cores.
@@ -43,7 +48,8 @@ QUICK: dict[str, Any] = {
     "images": 2_000,
 }
 # What the paper did, for a cluster. It gives the rate; the rest of what it leaves open is GoogLeNet's.
-PAPER: dict[str, Any] = {
+PAPER_RATE = 0.0015
+PAPER_SCALE: dict[str, Any] = {
     "scale": "paper",
     "steps": 31_000_000,
     "seeds": 1,
@@ -51,13 +57,17 @@ PAPER: dict[str, Any] = {
     "image_size": 224,
     "stem": "imagenet",
     "crop_area": (0.08, 1.0),
-    "rates": (0.0015,),
 }
+PAPER: dict[str, Any] = PAPER_SCALE | {"rates": (PAPER_RATE,)}
 
 
 def preset(quick: bool, data: str | None) -> dict[str, Any]:
     """What is chosen unless the user says otherwise; a folder of colour images or shards is taken for ImageNet."""
     if quick:
         return QUICK
-    small = data is None or data in NAMES or any(Path(data).expanduser().glob("*-ubyte*"))
-    return {} if small else PAPER
+    return PAPER if at_the_papers_scale(data) else {}
+
+
+def at_the_papers_scale(data: str | None) -> bool:
+    """Whether the data ask for it: whatever is not known by name, or as files of MNIST's kind."""
+    return not (data is None or data in NAMES or any(Path(data).expanduser().glob("*-ubyte*")))

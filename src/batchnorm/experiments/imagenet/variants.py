@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from batchnorm.experiments.claim import Curve, Curves, percent
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.settings import ImagenetSettings, InceptionSettings
 from batchnorm.training import recipe
 from batchnorm.training.config import (
     Config,
@@ -33,12 +33,12 @@ NAMES = {
 _LONG = ("inception", "bn-baseline")
 
 
-def steps(settings: ImagenetSettings, variant: str) -> int:
+def steps(settings: InceptionSettings, variant: str) -> int:
     """How long a variant is trained."""
     return settings.steps if variant in _LONG else max(1, settings.steps // SHARE_OF_STEPS)
 
 
-def inception(settings: ImagenetSettings, rate: float, seed: int, length: int) -> Config:
+def inception(settings: InceptionSettings, rate: float, seed: int, length: int) -> Config:
     """Inception without BN and with none of the changes of section 4.2.1, its rate decaying over `length` steps."""
     return Config(
         model=InceptionModel(batch_norm=False, width=settings.width, stem=settings.stem, dropout=0.4),
@@ -57,7 +57,7 @@ def inception(settings: ImagenetSettings, rate: float, seed: int, length: int) -
 
 
 def variant(
-    settings: ImagenetSettings, name: str, rate: float, seed: int, without: Collection[int] = ()
+    settings: InceptionSettings, name: str, rate: float, seed: int, without: Collection[int] = ()
 ) -> Config:
     """A variant of the paper: `name` of the recipe, applied to Inception at `rate`."""
     config, _ = recipe.apply(inception(settings, rate, seed, settings.steps), name, without)
@@ -96,7 +96,7 @@ def swept(settings: ImagenetSettings, curves: Curves) -> dict[float, Curve[Confi
     return {rate: curves[_swept(rate)] for rate in settings.rates if _swept(rate) in curves}
 
 
-def cropped(settings: ImagenetSettings) -> str:
+def cropped(settings: InceptionSettings) -> str:
     """How much of an image the networks are trained on, in a sentence."""
     low, high = settings.crop_area
     if low == high == 1:
