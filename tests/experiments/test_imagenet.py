@@ -18,7 +18,7 @@ from batchnorm.experiments.imagenet import claim_names, ensemble_experiment, ima
 from batchnorm.experiments.imagenet.ablation import Ablation
 from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings
 from batchnorm.experiments.imagenet.failures import Failures
-from batchnorm.experiments.imagenet.figure_3 import Figure3
+from batchnorm.experiments.imagenet.figure_3 import PAPER_PASSES, PAPER_PASSES_OF_X30, Figure3
 from batchnorm.experiments.imagenet.settings import PAPER, QUICK, ImagenetSettings, preset
 from batchnorm.experiments.progress import summary
 from batchnorm.records import Evaluation, Result, Verdict
@@ -61,7 +61,7 @@ def train_all(claim: Claim[Any, Any], settings: Any, accuracies: Accuracies) -> 
 
 def judged(of: dict[str, dict[int, float]], settings: ImagenetSettings = SETTINGS) -> Verdict:
     """Figure 3 of networks whose accuracies are `of`, by variant, or by variant and seed; the others' is 0.1."""
-    claim = Figure3()
+    claim = Figure3(60_000)
     curves = train_all(
         claim, settings, lambda name: of.get(name, of.get(name.rsplit("-seed", 1)[0], {100: 0.1}))
     )
@@ -101,7 +101,7 @@ CHANGED_AT_ONCE = {
 
 
 def test_the_networks_differ_from_inception_by_what_section_4_2_1_says():
-    jobs = Figure3().jobs(SETTINGS, {})
+    jobs = Figure3(60_000).jobs(SETTINGS, {})
     assert list(jobs) == [f"{name}-seed{seed}" for seed in (0, 1) for name in FIVE]
     inception = jobs["inception-seed0"]
     assert inception.model.model_dump()["local_response_norm"] is False  # 5: nobody has what would be removed
@@ -122,33 +122,42 @@ def test_the_networks_differ_from_inception_by_what_section_4_2_1_says():
 def test_the_rate_falls_as_far_as_in_the_papers_31_million_steps(chosen, decays):
     """A decay every 8 epochs of ImageNet's 1,281,167 images in batches of 32: 97 in 31 million steps."""
     assert 31_000_000 * 32 // (8 * 1_281_167) == 96  # of 40,036 batches of 32: 96.8
+    assert (round(31_000_000 * 32 / 1_281_167), round(6_000_000 * 32 / 1_281_167)) == (
+        PAPER_PASSES,
+        PAPER_PASSES_OF_X30,
+    )
     settings = ImagenetSettings(**({"seeds": 1, "rates": (0.02,)} | chosen))
-    jobs = Figure3().jobs(settings, {})
+    jobs = Figure3(60_000).jobs(settings, {})
     for name in ("inception", "bn-baseline"):
         config = jobs[f"{name}-seed0"]
         assert config.optimizer.decay == 0.96
         assert (config.steps - 1) // config.optimizer.decay_every == decays
-    said = " ".join(Figure3().choices(settings))
+    said = " ".join(Figure3(60_000).choices(settings))
+    passes = settings.steps * 32 / 60_000
+    assert (
+        f"Inception sees every image {passes:.1f} times, and BN-x5 {settings.steps // 5 * 32 / 60_000:.1f}"
+        in said
+    )
     assert f"the rate decays {decays} times by 4 %, to {100 * 0.96**decays:.0f} %; in the paper" in said
 
 
 def test_the_scaled_run_is_on_real_clothes_with_a_quarter_of_the_channels():
-    config = Figure3().jobs(SETTINGS, {})["inception-seed0"]
+    config = Figure3(60_000).jobs(SETTINGS, {})["inception-seed0"]
     assert (config.data.source, config.data.image_size) == ("fashion-mnist", 28)
     assert config.model.model_dump()["width"] == 0.25
     paper = ImagenetSettings(**preset(False, "/data/imagenet"))
-    config = Figure3().jobs(paper, {})["bn-x30-seed0"]
+    config = Figure3(60_000).jobs(paper, {})["bn-x30-seed0"]
     assert (config.data.image_size, config.optimizer.rate) == (224, 0.045)
     assert config.model.model_dump()["width"] == 1.0
-    assert Figure3().jobs(paper, {})["bn-x5-seed0"].optimizer.rate == 0.0075
-    assert Figure3().jobs(paper, {})["inception-seed0"].optimizer.rate == 0.0015
+    assert Figure3(60_000).jobs(paper, {})["bn-x5-seed0"].optimizer.rate == 0.0075
+    assert Figure3(60_000).jobs(paper, {})["inception-seed0"].optimizer.rate == 0.0015
     assert paper.seeds == 1
 
 
 SWEPT = ImagenetSettings(seeds=2, rates=(0.005, 0.01, 0.02, 0.04), claims=claim_names())
 
 
-@pytest.mark.parametrize("claim", [Figure3(), Failures(10), Ablation()], ids=lambda claim: claim.name)
+@pytest.mark.parametrize("claim", [Figure3(60_000), Failures(10), Ablation()], ids=lambda claim: claim.name)
 def test_no_network_but_the_sweeps_is_planned_before_that_has_ended(claim):
     sweep = claim.jobs(SWEPT, {})
     assert [config.optimizer.rate for config in sweep.values()] == [0.005, 0.01, 0.02, 0.04]
@@ -167,7 +176,7 @@ def test_no_network_but_the_sweeps_is_planned_before_that_has_ended(claim):
 
 def test_the_sweep_picks_the_most_accurate_rate_at_its_best_not_at_its_end():
     seen = {0.005: {100: 0.5}, 0.01: {100: 0.8, 200: 0.1}, 0.02: {100: 0.7, 200: 0.75}, 0.04: {100: 0.1}}
-    claim = Figure3()
+    claim = Figure3(60_000)
     curves = train_all(
         claim, SWEPT, lambda name: seen[float(name.split("rate")[1])] if "rate" in name else {100: 0.5}
     )
@@ -185,7 +194,7 @@ def test_the_sweep_picks_the_most_accurate_rate_at_its_best_not_at_its_end():
 
 def test_claims_that_share_a_network_agree_on_it():
     curves: dict[str, Curve[Any]] = {}
-    for claim in (Ablation(), Failures(10), Figure3()):
+    for claim in (Ablation(), Failures(10), Figure3(60_000)):
         for name, trained in train_all(claim, SWEPT, lambda name: {100: 0.5}).items():
             assert curves.setdefault(name, trained).config == trained.config
     assert "bn-x5-seed0" in curves
@@ -193,7 +202,7 @@ def test_claims_that_share_a_network_agree_on_it():
 
 def test_the_failures_are_inception_but_for_one_thing():
     jobs = Failures(10).jobs(SETTINGS, {})
-    inception = Figure3().jobs(SETTINGS, {})["inception-seed0"]
+    inception = Figure3(60_000).jobs(SETTINGS, {})["inception-seed0"]
     shorter = {"training.steps": (16_000, 3_200)}
     assert differences(inception, jobs["inception-x5-seed0"]) == shorter | {"optimizer.rate": (0.02, 0.1)}
     assert differences(inception, jobs["inception-sigmoid-seed0"]) == shorter | {
@@ -217,7 +226,7 @@ def test_the_ablation_leaves_out_each_of_the_seven_changes_and_nothing_else():
     assert len(jobs) == 8 * SETTINGS.seeds
     for seed in range(SETTINGS.seeds):
         whole = jobs[f"bn-x5-seed{seed}"]
-        assert whole == Figure3().jobs(SETTINGS, {})[f"bn-x5-seed{seed}"]
+        assert whole == Figure3(60_000).jobs(SETTINGS, {})[f"bn-x5-seed{seed}"]
         for number, changes in LEFT_OUT.items():
             assert differences(whole, jobs[f"bn-x5-without-{number}-seed{seed}"]) == changes
 
@@ -319,12 +328,13 @@ def test_one_network_that_does_not_arrive_is_not_averaged_away():
         }
     )
     assert main_rows(verdict)["BN-x5"][:2] == ["reached by 1 of 2", "reached by 1 of 2"]
+    assert "BN-x30 needs 5.0 ± 0.0 times fewer" in verdict.measured
     assert "BN-x5 does not reach it from every seed (reached by 1 of 2)" in verdict.measured
     assert verdict.outcome == "not seen here"
 
 
 def test_a_network_that_diverged_is_said_to_have():
-    claim = Figure3()
+    claim = Figure3(60_000)
     curves = train_all(
         claim, SETTINGS, lambda name: {100: 0.5} if name.startswith("inception") else {100: 0.4}
     )
@@ -383,7 +393,7 @@ def test_one_seed_is_not_called_a_mean_of_one():
 
 
 def test_the_chart_holds_every_line_and_where_it_is_drawn():
-    claim = Figure3()
+    claim = Figure3(60_000)
     ends = dict(zip(FIVE, (0.88, 0.89, 0.9, 0.905, 0.35), strict=True))
     curves = train_all(
         claim,
@@ -411,7 +421,7 @@ def test_the_chart_holds_every_line_and_where_it_is_drawn():
 
 @pytest.mark.parametrize("accuracies", [{100: 0.1}, {100: 0.0}, {100: 1.0}, {100: 0.97, 200: 0.99}])
 def test_a_chart_has_a_range_whatever_the_accuracies(accuracies):
-    claim = Figure3()
+    claim = Figure3(60_000)
     (chart,) = claim.charts(SETTINGS, train_all(claim, SETTINGS, lambda name: accuracies))
     (panel,) = chart.panels
     assert panel.y_range is not None
@@ -489,7 +499,7 @@ SIX = EnsembleSettings(images=40, steps=SETTINGS.steps, rate=0.02, crop_area=SET
 
 def test_the_six_networks_are_bn_x30_each_modified_as_the_paper_says():
     jobs = Ensemble(10_000).jobs(SIX, {})
-    x30 = Figure3().jobs(SETTINGS, {})["bn-x30-seed0"]
+    x30 = Figure3(60_000).jobs(SETTINGS, {})["bn-x30-seed0"]
     assert list(jobs) == [f"member-{number}" for number in range(1, 7)]
     modified = set()
     for number, config in enumerate(jobs.values(), 1):
@@ -677,7 +687,7 @@ def test_in_a_terminal_no_line_is_too_long_and_no_number_loses_its_sign():
 
 
 def test_no_two_lines_of_the_picture_look_alike():
-    claim = Figure3()
+    claim = Figure3(60_000)
     (chart,) = claim.charts(SETTINGS, train_all(claim, SETTINGS, lambda name: {100: 0.5, 200: 0.6}))
     looks = {(line.role, line.dashed, line.markers) for line in chart.panels[0].lines}
     assert len(looks) == len(FIVE)
@@ -686,7 +696,7 @@ def test_no_two_lines_of_the_picture_look_alike():
 
 
 def test_a_network_of_the_recipe_is_known_to_have_batch_normalization():
-    jobs = Figure3().jobs(SETTINGS, {})
+    jobs = Figure3(60_000).jobs(SETTINGS, {})
     for name, with_bn in (("inception-seed0", False), ("bn-x5-seed0", True)):
         made = curve(name, jobs[name], {100: 0.5}, moving=0.4 if with_bn else None)
         assert made.result is not None

@@ -137,7 +137,7 @@ def mnist(
     "imagenet",
     epilog="[bold]Examples[/]\n\n"
     "batchnorm reproduce imagenet --quick              a look, ten minutes on 2 cores\n\n"
-    "batchnorm reproduce imagenet                      the scaled run on Fashion-MNIST, hours\n\n"
+    "batchnorm reproduce imagenet                      the scaled run on Fashion-MNIST, 2 hours\n\n"
     "batchnorm reproduce imagenet --claims ablation    each change of section 4.2.1 left out\n\n"
     "batchnorm reproduce imagenet --data /data/imagenet    the paper's own scale, on one machine\n\n"
     "batchnorm reproduce imagenet --data /data/imagenet --toml plan    its run.toml files, for torchrun on many\n\n"
@@ -214,7 +214,7 @@ def imagenet(
     "ensemble",
     epilog="[bold]Examples[/]\n\n"
     "batchnorm reproduce ensemble --quick      a look, ten minutes on 2 cores\n\n"
-    "batchnorm reproduce ensemble              the scaled run on Fashion-MNIST, an hour\n\n"
+    "batchnorm reproduce ensemble              the scaled run on Fashion-MNIST, half an hour\n\n"
     "batchnorm reproduce ensemble --resume     go on with a stopped run",
 )
 def ensemble(

@@ -42,7 +42,7 @@ def imagenet_experiment(settings: ImagenetSettings) -> Experiment[ImagenetSettin
     Raises: DataError when the data cannot be loaded.
     """
     train, validation = load(settings.data, "train"), load(settings.data, "val")
-    every: list[Claim[ImagenetSettings, Config]] = [Ablation(), Failures(train.classes), Figure3()]
+    every: list[Claim[ImagenetSettings, Config]] = [Ablation(), Failures(train.classes), Figure3(len(train))]
     claims = [claim for claim in every if claim.name in settings.claims]
     return Experiment("imagenet", _title(settings), claims, _described(settings, train, validation), _make)
 

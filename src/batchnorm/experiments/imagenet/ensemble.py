@@ -3,7 +3,7 @@
 Claim     the mean of six BN-x30 networks' class probabilities has a lower error than any network alone
 Source    Ioffe & Szegedy 2015, section 4.2.3, figure 4
 Expected  the ensemble's accuracy over 144 crops is above that of its best network, by one crop or by 144
-Cost      quick: ten minutes on two cores; scaled: an hour
+Cost      quick: ten minutes on two cores; scaled: half an hour
 Measured  docs/experiments.md
 """
 
