@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from batchnorm.records import RecordFile
+from tests.interrupted import stopped_by_ctrl_c
 
 COMMAND = [sys.executable, "-m", "batchnorm.cli"]
 
@@ -113,19 +114,8 @@ def test_a_run_leaves_records_events_figures_and_a_page(run):
 
 def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_record(run, tmp_path):
     folder = tmp_path / "stopped"
-    process = subprocess.Popen(
-        [*COMMAND, "reproduce", "mnist", *map(str, SMALL), "--out", str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if " steps " in line:  # the first network has ended, others are in training
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-            break
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 130
+    rest, errors = stopped_by_ctrl_c(*COMMAND, "reproduce", "mnist", *SMALL, "--out", folder)
+    assert errors == ""
     assert f"--out {folder} --resume" in rest
     assert (folder / "report.html").exists()
     stopped = records(folder)

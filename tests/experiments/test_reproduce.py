@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from batchnorm.cli import main
+from tests.interrupted import stopped_by_ctrl_c
 
 COMMAND = [sys.executable, "-m", "batchnorm.cli", "reproduce"]
 SMALL = ("--quick", "--steps", "50", "--data", "mnist-10k", "--width", "0.05")
@@ -86,21 +86,9 @@ def test_the_terminal_keeps_to_80_columns_and_every_number_to_its_line(imagenet)
 
 def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_records(imagenet, tmp_path):
     folder = tmp_path / "stopped"
-    process = subprocess.Popen(
-        [*COMMAND, "imagenet", *SMALL, "--claims", "failures", "--out", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=NARROW,
-        text=True,
-        start_new_session=True,
+    rest, errors = stopped_by_ctrl_c(
+        *COMMAND, "imagenet", *SMALL, "--claims", "failures", "--out", folder, env=NARROW
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if " steps " in line:  # the first network has ended, others are in training
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-            break
-    rest, errors = process.communicate(timeout=100)
-    assert process.returncode == 130, errors
     assert f"batchnorm reproduce imagenet --out {folder} --resume" in " ".join(rest.split())
     assert errors == ""
     assert (folder / "report.html").exists()
