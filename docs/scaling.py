@@ -96,7 +96,7 @@ predicted from the last alone:
     added = Σ over Sync's collectives of (latency(p) + bytes that a rank receives / bandwidth(p))
 
 latency and bandwidth being those of an all_gather or all_reduce of 8 bytes and of 1 MiB, each after a millisecond of
-computation, as in a step: back to back they are several times faster, for no rank sleeps and has to be woken. Ranks
+computation, as in a step: back to back they take a half or a third of it, for no rank sleeps and has to be woken. Ranks
 that come late because layers differ, and the passes over memory that the exchange divides, come on top.
 
 {measured}
