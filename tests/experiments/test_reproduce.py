@@ -129,7 +129,7 @@ def test_ensemble_ends_with_figure_4(tmp_path):
         accuracy = found[f"member-{number}-144-crops"][-1]["accuracy"]
         assert row[3] == f"{100 * accuracy:.2f} %"
         assert accuracy in [0.0, 0.5, 1.0]
-    assert "top-5" in done.stdout
+    assert "144 crops" in done.stdout
     assert "ensemble of all six" in (folder / "report.html").read_text()
 
 
