@@ -50,7 +50,7 @@ EACH_ACTIVATION, FREEZE, ADAPT = (
 SESSION, TRAINER = ("training/test_session.py",), ("training/test_trainer.py",)
 RECIPE, EVALUATE = ("training/test_recipe.py",), ("training/test_evaluate.py",)
 ORDER, LOADER = ("data/test_order.py",), ("data/test_loader.py",)
-IMAGENET, INCEPTION = ("experiments/test_imagenet.py",), ("models/test_inception.py",)
+FIGURE_3, INCEPTION = ("experiments/test_figure_3.py",), ("models/test_inception.py",)
 
 MUTATIONS = [
     # --- moments
@@ -794,7 +794,7 @@ MUTATIONS = [
     Mutation(
         "steps counted from another seed's target", "experiments/imagenet/figure_3.py",
         'for c, t in zip(of[name], targets, strict=True)]', 'for c, t in zip(of[name], reversed(targets), strict=True)]',
-        "seed by seed", IMAGENET,
+        "seed by seed", FIGURE_3,
     ),
     Mutation(
         "ensemble without its last network", "training/evaluate.py",

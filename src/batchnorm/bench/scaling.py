@@ -34,7 +34,7 @@ from batchnorm.training.workers import available_cores
 
 _SIZE = 28  # pixels
 _TURNS = 3
-_CALLS = 20  # of a bare collective in a sample
+_CALLS = 20  # of a collective in a sample
 # A convolution of these images takes about as long as what lies between two exchanges of Sync in a step.
 _COMPUTED = (8, 32, _SIZE, _SIZE)
 
