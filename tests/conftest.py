@@ -1,6 +1,11 @@
+import signal
+
 import hypothesis
 import pytest
 import torch
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that the tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread: the tensors are small, two suites may share the cores, and sums come out the same every time.
 torch.set_num_threads(1)
