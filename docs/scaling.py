@@ -15,8 +15,8 @@ import batchnorm as bn
 from batchnorm.bench import table, traffic
 from batchnorm.bench.rows import read
 from batchnorm.bench.traffic import Collective
+from batchnorm.graph.modules import layers_of
 from batchnorm.models.inception import BNInception
-from batchnorm.passes.swap import layers_of
 from batchnorm.report.tables import Grid
 
 DOCS = Path(__file__).parent
@@ -77,7 +77,7 @@ import batchnorm as bn
 def synchronised(model, size):
     \"\"\"BN by the samples of `size` neighbouring ranks: 0 to size - 1, size to 2·size - 1, and so on.\"\"\"
     group, _ = dist.new_subgroups(size)
-    return bn.convert_sync(model, group)
+    return bn.convert_sync(model, group)[0]
 ```
 
 The ranks of a machine are neighbours under torchrun, so groups as large as a machine never use the network. Each
@@ -125,7 +125,7 @@ def inception() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    model: nn.Module = bn.convert_sync(resnet50())
+    model: nn.Module = bn.convert_sync(resnet50())[0]
     return model
 
 

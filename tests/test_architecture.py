@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,17 +14,20 @@ import batchnorm
 
 # Each may import only what stands above it; those on one rung do not import each other.
 LADDER = (
-    ("children", "memory", "moments", "records"),
+    ("children", "layer_path", "memory", "moments", "records"),
     ("kernels", "report"),
     ("functional",),
-    ("statistics",),
+    ("running", "statistics"),
     ("layers",),
-    ("passes", "models", "data"),
-    ("diagnostics",),
+    ("graph",),
+    ("calibrate",),
+    ("passes",),
+    ("data", "models"),
     ("training",),
     ("bench", "experiments"),
     ("cli",),
 )
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 RUNGS = {module: rung for rung, modules in enumerate(LADDER) for module in modules}
 SOURCE = Path(batchnorm.__file__).parent
 HOME: Mapping[str, str] = batchnorm._HOME
@@ -87,6 +92,40 @@ def _imports(
 
 def test_each_module_imports_only_what_stands_above_it():
     assert offences(SOURCE, HOME) == []
+
+
+def test_every_rung_is_there():
+    assert {module for rung in LADDER for module in rung} == {
+        path.stem for path in SOURCE.iterdir() if path.name[0] != "_" and path.suffix in ("", ".py")
+    }
+
+
+def test_the_page_shows_the_ladder():
+    """Writes it there when it has changed: look at the difference, and commit it."""
+    rungs = [f"{{{', '.join(rung)}}}" if len(rung) > 1 else rung[0] for rung in LADDER]
+    lines = textwrap.wrap(" < ".join(rungs), 110, break_long_words=False, break_on_hyphens=False)
+    before = PAGE.read_text()
+    begin, end = "<!-- the ladder: written by tests/test_architecture.py -->\n", "<!-- end of the ladder -->"
+    head, _, rest = before.partition(begin)
+    after = (
+        head
+        + begin
+        + "\n"
+        + "\n".join(f"    {line}" for line in lines)
+        + "\n\n"
+        + end
+        + rest.partition(end)[2]
+    )
+    if before != after:
+        PAGE.write_text(after)
+    assert before == after, f"{PAGE} showed another ladder: it has been rewritten"
+
+
+def test_no_two_files_have_one_name():
+    names = Counter(
+        path.name for path in SOURCE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")
+    )
+    assert [name for name, number in names.items() if number > 1] == []
 
 
 @pytest.mark.parametrize(

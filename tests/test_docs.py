@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from batchnorm.data.digits import Digits
 from batchnorm.experiments.mnist import mnist_experiment
-from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Run, Verdict, read
 from batchnorm.training.config import Config, InceptionModel
 from batchnorm.training.toml import literal

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from batchnorm import kernels as kernels
+    from batchnorm.calibrate.adapt import adapt as adapt
     from batchnorm.functional import batch_norm as batch_norm
     from batchnorm.layers import BatchNorm as BatchNorm
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
@@ -24,18 +25,17 @@ if TYPE_CHECKING:
     from batchnorm.memory import return_memory as return_memory
     from batchnorm.moments import Affine as Affine
     from batchnorm.moments import Moments as Moments
-    from batchnorm.passes.adapt import adapt as adapt
     from batchnorm.passes.convert_sync import convert_sync as convert_sync
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
     from batchnorm.passes.upgrade import upgrade as upgrade
     from batchnorm.passes.virtual_batch import virtual_batch as virtual_batch
+    from batchnorm.running.domain import domain as domain
     from batchnorm.statistics import Ghost as Ghost
     from batchnorm.statistics import Population as Population
     from batchnorm.statistics import Ramp as Ramp
     from batchnorm.statistics import Renorm as Renorm
     from batchnorm.statistics import Sync as Sync
-    from batchnorm.statistics.domain import domain as domain
 
 # Names are imported when first used: `batchnorm --help` and `batchnorm report` must not wait for torch.
 _HOME = {
@@ -52,8 +52,8 @@ _HOME = {
     "Ramp": "statistics",
     "Renorm": "statistics",
     "Sync": "statistics",
-    "domain": "statistics.domain",
-    "adapt": "passes.adapt",
+    "domain": "running",
+    "adapt": "calibrate.adapt",
     "convert_sync": "passes.convert_sync",
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",

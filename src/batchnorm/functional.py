@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import choice, ops
+from batchnorm.kernels import ops
+from batchnorm.kernels.observers import transformed
 from batchnorm.kernels.ops import moments as moments
 from batchnorm.kernels.ops import total as total
 from batchnorm.kernels.ops import track as track
@@ -120,7 +121,7 @@ def _check_counts(input: Tensor, moments: Moments) -> None:
     """Refuse one value per channel, where the number is known without waiting for a device."""
     counts = moments.count
     if isinstance(counts, Tensor):
-        if not counts.is_cpu or torch.compiler.is_compiling() or choice.transformed():
+        if not counts.is_cpu or torch.compiler.is_compiling() or transformed():
             return
         if not bool((counts == 1).any()):
             return

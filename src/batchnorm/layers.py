@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from batchnorm import functional
 from batchnorm.kernels.reference import Activation, activation_function
+from batchnorm.layer_path import name_of, qualified_name
 from batchnorm.moments import positions
-from batchnorm.statistics.path import name_of, qualified_name
-from batchnorm.statistics.running import flat
-from batchnorm.statistics.source import Batch, Statistics
-from batchnorm.statistics.tracking import Tracking
+from batchnorm.running.buffers import RunningStatistics, flat
+from batchnorm.running.tracking import Tracking
+from batchnorm.statistics.batch import Batch, Statistics
+from batchnorm.statistics.population import Population
 
 
 # What the three layers share; they differ in the ranks they accept, which torch's classes check.
@@ -54,6 +55,7 @@ class _BatchNorm(Tracking):
     """
 
     num_features: int | tuple[int, ...]  # type: ignore[assignment]
+    statistics: Statistics | None = None
     _shapes: str
     _ranks: tuple[int, ...]
 
@@ -127,11 +129,11 @@ class _BatchNorm(Tracking):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        its = mean = var = batches = None
+        active = mean = var = batches = None
         if self.track_running_stats or not self.training:  # it may be switched off after construction
-            its = self._set()
-            mean, var = flat(its)
-            batches = its.num_batches_tracked
+            active = self.active_statistics()
+            mean, var = flat(active)
+            batches = active.num_batches_tracked
         by_batch = self.training or (mean is None and var is None)
         try:
             if self.statistics is None or not self.training:
@@ -155,16 +157,19 @@ class _BatchNorm(Tracking):
                     )
                 )
         except functional.OneValueError:
-            if self.on_single == "raise" or mean is None or its is None or not self._keeps(its):
+            if self.on_single == "raise" or mean is None or active is None or not self.owns(active):
                 raise
             output, moments = functional.normalise(
                 input, mean, var, weight, bias, False, self.eps, self.activation, residual, mask
             )
         if moments is not None and mean is not None and var is not None:
             self._track(moments, mean, var, batches)  # last: a call that fails moves nothing
-            if its is not self and its is not None:
-                self._keep(its)
+            if isinstance(active, RunningStatistics):
+                self.add_domain(active)
         return output
+
+    def _follows_batches(self) -> bool:
+        return self.training and not isinstance(self.statistics, Population)
 
     def _each_activation(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """An activation is a channel of an input without positions."""

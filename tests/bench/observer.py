@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import batchnorm as bn
 from batchnorm.bench.rounds import Sample
+from batchnorm.calibrate.inference_copy import inference_copy
 from batchnorm.models.inception import BNInception
-from batchnorm.training.population import inference_copy
 
 BYTES = {"float": 4, "double": 8, "long int": 8}
 
@@ -54,11 +54,11 @@ def contenders() -> dict[str, Callable[[], Sample]]:
     found: dict[str, Callable[[], Sample]] = {}
     for name, make in MODELS.items():
         found[f"{name} without"] = partial(_step, DistributedDataParallel(make()))
-        found[f"{name} with"] = partial(_step, DistributedDataParallel(bn.convert_sync(make())))
+        found[f"{name} with"] = partial(_step, DistributedDataParallel(bn.convert_sync(make())[0]))
         found[f"{name} population"] = partial(_population, make())
     own_group, _ = dist.new_subgroups(1)
     found["inception alone"] = partial(
-        _step, DistributedDataParallel(bn.convert_sync(inception(), own_group))
+        _step, DistributedDataParallel(bn.convert_sync(inception(), own_group)[0])
     )
     return found
 

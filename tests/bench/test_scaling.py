@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.bench import link, page, table
+from batchnorm.bench import link, results, table
 from batchnorm.bench.traffic import Collective, Name
 from tests.bench.sample import measured, step_of_ranks
 
@@ -50,7 +50,7 @@ def test_tables_of_several_processes():
 
 
 def test_the_page_of_results_explains_its_words(tmp_path):
-    text = page.write(measured("scaling"), tmp_path).read_text()
+    text = results.write(measured("scaling"), tmp_path).read_text()
     assert text.index("## Several processes") < text.index("**A step of BNInception/4, 32×1×28×28 a rank")
     assert "core ms is the time of a core that one rank's step took" in text
 
@@ -67,7 +67,7 @@ def test_the_page_is_what_its_script_writes(scaling):
 
 
 def test_what_was_measured_comes_to_the_page(scaling, tmp_path, monkeypatch):
-    page.write(measured("scaling"), tmp_path)
+    results.write(measured("scaling"), tmp_path)
     monkeypatch.setattr(scaling, "MEASURED", tmp_path / "scaling.json")
     for grid in table.grids(measured("scaling")):
         assert table.markdown(grid) in scaling.page()

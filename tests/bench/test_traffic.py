@@ -34,7 +34,7 @@ def seen(request):
 def test_a_step_exchanges_what_arithmetic_says(name, seen):
     plain = observer.MODELS[name]()
     assert seen[f"{name} without"] == counted(traffic.gradients(plain), traffic.buffers(plain))
-    ours = bn.convert_sync(observer.MODELS[name]())
+    ours = bn.convert_sync(observer.MODELS[name]())[0]
     assert seen[f"{name} with"] == counted(
         traffic.gradients(ours), traffic.buffers(ours), traffic.exchanges(ours)
     )

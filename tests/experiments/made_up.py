@@ -6,7 +6,7 @@ from typing import Any
 
 from batchnorm.experiments.claim import Claim, Curve
 from batchnorm.experiments.imagenet.figure_3 import Figure3
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from batchnorm.records import Evaluation, Result, Verdict
 from batchnorm.training.config import Config
 

@@ -1,7 +1,7 @@
 """What is said of the seven changes, each left out."""
 
 from batchnorm.experiments.imagenet.ablation import Ablation
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from batchnorm.records import Verdict
 from tests.experiments.made_up import SETTINGS, train_all
 

@@ -5,14 +5,14 @@ import pytest
 from batchnorm.data.digits import Digits
 from batchnorm.experiments.claim import Claim, Curve, spread
 from batchnorm.experiments.mnist import claim_names, mnist_experiment
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.experiments.mnist.figure_1 import RATES, STDS, Figure1, best
 from batchnorm.experiments.mnist.higher_rates import HigherRates
 from batchnorm.experiments.mnist.initial_weights import InitialWeights
 from batchnorm.experiments.mnist.regularization import Regularization
 from batchnorm.experiments.mnist.saturation import Saturation
-from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.records import Evaluation, Result
-from batchnorm.training.digits import Training
+from batchnorm.training.digits_trainer import Training
 from batchnorm.training.schedule import evaluation_steps
 
 DATA = Digits.load()

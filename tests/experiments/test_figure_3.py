@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from batchnorm.experiments.imagenet.figure_3 import Figure3
-from batchnorm.experiments.imagenet.settings import ImagenetSettings, preset
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, preset
 from batchnorm.experiments.progress import summary
 from batchnorm.report.contents import Network
 from tests.experiments.made_up import (

@@ -11,7 +11,7 @@ import pytest
 from batchnorm.experiments.claim import Claim, Curve
 from batchnorm.experiments.imagenet import claim_names, ensemble_experiment, imagenet_experiment
 from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from tests.experiments.made_up import train_all
 
 SMALL = {"data": "mnist-10k", "steps": 1_000, "claims": claim_names()}

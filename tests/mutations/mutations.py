@@ -18,7 +18,7 @@ class Mutation:
     kernels: str = "native"
 
 
-MOMENTS, RUNNING, GRID = ("test_moments.py",), ("test_running_statistics.py",), ("grid",)
+MOMENTS, RUNNING, GRID = ("test_moments.py",), ("running/test_running_statistics.py",), ("grid",)
 FUNCTIONAL, LAYERS, NONFINITE = (
     ("test_functional.py",),
     ("test_layers.py", "test_with_torch.py"),
@@ -37,18 +37,18 @@ GHOST, MASKS, RENORM = (
     ("statistics/test_renorm.py",),
 )
 RATES, DOMAIN, SYNC = (
-    ("statistics/test_rates.py",),
-    ("statistics/test_domain.py",),
+    ("running/test_rates.py",),
+    ("running/test_domain.py",),
     ("statistics/test_sync.py",),
 )
 VIRTUAL_BATCH = ("passes/test_virtual_batch.py",)
 EACH_ACTIVATION, FREEZE, ADAPT = (
     ("statistics/test_per_activation.py",),
     ("passes/test_freeze.py",),
-    ("passes/test_adapt.py",),
+    ("calibrate/test_adapt.py",),
 )
 SESSION, TRAINER = ("training/test_session.py",), ("training/test_trainer.py",)
-RECIPE, EVALUATE = ("training/test_recipe.py",), ("training/test_evaluate.py",)
+RECIPE, EVALUATE = ("training/test_recipe.py",), ("training/test_evaluation.py",)
 ORDER, LOADER = ("data/test_order.py",), ("data/test_loader.py",)
 FIGURE_3, INCEPTION = ("experiments/test_figure_3.py",), ("models/test_inception.py",)
 
@@ -183,7 +183,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one node under torch.func", "kernels/ops.py",
-        "if choice.transformed():", "if False:",
+        "if transformed():", "if False:",
         "vmap and forward mode need the steps", FUNCTIONAL,
     ),
     Mutation(
@@ -321,7 +321,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a backward pass that nobody sees", "kernels/node.py",
-        "operators.backward if native.observed(dy) else native.backward", "native.backward",
+        "operators.backward if needs_dispatcher(dy) else native.backward", "native.backward",
         "a dispatch mode around it sees no operator", OPERATORS,
     ),
     Mutation(
@@ -429,67 +429,67 @@ MUTATIONS = [
         "evaluation as training", RUNNING,
     ),
     Mutation(
-        "checkpoint guard removed", "statistics/tracking.py",
+        "checkpoint guard removed", "running/tracking.py",
         "moments.count == 0) or recomputing():", "moments.count == 0):",
         "a checkpointed batch counts twice", CHECKPOINTING,
     ),
     Mutation(
-        "empty batch counted as skipped", "statistics/tracking.py",
+        "empty batch counted as skipped", "running/tracking.py",
         "if (isinstance(moments.count, int) and moments.count == 0) or recomputing():", "if recomputing():",
         "nothing was wrong with it", NONFINITE,
     ),
     Mutation(
-        "cumulative average off by one", "statistics/running.py",
+        "cumulative average off by one", "running/buffers.py",
         "1 / (batches + 1)", "1 / (batches + 2)",
         "the first batch's weight is 1", RUNNING,
     ),
     Mutation(
-        "cumulative average in float32", "statistics/running.py",
+        "cumulative average in float32", "running/buffers.py",
         "1 / (batches + 1).double()", "1 / (batches + 1)",
         "1/3 is wrong by 1e-8", RUNNING,
     ),
     Mutation(
-        "a warning each time", "statistics/tracking.py",
+        "a warning each time", "running/tracking.py",
         "if torch.compiler.is_compiling() or self._warned_of_skipped or skipped.is_meta:", "if torch.compiler.is_compiling() or skipped.is_meta:",
         "a hundred equal lines", NONFINITE,
     ),
     Mutation(
-        "no warning with a change of mode", "statistics/tracking.py",
+        "no warning with a change of mode", "running/tracking.py",
         "            self._warn_of_skipped(self.num_batches_skipped)\n", "            pass\n",
         "compiled code never warns", NONFINITE,
     ),
     Mutation(
-        "compiled code reads whether it was warned", "statistics/tracking.py",
+        "compiled code reads whether it was warned", "running/tracking.py",
         "if torch.compiler.is_compiling() or self._warned_of_skipped or", "if self._warned_of_skipped or torch.compiler.is_compiling() or",
         "compiled again after the warning", NONFINITE,
     ),
     Mutation(
-        "the value that nobody knows asked for", "statistics/tracking.py",
+        "the value that nobody knows asked for", "running/tracking.py",
         "except RuntimeError:", "except ZeroDivisionError:",
         "vmap, fake tensors and tracers refuse bool()", FUNCTIONAL,
     ),
     Mutation(
-        "counter not reset on load", "statistics/tracking.py",
+        "counter not reset on load", "running/tracking.py",
         """if f"{prefix}running_mean" in state_dict:""", "if False:",
         "it speaks of the run before", NONFINITE,
     ),
     Mutation(
-        "counter reset by loading anything", "statistics/tracking.py",
+        "counter reset by loading anything", "running/tracking.py",
         """if f"{prefix}running_mean" in state_dict:""", "if True:",
         "the statistics are still those of the run", NONFINITE,
     ),
     Mutation(
-        "counter left on meta", "statistics/tracking.py",
+        "counter left on meta", "running/tracking.py",
         "if skipped.device != self.running_mean.device:", "if False:",
         "load_state_dict(assign=True) brings everything but the counter", LAYERS,
     ),
     Mutation(
-        "counter materialised with what memory held", "statistics/tracking.py",
+        "counter materialised with what memory held", "running/tracking.py",
         "if skipped is not None and skipped.is_meta:", "if False:",
         "to_empty and skip_init", LAYERS,
     ),
     Mutation(
-        "an average without a count", "statistics/running.py",
+        "an average without a count", "running/buffers.py",
         "return 0.0 if batches is None", "return 1.0 if batches is None",
         "num_batches_tracked = None with momentum=None", LAYERS,
     ),
@@ -504,27 +504,27 @@ MUTATIONS = [
         "torch.fx walks into the layer", LAYERS,
     ),
     Mutation(
-        "float64 statistics narrowed", "statistics/running.py",
+        "float64 statistics narrowed", "running/buffers.py",
         "return torch.float64 if dtype == torch.float64 else torch.float32", "return torch.float32",
         "a float64 layer is compared to 1e-9", LAYERS,
     ),
     Mutation(
-        "statistics stored in float8", "statistics/running.py",
+        "statistics stored in float8", "running/buffers.py",
         "return torch.float64 if dtype == torch.float64 else torch.float32", "return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype",
         "lost for good when the layer is converted back", LAYERS,
     ),
     Mutation(
-        "statistics follow .half()", "statistics/running.py",
+        "statistics follow .half()", "running/buffers.py",
         "if values is not None and after is not None and after.dtype != wide(after.dtype):", "if False:",
         "in bfloat16 they stop moving", LAYERS,
     ),
     Mutation(
-        "statistics rounded on the way through .half()", "statistics/running.py",
+        "statistics rounded on the way through .half()", "running/buffers.py",
         "module._buffers[name] = values.to(after.device, wide(after.dtype))", "module._buffers[name] = after.to(wide(after.dtype))",
         "float32 again, but with a half type's digits", LAYERS,
     ),
     Mutation(
-        "assigned checkpoints not widened", "statistics/tracking.py",
+        "assigned checkpoints not widened", "running/tracking.py",
         "        widen(self)  # load_state_dict", "        # load_state_dict",
         "the buffers become the checkpoint's bfloat16", LAYERS,
     ),
@@ -614,7 +614,7 @@ MUTATIONS = [
     ),
     # --- statistics: running
     Mutation(
-        "debiased by one batch too many", "statistics/running.py",
+        "debiased by one batch too many", "running/buffers.py",
         "(1 - momentum) ** (batches + 1)", "(1 - momentum) ** (batches + 2)",
         "the first batch's weight is 1", RATES,
     ),
@@ -624,18 +624,18 @@ MUTATIONS = [
         "it says nothing of a variance", RATES,
     ),
     Mutation(
-        "an inner domain forgets the outer", "statistics/domain.py",
+        "an inner domain forgets the outer", "running/domain.py",
         "        _active = before", "        _active = None",
         "contexts nest", DOMAIN,
     ),
     Mutation(
-        "a set of every domain left as it was", "statistics/tracking.py",
-        "            its.reset()\n", "            pass\n",
+        "a set of every domain left as it was", "running/tracking.py",
+        "            statistics.reset()\n", "            pass\n",
         "reset_running_stats is for all of them", DOMAIN,
     ),
     Mutation(
-        "an unknown domain evaluated", "statistics/tracking.py",
-        "if not self.training or isinstance(self.statistics, Population):", "if isinstance(self.statistics, Population):",
+        "an unknown domain evaluated", "running/tracking.py",
+        "if not self._follows_batches():", "if False:",
         "a mean of 0 and a variance of 1 normalise nothing", DOMAIN,
     ),
     Mutation(
@@ -665,22 +665,22 @@ MUTATIONS = [
         "statistics of ranks that the model's author kept apart", SYNC,
     ),
     Mutation(
-        "prior and samples swapped", "passes/adapt.py",
+        "prior and samples swapped", "calibrate/adapt.py",
         "samples / (prior + samples)", "prior / (prior + samples)",
         "many samples would be worth little", ADAPT,
     ),
     Mutation(
-        "adapted to the last batch", "passes/adapt.py",
+        "adapted to the last batch", "calibrate/adapt.py",
         "moments if self.moments is None else self.moments.merge(moments)", "moments",
         "the target is all batches merged", ADAPT,
     ),
     Mutation(
-        "adapted to a biased variance", "passes/adapt.py",
+        "adapted to a biased variance", "calibrate/adapt.py",
         "moments.variance(unbiased=True)", "moments.variance()",
         "running variances are unbiased", ADAPT,
     ),
     Mutation(
-        "a domain's prior its own", "passes/adapt.py",
+        "a domain's prior its own", "calibrate/adapt.py",
         "_running(layer), (layer.running_mean, layer.running_var), (mean, variance)", "_running(layer), _running(layer), (mean, variance)",
         "a new domain has nothing but the layer's to start from", ADAPT,
     ),
@@ -690,43 +690,43 @@ MUTATIONS = [
         "what is left has lost digits", MASKS,
     ),
     Mutation(
-        "a reset that keeps the domain", "passes/adapt.py",
+        "a reset that keeps the domain", "calibrate/adapt.py",
         "if self.is_new and is_ours(self._layer) and self._domain is not None:", "if False:",
         "it says 0 and 1 from then on", ADAPT,
     ),
     Mutation(
-        "left in training", "passes/adapt.py",
+        "left in training", "calibrate/batches.py",
         "            module.training = mode\n", "            pass\n",
         "the next evaluation is by the batch", ADAPT,
     ),
     # --- passes: virtual_batch
     Mutation(
-        "parts of one tensor", "passes/together.py",
+        "parts of one tensor", "passes/virtual_batch/together.py",
         "tuple(part.clone() for part in output.split(", "tuple(part for part in output.split(",
         "what comes next may work in place", VIRTUAL_BATCH,
     ),
     Mutation(
-        "gradients of the first part alone", "passes/virtual_batch.py",
+        "gradients of the first part alone", "passes/virtual_batch/micro_batches.py",
         "for call in calls for true, cut in call.cuts", "for call in calls[:1] for true, cut in call.cuts",
         "every loss has its say", VIRTUAL_BATCH,
     ),
     Mutation(
-        "checkpointing let into a virtual batch", "passes/virtual_batch.py",
+        "checkpointing let into a virtual batch", "passes/virtual_batch/micro_batches.py",
         "            patches.enter_context(_patched(layer, _recomputed))", "            pass",
         "what is recomputed would be normalised by one part", VIRTUAL_BATCH,
     ),
     Mutation(
-        "threads without autocast", "passes/virtual_batch.py",
+        "threads without autocast", "passes/virtual_batch/micro_batches.py",
         "if torch.is_autocast_enabled(device)", "if False",
         "modes are a thread's own", VIRTUAL_BATCH,
     ),
     Mutation(
-        "a part that left early", "passes/lockstep.py",
+        "a part that left early", "passes/virtual_batch/lockstep.py",
         "            if any(self._at):\n", "            if False:\n",
         "the others wait at a layer for nothing", VIRTUAL_BATCH,
     ),
     Mutation(
-        "a part without a mask taken for padding", "passes/together.py",
+        "a part without a mask taken for padding", "passes/virtual_batch/together.py",
         "torch.ones_like(x[:, :1], dtype=torch.bool)", "torch.zeros_like(x[:, :1], dtype=torch.bool)",
         "no mask means that all is valid", VIRTUAL_BATCH,
     ),
@@ -797,7 +797,7 @@ MUTATIONS = [
         "seed by seed", FIGURE_3,
     ),
     Mutation(
-        "ensemble without its last network", "training/evaluate.py",
+        "ensemble without its last network", "training/evaluation.py",
         "return cls(total / len(networks)", "return cls(total / (len(networks) - 1 or 1)",
         "an arithmetic mean", EVALUATE,
     ),

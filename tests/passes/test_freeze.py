@@ -67,7 +67,7 @@ def test_a_frozen_layer_in_training_is_torchs_in_evaluation(ours, torch_s, shape
                 bn.freeze(layer)
             assert type(layer) in (ours, torch_s) and getattr(layer, "statistics", None) is None
             continue
-        assert bn.freeze(layer) is layer and type(layer) is ours
+        assert bn.freeze(layer)[0] is layer and type(layer) is ours
         found, expected = gradients(layer.train(), x, dy), gradients(theirs.eval(), x, dy)
         assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert_close(layer.state_dict(), before, rtol=0, atol=0)
@@ -76,7 +76,7 @@ def test_a_frozen_layer_in_training_is_torchs_in_evaluation(ours, torch_s, shape
 
 def test_resnet18_is_trained_as_it_is_used():
     theirs = unlike(resnet18(num_classes=5)).double()
-    frozen = bn.freeze(copy.deepcopy(theirs)).train()
+    frozen = bn.freeze(copy.deepcopy(theirs))[0].train()
     assert all(type(each) is bn.BatchNorm2d for each in layers(frozen))
     assert list(frozen.state_dict()) == list(theirs.state_dict())
     x, dy = torch.randn(3, 3, 32, 32).double(), torch.randn(3, 5).double()
@@ -94,7 +94,7 @@ def layers(model):
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d, bn.BatchNorm1d, nn.SyncBatchNorm])
 def test_statistics_stay_while_weights_are_trained(layer):
-    model = bn.freeze(small(layer))
+    model = bn.freeze(small(layer))[0]
     before, weight = statistics(model), model[1].weight.detach().clone()
     for _ in range(2):
         steps(model.eval().train())
@@ -110,7 +110,7 @@ def test_statistics_stay_while_weights_are_trained(layer):
 
 def test_unfrozen_it_is_as_if_nothing_had_been():
     plain = small()
-    model = bn.unfreeze(bn.freeze(copy.deepcopy(plain), affine=True))
+    model = bn.unfreeze(bn.freeze(copy.deepcopy(plain), affine=True)[0])[0]
     assert_close(steps(model).state_dict(), steps(plain).state_dict())
 
 
@@ -141,7 +141,7 @@ def test_affine_alone_leaves_statistics_and_layers():
 
 
 def test_half_of_it_can_be_undone():
-    model = bn.freeze(small(), affine=True)
+    model = bn.freeze(small(), affine=True)[0]
     bn.unfreeze(model, affine=False)
     assert [(each.statistics, each.weight.requires_grad) for each in layers(model)] == [(None, False)] * 2
     bn.freeze(model)
@@ -153,9 +153,9 @@ def test_half_of_it_can_be_undone():
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_without_weight_or_bias(affine):
-    model = bn.freeze(small(affine=affine, **({"bias": False} if affine else {})), affine=True)
+    model = bn.freeze(small(affine=affine, **({"bias": False} if affine else {})), affine=True)[0]
     assert not any(each.requires_grad for each in model[1].parameters())
-    assert all(each.requires_grad for each in bn.unfreeze(model).parameters())
+    assert all(each.requires_grad for each in bn.unfreeze(model)[0].parameters())
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
@@ -173,11 +173,11 @@ def test_the_statistics_come_back_however_often_it_was_frozen(own, times):
 
 def test_what_was_frozen_by_hand_is_unfrozen_too():
     model = small(bn.BatchNorm1d, statistics=bn.Population())
-    assert [each.statistics for each in layers(bn.unfreeze(model))] == [None] * 2
+    assert [each.statistics for each in layers(bn.unfreeze(model)[0])] == [None] * 2
 
 
 def test_torchs_synchronised_layer_comes_back_synchronised():
-    model = bn.unfreeze(bn.freeze(small(nn.SyncBatchNorm)))
+    model = bn.unfreeze(bn.freeze(small(nn.SyncBatchNorm))[0])[0]
     assert isinstance(model[1].statistics, bn.Sync) and type(model[1]) is bn.BatchNorm
 
 
@@ -224,7 +224,7 @@ def test_all_that_cannot_be_frozen_are_named():
 
 def test_a_model_without_layers():
     model = nn.Linear(3, 3)
-    assert bn.unfreeze(bn.freeze(model, affine=True)) is model
+    assert bn.unfreeze(bn.freeze(model, affine=True)[0])[0] is model
     assert model.weight.requires_grad
 
 
@@ -232,7 +232,7 @@ def test_hooks_stay():
     model, seen = small(), []
     model[1].register_forward_hook(lambda *_: seen.append("after"))
     model[1].register_forward_pre_hook(lambda *_: seen.append("before"))
-    bn.freeze(model)(BATCHES[0])
+    bn.freeze(model)[0](BATCHES[0])
     assert seen == ["before", "after"]
 
 
@@ -242,14 +242,14 @@ def test_a_shared_layer_is_frozen_once():
     bn.freeze(model)
     assert model[0] is model[2] is layer
     assert layer.statistics == bn.Population()
-    assert bn.unfreeze(model)[2].statistics is None
+    assert bn.unfreeze(model)[0][2].statistics is None
 
 
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )
 def test_a_copy_is_frozen_and_can_be_unfrozen(copied):
-    model = bn.freeze(small(bn.BatchNorm1d, statistics=bn.Ghost(2)))
+    model = bn.freeze(small(bn.BatchNorm1d, statistics=bn.Ghost(2)))[0]
     new = copied(model)
     before = statistics(new)
     assert_close(steps(new).state_dict(), steps(model).state_dict(), rtol=0, atol=0)
@@ -269,14 +269,14 @@ def test_a_checkpoint_does_not_tell():
 
 
 def test_one_sample_is_no_error():
-    model = bn.freeze(small())
+    model = bn.freeze(small())[0]
     assert_close(model.train()(BATCHES[0][:1]), model.eval()(BATCHES[0][:1]), rtol=0, atol=0)
 
 
 def test_fused_layers_are_frozen_as_they_are():
     model, _ = bn.upgrade(small())
     expected = model.eval()(BATCHES[0])
-    assert_close(bn.freeze(model).train()(BATCHES[0]), expected, rtol=0, atol=0)
+    assert_close(bn.freeze(model)[0].train()(BATCHES[0]), expected, rtol=0, atol=0)
     bn.unfreeze(model)
     assert model[1].activation == "relu"
 

@@ -171,7 +171,7 @@ def virtual(kind: Kind) -> None:
 def frozen(kind: Kind) -> None:
     model, x = network(kind), mine(data(13, 2, 6, 6))
     model(x)
-    bn.freeze(model).train()
+    bn.freeze(model)[0].train()
     other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     layer, inner = model[1], data(13, 4, 5, 6)
     own, expected = (inner.clone().requires_grad_() for _ in range(2))

@@ -253,7 +253,7 @@ def a_layer_costs_one_exchange_forward_and_one_backward():
             with exchanges([]):
                 second.eval()(first.eval()(x)).sum().backward()
             with exchanges([]):
-                bn.freeze(first.train())(x).sum().backward()
+                bn.freeze(first.train())[0](x).sum().backward()
 
 
 @on(4)
@@ -319,7 +319,7 @@ def same_state(found: nn.Module, expected: nn.Module, tolerance: float) -> None:
 
 @on(2)
 def training_in_parallel_is_training_on_the_whole_batch():
-    one, two = network(), DistributedDataParallel(bn.convert_sync(network()))
+    one, two = network(), DistributedDataParallel(bn.convert_sync(network())[0])
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (one, two)]
     rank = dist.get_rank()
     for _ in range(3):
@@ -337,7 +337,7 @@ def training_in_parallel_is_training_on_the_whole_batch():
 @on(2)
 def two_forwards_before_a_backward():
     """A discriminator's: DDP broadcasts the buffers before the second, which the first has used."""
-    one, two = network().double(), DistributedDataParallel(bn.convert_sync(network().double()))
+    one, two = network().double(), DistributedDataParallel(bn.convert_sync(network().double())[0])
     torch.manual_seed(0)
     real, fake = torch.randn(2, 8, 3, 8, 8, dtype=torch.float64)
     halves = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
@@ -351,7 +351,7 @@ def two_forwards_before_a_backward():
 
 @on(2)
 def a_checkpoint_exchanges_again_and_counts_once():
-    kept, recomputed = (bn.convert_sync(network().double()) for _ in range(2))
+    kept, recomputed = (bn.convert_sync(network().double())[0] for _ in range(2))
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     kept(x).pow(2).sum().backward()
     body, head = recomputed[:4], recomputed[4:]
@@ -485,7 +485,7 @@ def copies_are_in_the_group_and_pickles_ask_for_it():
 
 @on(2)
 def micro_batches_of_all_ranks_are_one_batch():
-    one, two = network().double(), bn.convert_sync(network().double())
+    one, two = network().double(), bn.convert_sync(network().double())[0]
     torch.manual_seed(0)
     whole = torch.randn(10, 3, 8, 8, dtype=torch.float64)
     micro = whole.split([2, 3, 1, 4])[2 * dist.get_rank() :][:2]
@@ -508,7 +508,7 @@ def domains_have_statistics_of_all_ranks():
     torch.manual_seed(0)
     own, other = torch.randn(2, 8, 3, dtype=torch.float64)
     one = bn.BatchNorm1d(3, dtype=torch.float64)
-    two = bn.convert_sync(copy.deepcopy(one))
+    two = bn.convert_sync(copy.deepcopy(one))[0]
     for layer, part in ((one, lambda x: x), (two, mine)):
         layer(part(own))
         with bn.domain("other"):
@@ -522,7 +522,7 @@ def adapted_to_all_data_ranks_are_the_same():
     torch.manual_seed(0)
     data = torch.randn(2, 8, 3, 8, 8, dtype=torch.float64) * 3 + 1  # two batches of everyone
     for prior in (0, 10):
-        one, two = network().double(), bn.convert_sync(network().double())
+        one, two = network().double(), bn.convert_sync(network().double())[0]
         adapted = bn.adapt(two, [mine(batch) for batch in data], prior=prior)
         assert bn.adapt(one, list(data), prior=prior).samples == adapted.samples == 16
         same_state(two, one, 1e-12)
@@ -533,7 +533,7 @@ def a_rank_without_samples_adapts_to_those_of_the_others():
     torch.manual_seed(0)
     data = torch.randn(32, 3, dtype=torch.float64)
     one = bn.BatchNorm1d(3, dtype=torch.float64)
-    two = bn.convert_sync(copy.deepcopy(one))
+    two = bn.convert_sync(copy.deepcopy(one))[0]
     bn.adapt(one, [data])
     bn.adapt(two, [mine(data)])
     same_state(two, one, 1e-12)
@@ -551,7 +551,7 @@ class Model(nn.Module):
 def lost(way: str, where: str) -> None:
     """The second of three ranks does not come to an exchange of the layer body.1, forward or backward."""
     group = dist.new_group(timeout=timedelta(seconds=PATIENCE if way == "hangs" else 60))
-    model = bn.convert_sync(Model(), group)
+    model = bn.convert_sync(Model(), group)[0]
 
     def fall_out(*_: object) -> None:
         if way == "hangs":

@@ -152,7 +152,7 @@ def test_every_kind_becomes_sync_in_place():
     layers, parameters = list(model), [id(each) for each in model.parameters()]
     before = {name: values.clone() for name, values in model.state_dict().items()}
     group = vars(model[3])["process_group"]
-    assert bn.convert_sync(model) is model
+    assert bn.convert_sync(model)[0] is model
     kinds = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d, bn.BatchNorm, bn.BatchNorm2d, bn.BatchNorm1d]
     assert [type(layer) for layer in model] == kinds
     assert all(a is b for a, b in zip(model, layers, strict=True))
@@ -179,7 +179,7 @@ def test_a_group_stays_unless_another_is_given():
 
 
 def test_frozen_layers_stay_frozen():
-    model = bn.freeze(nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3)), affine=True)
+    model = bn.freeze(nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3)), affine=True)[0]
     bn.convert_sync(model)
     assert all(layer.statistics == bn.Population(bn.Sync()) for layer in model)
     assert not any(values.requires_grad for values in model.parameters())
@@ -213,7 +213,7 @@ class Odd(nn.BatchNorm2d):
     ("last", "why"),
     [
         (lambda: bn.BatchNorm2d(3, statistics=bn.Ghost(4)), "'2' has statistics=Ghost"),
-        (lambda: bn.freeze(bn.BatchNorm2d(3, statistics=bn.Ghost(4))), "'2' has statistics=Ghost"),
+        (lambda: bn.freeze(bn.BatchNorm2d(3, statistics=bn.Ghost(4)))[0], "'2' has statistics=Ghost"),
         (lambda: bn.BatchNorm2d(3, statistics=bn.Renorm()), "'2' has statistics=Renorm"),
         (lambda: Odd(3), "2 is Odd of "),
         (lambda: nn.LazyBatchNorm2d(), "2 is lazy"),

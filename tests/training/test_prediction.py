@@ -14,7 +14,7 @@ from batchnorm.data.digits import Digits
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.evaluate import Crops, Predictions
+from batchnorm.training.evaluation import Crops, Predictions
 from batchnorm.training.prediction import Prediction, Predictor, predicted
 from batchnorm.training.trainer import Trainer
 

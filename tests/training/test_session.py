@@ -366,7 +366,7 @@ def test_stopped_twice_it_goes_on_with_the_same_bits(train, whole, run_toml, tmp
 def test_stopped_in_an_evaluation_the_checkpoint_is_from_before_it(
     train, run_toml, tmp_path, monkeypatch, number
 ):
-    from batchnorm.training.progress import Bar
+    from batchnorm.training.progress_bar import Bar
 
     parts: list[int] = []
     step = Bar.step
@@ -538,7 +538,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 def digits_state() -> dict[str, Any]:
-    from batchnorm.training.digits import Training, digits_trainer
+    from batchnorm.training.digits_trainer import Training, digits_trainer
 
     settings = Training(batch_norm=True, rate=0.1, steps=2, seed=0)
     return digits_trainer("mnist-10k", settings, "job", Path()).state_dict()

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from batchnorm.records import Result
-from batchnorm.training.digits import Training, digits_trainer
+from batchnorm.training.digits_trainer import Training, digits_trainer
 from batchnorm.training.workers import Outcome, Progress, WorkerDied, Workers
 
 MAKE = partial(digits_trainer, "mnist-10k")

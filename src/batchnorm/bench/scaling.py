@@ -79,7 +79,7 @@ def contenders(shape: tuple[int, ...]) -> Mapping[str, Contender]:
     torch.manual_seed(dist.get_rank())
     x = torch.randn(shape)
     model = network()
-    models = {"ours": convert_sync(deepcopy(model)), "plain": model}
+    models = {"ours": convert_sync(deepcopy(model))[0], "plain": model}
     found = {
         name: timed("step", networks.step(DistributedDataParallel(each), x), 1)
         for name, each in models.items()

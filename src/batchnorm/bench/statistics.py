@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.bench import networks, sync
+from batchnorm.bench import exchange, networks
 from batchnorm.bench.case import FORMATS, Case, Contest, timed
 from batchnorm.bench.cold import Operation, Ring, copies, counts, passes
 from batchnorm.bench.options import Options
@@ -208,9 +208,9 @@ def _keras(seed: Tensor, axis: int = 1, **settings: Any) -> tuple[Operation, nn.
 @contextmanager
 def _over_ranks(shape: tuple[int, ...], options: Options) -> Iterator[Contest]:
     """Each rank has a batch of that shape, and one thread."""
-    with Ranks(2, partial(sync.contenders, shape, options.quick), sync.TURNS) as ranks:
+    with Ranks(2, partial(exchange.contenders, shape, options.quick), exchange.TURNS) as ranks:
         names = {"ours": "sync", "plain": "plain", "collectives": "collectives"}
-        yield Contest(sync.calls(shape), {who: partial(ranks, name) for who, name in names.items()})
+        yield Contest(exchange.calls(shape), {who: partial(ranks, name) for who, name in names.items()})
 
 
 @contextmanager

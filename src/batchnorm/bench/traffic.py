@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.passes.swap import layers_of
+from batchnorm.graph.modules import layers_of
 
 Name = Literal["all_gather", "all_reduce", "broadcast"]
 
@@ -67,7 +67,7 @@ def buffers(model: nn.Module) -> list[Collective]:
 
 
 def population(model: nn.Module) -> list[Collective]:
-    """The exchange of population statistics after training, once: see training/population.py."""
+    """The exchange of population statistics after training, once: see calibrate/inference_copy.py."""
     values = sum(2 * _channels(layer) for layer in layers_of(model).values())
     return [Collective("all_reduce", values * torch.float64.itemsize)]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from batchnorm.data.source import Source
-    from batchnorm.training.evaluate import Crops, SavedNetwork
+    from batchnorm.training.evaluation import Crops, SavedNetwork
     from batchnorm.training.score import Score
 
 EPILOG = (
@@ -82,19 +82,19 @@ def evaluate(
     from batchnorm.data.corrupt import Corrupt
     from batchnorm.data.idx import DataError
     from batchnorm.memory import keep_memory
-    from batchnorm.training import evaluate as training
+    from batchnorm.training import evaluation
     from batchnorm.training.network import NetworkError
 
-    by = _one_of(training.STATISTICS, statistics, "--statistics")
-    views = _one_of(training.CROPS, crops, "--crops")
+    by = _one_of(evaluation.STATISTICS, statistics, "--statistics")
+    views = _one_of(evaluation.CROPS, crops, "--crops")
     if threads is not None:
         torch.set_num_threads(threads)
     if not torch.accelerator.is_available():
         keep_memory()
     console = Console()
     with in_one_line(DataError, NetworkError, OSError):
-        files = [training.network_file(place, "final.pt" if final else "best.pt") for place in places]
-        networks = [training.load_network(file, by) for file in files]
+        files = [evaluation.network_file(place, "final.pt" if final else "best.pt") for place in places]
+        networks = [evaluation.load_network(file, by) for file in files]
         source, described = _source(networks, data, images)
         corrupt = Corrupt(1, len(source))
         scores = _scores(console, networks, source, views, corrupt)
@@ -106,7 +106,7 @@ def evaluate(
     show(console, f"crops       {crops} of {' or '.join(f'{size} × {size}' for size in sizes)} pixels")
     show(
         console,
-        f"statistics  {f'{by} ({training.STATISTICS[by]})' if normalised else 'none: there is no BN'}",
+        f"statistics  {f'{by} ({evaluation.STATISTICS[by]})' if normalised else 'none: there is no BN'}",
     )
     if len(corrupt):
         show(console, f"left out    {corrupt}")
@@ -149,7 +149,7 @@ def _scores(
     console: Console, networks: Sequence[SavedNetwork], source: Source, crops: Crops, corrupt: Any
 ) -> list[Score]:
     """Of each network and, of several, of the ensemble."""
-    from batchnorm.training.evaluate import Predictions, predict
+    from batchnorm.training.evaluation import Predictions, predict
 
     every = []
     with _bar(console, len(source), len(networks)) as advance:

@@ -25,7 +25,7 @@ def take(
     import torch
     from rich.console import Console
 
-    from batchnorm.bench import page, table
+    from batchnorm.bench import results, table
     from batchnorm.bench.display import Display
     from batchnorm.bench.measure import measure
     from batchnorm.bench.rows import ResultsError
@@ -38,7 +38,7 @@ def take(
         for command in commands:
             options = _options(command, quick, chosen)
             measured = measure(command, options, command_line(), display)
-            written = page.write(measured, folder)
+            written = results.write(measured, folder)
             for grid in table.grids(measured):
                 console.print(table.drawn(grid), "")
             for note in measured.notes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from batchnorm.cli import settings
+from batchnorm.cli import run_settings
 from batchnorm.cli.terminal import (
     Failure,
     command_line,
@@ -23,7 +23,7 @@ from batchnorm.cli.terminal import (
 
 if TYPE_CHECKING:
     from batchnorm.experiments.claim import Settings
-    from batchnorm.experiments.imagenet.settings import ImagenetSettings
+    from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
     from batchnorm.experiments.run import Experiment
     from batchnorm.training.config import Config
 
@@ -108,7 +108,7 @@ def mnist(
     """
     from batchnorm.data.digits import Digits
     from batchnorm.experiments.mnist import claim_names, claim_title, mnist_experiment
-    from batchnorm.experiments.mnist.settings import DigitsSettings
+    from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 
     if _listed(claims, claim_names(), claim_title):
         return
@@ -193,7 +193,7 @@ def imagenet(
     and report.html. Ctrl-C loses nothing: --resume goes on.
     """
     from batchnorm.experiments.imagenet import claim_names, claim_title, imagenet_experiment
-    from batchnorm.experiments.imagenet.settings import ImagenetSettings, preset
+    from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, preset
 
     if _listed(claims, claim_names(), claim_title):
         return
@@ -319,14 +319,14 @@ def _run(
     from batchnorm.training.checkpoint import CheckpointError
     from batchnorm.training.workers import WorkerDied
 
-    folder = out or (settings.newest_run(kind) if resume else new_folder(kind))
+    folder = out or (run_settings.newest_run(kind) if resume else new_folder(kind))
     console = Console()
     go_on = f"batchnorm reproduce {kind} --out {shlex.quote(str(folder))} --resume"
     with in_one_line(DataError, RecordError, CheckpointError):
         if resume:
-            wanted = settings.read_from(folder, kind, model, chosen)
+            wanted = run_settings.read_from(folder, kind, model, chosen)
         else:
-            wanted = settings.chosen_for(folder, model, claim_names, chosen)
+            wanted = run_settings.chosen_for(folder, model, claim_names, chosen)
         experiment = make(wanted)
         with in_one_line(OSError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchnorm.cli.settings import newest_run
+from batchnorm.cli.run_settings import newest_run
 from batchnorm.cli.terminal import Failure, command_line, in_one_line, new_folder, show, words
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _run(console: Console, config: Config, folder: Path) -> None:
     from batchnorm.records import RecordError
     from batchnorm.training.checkpoint import CheckpointError
     from batchnorm.training.network import NetworkError
-    from batchnorm.training.progress import Bar
+    from batchnorm.training.progress_bar import Bar
     from batchnorm.training.session import Diverged, Session, Stopped
     from batchnorm.training.toml import ConfigError
 

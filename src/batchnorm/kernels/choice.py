@@ -7,8 +7,6 @@ import warnings
 from types import TracebackType
 from typing import Literal, cast, get_args
 
-import torch
-
 Name = Literal["native", "torch", "reference"]
 NAMES: tuple[Name, ...] = get_args(Name)
 _VARIABLE = "BATCHNORM_KERNELS"
@@ -58,12 +56,6 @@ def instruction_set() -> str:
     from batchnorm.kernels import _native
 
     return _native.instruction_set()
-
-
-def transformed() -> bool:
-    """Whether torch.func's transforms or forward-mode gradients look on: then numbers cannot be asked for."""
-    active: bool = torch._C._are_functorch_transforms_active()
-    return active or torch.autograd.forward_ad._current_level >= 0
 
 
 def built() -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import batchnorm.kernels._native as _native
 from batchnorm.kernels.layout import Layout, Strided
@@ -19,7 +19,6 @@ LEAKY_RELU = 2
 FUSED: dict[str, Fused] = {"relu": (1, 0.0), "leaky_relu": (LEAKY_RELU, 0.01), "relu6": (3, 0.0)}
 
 PerChannel = tuple[int, int]  # address, number of the dtype
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 _ABSENT: Strided = (0, 0, 0)
 _DEFAULT: PerChannel = (0, 0)
 _NOWHERE = (0, 0)
@@ -202,15 +201,6 @@ def total(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[int, Tensor, Tens
 def gradient_of(values: Tensor | None, x: Tensor) -> Tensor:
     """Memory for the gradient of a weight or bias of x's layer, float64 where there is none."""
     return _statistics(x) if values is None else torch.empty_like(values)
-
-
-def observed(*tensors: Tensor | None) -> bool:
-    """Whether somebody must see a call itself: a compiler, a dispatch mode, a tensor that is more than its memory."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or not _PLAIN.issuperset(map(type, tensors))
-    )
 
 
 def _statistics(x: Tensor, group: int = 0) -> Tensor:

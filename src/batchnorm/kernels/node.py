@@ -10,6 +10,7 @@ from torch import Tensor
 from batchnorm.kernels import native, operators
 from batchnorm.kernels.graph import again, asked, saved_of
 from batchnorm.kernels.native import Fused
+from batchnorm.kernels.observers import needs_dispatcher
 from batchnorm.kernels.reference import Given
 
 
@@ -67,7 +68,7 @@ class _Normalise(torch.autograd.Function):
                 dy, x, weight, bias, residual, call.eps, call.activation, call.given, needed[:4], call.group
             )
             return *found, None
-        backward = operators.backward if native.observed(dy) else native.backward
+        backward = operators.backward if needs_dispatcher(dy) else native.backward
         dx, dweight, dbias, dresidual = backward(
             dy,
             x,

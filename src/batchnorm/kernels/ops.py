@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels import choice, reference
+from batchnorm.kernels.observers import needs_dispatcher, transformed
 from batchnorm.kernels.padding import Padding
 from batchnorm.kernels.reference import Activation, Exchange, Given, activate
 from batchnorm.moments import Moments, accumulator, channelwise, count_per_channel, statistics_dtype
@@ -112,7 +113,7 @@ def total(parts: Moments) -> Moments:
 def _kernels_for(x: Tensor, in_steps: bool = False) -> choice.Name:
     """Which kernels compute for `x`; `in_steps`: by several calls, which only autograd may see."""
     # torch.func's transforms and forward-mode gradients need every step, not one node
-    if choice.transformed():
+    if transformed():
         return "reference"
     # torch.jit.trace records torch's operations only
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
@@ -122,7 +123,7 @@ def _kernels_for(x: Tensor, in_steps: bool = False) -> choice.Name:
         return "reference"
     if kernels == "native" and not x.is_cpu:
         return "torch"
-    if kernels == "native" and in_steps and native.observed(x):
+    if kernels == "native" and in_steps and needs_dispatcher(x):
         return "reference"
     return kernels
 
@@ -183,7 +184,7 @@ def _native(
     group: int,
 ) -> tuple[Tensor, Moments | None]:
     _check_devices(x, weight, bias, *(given or ()))
-    if native.observed(x, weight, bias, residual):
+    if needs_dispatcher(x, weight, bias, residual):
         y, mean, m2 = operators.forward(x, weight, bias, residual, eps, activation, given, group)
     elif torch.is_grad_enabled() and (
         x.requires_grad
@@ -223,7 +224,7 @@ def track(
     if (
         choice.active() == "native"
         and isinstance(moments.count, int)
-        and not native.observed(running_mean, running_var)
+        and not needs_dispatcher(running_mean, running_var)
         and not torch._C._are_functorch_transforms_active()
         and native.trackable(moments.mean, running_mean, running_var, batches)
     ):

@@ -6,23 +6,38 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from batchnorm.passes.swap import become_ours, is_ours, layers_of
+from batchnorm.graph.modules import is_ours, layers_of
+from batchnorm.passes.report import LayerReport, Report
+from batchnorm.passes.rollback import unchanged_on_failure
+from batchnorm.passes.swap import become_ours
 from batchnorm.statistics.population import Population, thawed
 from batchnorm.statistics.sync import Sync
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def convert_sync(model: M, process_group: Any = None) -> M:
-    """Let every batch normalization of `model` normalise by the samples of all ranks; in place, and return `model`.
+def convert_sync(model: M, process_group: Any = None) -> tuple[M, Report]:
+    """Let every batch normalization of `model` normalise by the samples of all ranks, in place.
 
     torch's layers and its SyncBatchNorm become ours with `statistics=Sync(process_group)`; parameters, buffers,
     hooks and state_dict keys stay. A layer that is frozen stays so, until `unfreeze`.
 
-    process_group: whose ranks; None: those that a SyncBatchNorm or Sync was given, or else all of them.
+    Args:
+        model: with layers of torch's or ours, its SyncBatchNorm among them.
+        process_group: whose ranks; None: those that a SyncBatchNorm or Sync was given, or else all of them.
 
-    Raises: ValueError that names each layer that cannot become ours, or whose statistics Sync cannot be combined
-        with, and why; then nothing has been changed.
+    Returns: `model` itself, and a report that lists the layers.
+
+    Raises:
+        ValueError: names each layer that cannot become ours, or whose statistics Sync cannot be combined with, and
+            why; then nothing has been changed.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> model, report = bn.convert_sync(model)  # in every process, before DistributedDataParallel
+        >>> model[1].statistics, report.summary
+        (Sync(process_group=None), '1 layer: 1 synchronized')
     """
     layers = layers_of(model)
     others = {
@@ -37,10 +52,11 @@ def convert_sync(model: M, process_group: Any = None) -> M:
             "set layer.statistics = None first if Sync is to take its place"
         )
     groups = [process_group or _group(layer) for layer in layers.values()]
-    for layer, group in zip(become_ours(layers), groups, strict=True):
-        sync = Sync(group)
-        layer.statistics = Population(sync) if isinstance(layer.statistics, Population) else sync
-    return model
+    with unchanged_on_failure(model):
+        for layer, group in zip(become_ours(layers), groups, strict=True):
+            sync = Sync(group)
+            layer.statistics = Population(sync) if isinstance(layer.statistics, Population) else sync
+    return model, Report(tuple(LayerReport(name, "synchronized") for name in layers))
 
 
 def _group(layer: nn.Module) -> Any:

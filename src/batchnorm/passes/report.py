@@ -6,22 +6,22 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Outcome = Literal["fused", "swapped", "left alone"]
+Outcome = Literal["fused", "swapped", "synchronized", "frozen", "unfrozen", "left alone"]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer."""
+    """The outcome for one layer."""
 
     name: str  # its path in the model; "" is the model itself
     outcome: Outcome
-    what: str = ""  # what was fused into it: "relu", "residual, relu"
+    what: str = ""  # what was fused into it ("relu", "residual, relu"), or what of it was frozen
     why: str = ""  # why it was not fused, or left alone
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each normalization layer of a model, in the order of `named_modules`."""
+    """The outcome for each normalization layer of a model, in the order of `named_modules`."""
 
     layers: tuple[LayerReport, ...]
 

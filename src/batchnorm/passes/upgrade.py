@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from torch import fx, nn
 
-from batchnorm.kernels.reference import Activation
+from batchnorm.graph import rewrite
+from batchnorm.graph.call_graph import MODES, CallGraph, Tails, Traced
+from batchnorm.graph.chain import Chain, Unfusable, activation_module, follow
+from batchnorm.graph.modules import has_hooks, is_normalization, is_ours
+from batchnorm.graph.trace import Trace, is_passive, is_sequential
 from batchnorm.layers import _BatchNorm
-from batchnorm.passes import block
-from batchnorm.passes.calls import MODES, Calls
-from batchnorm.passes.chain import Chain, Unfusable, activation_module, follow
 from batchnorm.passes.report import LayerReport, Report
-from batchnorm.passes.swap import has_hooks, is_normalization, is_ours, obstacle, swap
-from batchnorm.passes.trace import Trace, is_passive, is_sequential
+from batchnorm.passes.rollback import unchanged_on_failure
+from batchnorm.passes.swap import obstacle, swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,40 +44,53 @@ def upgrade(model: Model, *, fuse: bool = True) -> tuple[Model, Report]:
         model: any module; a layer by itself is one too.
         fuse: False swaps the layers only.
 
-    Returns: `model` itself, and what became of each layer and why.
+    Returns: `model` itself, and the outcome for each layer with its reason.
     """
     if not isinstance(cast(object, model), nn.Module):
         advice = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
         raise TypeError(f"upgrade takes a torch.nn.Module, not {type(model).__name__}{advice}")
+    with unchanged_on_failure(model):
+        return model, _upgrade(model, fuse)
+
+
+def _upgrade(model: nn.Module, fuse: bool) -> Report:
     layers = {each: name for name, each in model.named_modules() if is_normalization(each)}
-    alone = {layer: why for layer in layers if (why := obstacle(layer)) is not None}
+    obstacles = {layer: why for layer in layers if (why := obstacle(layer)) is not None}
     for layer in layers:
-        if layer not in alone:
+        if layer not in obstacles:
             swap(layer)
-    fused: dict[nn.Module, str] = {}
-    kept: dict[nn.Module, str] = {}
-    if fuse:
-        _fuse(model, [layer for layer in layers if is_ours(layer)], fused, kept)
+    fusions = _fuse(model, [layer for layer in layers if is_ours(layer)]) if fuse else {}
 
     def report(layer: nn.Module, name: str) -> LayerReport:
-        if layer in fused:
-            return LayerReport(name, "fused", fused[layer])
-        if layer in alone:
-            return LayerReport(name, "left alone", why=alone[layer])
+        fusion = fusions.get(layer, Fusion(why="fuse=False"))
+        if fusion.what:
+            return LayerReport(name, "fused", fusion.what)
+        if layer in obstacles:
+            return LayerReport(name, "left alone", why=obstacles[layer])
         if is_ours(layer) and layer.activation is not None:  # timm's brought it along
             if isinstance(layer.activation, str):
                 return LayerReport(name, "fused", layer.activation)
             return LayerReport(name, "swapped", why=f"{type(layer.activation).__name__} has no fused kernel")
-        return LayerReport(name, "swapped", why=kept[layer] if fuse else "fuse=False")
+        return LayerReport(name, "swapped", why=fusion.why)
 
-    return model, Report(tuple(report(layer, name) for layer, name in layers.items()))
+    return Report(tuple(report(layer, name) for layer, name in layers.items()))
 
 
-def _fuse(
-    model: nn.Module, layers: list[_BatchNorm], fused: dict[nn.Module, str], kept: dict[nn.Module, str]
-) -> None:
-    """Fuse what follows each of `layers`; say in `fused` what that was, or in `kept` why nothing was."""
-    calls = Calls(model)
+@dataclass(frozen=True)
+class Fusion:
+    """The outcome for one layer: what was fused into it, or why nothing was."""
+
+    what: str = ""
+    why: str = ""
+
+
+Fusions = dict[nn.Module, Fusion]
+
+
+def _fuse(model: nn.Module, layers: list[_BatchNorm]) -> Fusions:
+    """Fuse what follows each of `layers`."""
+    calls = CallGraph.of(model)
+    fusions: Fusions = {}
     by_block: dict[nn.Module, list[_BatchNorm]] = {}
     for layer in layers:
         try:
@@ -83,14 +98,15 @@ def _fuse(
             if follower is None:
                 by_block.setdefault(owner, []).append(layer)
             else:
-                fused[layer] = _in_sequential(layer, owner, follower, calls)
+                fusions[layer] = _in_sequential(layer, owner, follower, calls)
         except Unfusable as reason:
-            kept[layer] = str(reason)
-    for owner, its in by_block.items():
-        _in_block(owner, its, calls, fused, kept)
+            fusions[layer] = Fusion(why=str(reason))
+    for owner, members in by_block.items():
+        fusions |= _in_block(owner, members, calls)
+    return fusions
 
 
-def _place(layer: _BatchNorm, calls: Calls) -> tuple[nn.Module, str | None]:
+def _place(layer: _BatchNorm, calls: CallGraph) -> tuple[nn.Module, str | None]:
     """The module in which something may follow `layer`; its name there, if that module is a Sequential.
 
     Raises: Unfusable where not every call of the layer leads there.
@@ -126,75 +142,68 @@ def _behind(child: nn.Module, owner: nn.Module) -> str | None:
     return next((name for name, each in children[place + 1 :] if not is_passive(each)), None)
 
 
-def _in_sequential(layer: _BatchNorm, owner: nn.Module, name: str, calls: Calls) -> str:
+def _in_sequential(layer: _BatchNorm, owner: nn.Module, name: str, calls: CallGraph) -> Fusion:
     """Fuse the activation of that name in a Sequential into `layer`."""
     follower = owner.get_submodule(name)
     activation = activation_module(follower)
-    if any(follower in trace.whole for traces in calls.traces.values() for trace in traces.values()):
+    if any(follower in trace.whole for traced in calls.traced.values() for trace in traced.by_mode.values()):
         raise Unfusable(f"{type(follower).__name__}, which follows, is called from elsewhere too")
     layer.activation = activation
     owner._modules[name] = nn.Identity().train(follower.training)
-    return _text(activation)
+    return Fusion(str(activation))
 
 
-def _text(activation: Activation) -> str:
-    return activation if isinstance(activation, str) else str(activation)
-
-
-def _in_block(
-    owner: nn.Module,
-    layers: list[_BatchNorm],
-    calls: Calls,
-    fused: dict[nn.Module, str],
-    kept: dict[nn.Module, str],
-) -> None:
+def _in_block(owner: nn.Module, layers: list[_BatchNorm], calls: CallGraph) -> Fusions:
     """Fuse what follows `layers` in the forward of `owner`, if in both modes it is the same."""
-    traces = calls.traces[owner]
-    done: dict[str, _BatchNorm] = {}
+    traced = calls.traced[owner]
+    fusions: Fusions = {}
+    fused: dict[str, _BatchNorm] = {}
     for layer in layers:
         try:
-            block.writable(owner)
-            chains = {mode: _chain(layer, traces[mode], owner) for mode in MODES}
+            rewrite.writable(owner)
+            chains = {mode: _chain(layer, traced.by_mode[mode], owner) for mode in MODES}
             found = [chain for chain in chains.values() if chain is not None]
             if any(each.what != found[0].what for each in found):
                 raise Unfusable("what follows differs between training and evaluation")
             for mode, chain in chains.items():
                 if chain is not None:
                     path = str(chain.layer.target)
-                    _contract(traces[mode].graph, chain)
-            done[path] = layer
+                    _contract(traced.by_mode[mode].graph, chain)
+            fused[path] = layer
             layer.activation = found[0].activation
-            fused[layer] = found[0].what
-        except (Unfusable, block.Unwritable) as reason:
-            kept[layer] = str(reason)
-    if not done:
-        return
-    training, evaluation = (traces[mode] for mode in MODES)
-    if block.is_graph(owner):
-        owner.graph = training.graph  # in evaluation it is the same
-        return
+            fusions[layer] = Fusion(found[0].what)
+        except (Unfusable, rewrite.Unwritable) as reason:
+            fusions[layer] = Fusion(why=str(reason))
+    if not fused:
+        return fusions
+    if rewrite.is_graph(owner):
+        owner.graph = traced.by_mode[True].graph  # in evaluation it is the same
+        return fusions
+    try:
+        rewrite.rewrite(owner, _rewriting(owner, traced, calls.tails, tuple(fused)))
+    except (TypeError, rewrite.Unwritable) as reason:
+        for layer in fused.values():
+            layer.activation = None
+            fusions[layer] = Fusion(
+                why=f"the forward of {type(owner).__name__} cannot be rewritten: {reason}"
+            )
+    return fusions
+
+
+def _rewriting(owner: nn.Module, traced: Traced, tails: Tails, fused: tuple[str, ...]) -> rewrite.Rewriting:
+    """What the forward of `owner` becomes, in which the layers of these paths were fused. Raises: Unwritable."""
+    training, evaluation = (traced.by_mode[mode] for mode in MODES)
     inlined = {**training.inlined, **evaluation.inlined}
     read = {"": {**training.attributes, **evaluation.attributes}}
-    read.update({path: calls.tails[each] for path, each in inlined.items()})
-    try:
-        block.rewrite(
-            owner,
-            block.Rewriting(
-                block.Source.of(training.graph),
-                block.Source.of(evaluation.graph),
-                tuple((name, kind.__name__) for name, kind in calls.inputs[owner].items()),
-                tuple(
-                    (path, name, value) for path, each in read.items() for name, value in sorted(each.items())
-                ),
-                block.children_of(owner, inlined),
-                tuple(done),
-            ),
-        )
-    except (TypeError, block.Unwritable) as reason:
-        for layer in done.values():
-            layer.activation = None
-            del fused[layer]
-            kept[layer] = f"the forward of {type(owner).__name__} cannot be rewritten: {reason}"
+    read.update({path: tails[each] for path, each in inlined.items()})
+    return rewrite.Rewriting(
+        rewrite.Source.of(training.graph),
+        rewrite.Source.of(evaluation.graph),
+        tuple((name, kind.__name__) for name, kind in traced.inputs.items()),
+        tuple((path, name, value) for path, each in read.items() for name, value in sorted(each.items())),
+        rewrite.children_of(owner, inlined),
+        fused,
+    )
 
 
 def _chain(layer: _BatchNorm, trace: Trace, owner: nn.Module) -> Chain | None:
@@ -213,7 +222,7 @@ def _contract(graph: fx.Graph, chain: Chain) -> None:
             layer = graph.get_attr(str(chain.layer.target))
             in_place = chain.add.target in (operator.iadd, "add_")
             whole = graph.call_function(
-                block.add_residual, (layer, chain.layer.args[0], chain.residual, in_place)
+                rewrite.add_residual, (layer, chain.layer.args[0], chain.residual, in_place)
             )
     chain.last.replace_all_uses_with(whole)
     for node in (chain.last, *reversed(chain.between)):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 
-from batchnorm.report.trace import Trace, printable
+from batchnorm.report.curve import Curve, printable
 
 SIZE = 12.5  # of text, in points
 ROW = 18.0  # from one line of text to the next
@@ -52,23 +52,23 @@ def width(text: str) -> float:
     return float(size[0])
 
 
-def fit_at_end(axes: Axes, named: list[Trace], box: Box) -> bool:
+def fit_at_end(axes: Axes, named: list[Curve], box: Box) -> bool:
     """Whether each line can be named in the margin: the names are short, and the lines come near it."""
-    if not named or len(named) > 6 or max(width(trace.label) for trace in named) > 0.28 * box.width:
+    if not named or len(named) > 6 or max(width(curve.label) for curve in named) > 0.28 * box.width:
         return False
     # where a line ends, as a share of the axis; the same on a linear and on a log one
     share = axes.get_xaxis_transform() - axes.transAxes
-    return all(share.transform((trace.end[0], 0.0))[0] > 0.9 for trace in named if trace.end)
+    return all(share.transform((curve.end[0], 0.0))[0] > 0.9 for curve in named if curve.end)
 
 
-def name_ends(figure: Figure, axes: Axes, inner: Box, named: list[Trace]) -> None:
+def name_ends(figure: Figure, axes: Axes, inner: Box, named: list[Curve]) -> None:
     """Write each name right of the axes, which cover `inner`, at the height of its line's end."""
     low, high = axes.get_ylim()
-    heights = [(trace.end[1] - low) / (high - low) if trace.end else 0.0 for trace in named]
+    heights = [(curve.end[1] - low) / (high - low) if curve.end else 0.0 for curve in named]
     wanted = [inner.bottom + inner.height * min(max(height, 0.0), 1.0) for height in heights]
     places = apart(wanted, 15.0, inner.bottom, inner.bottom + inner.height)
-    for trace, y in zip(named, places, strict=True):
-        write(figure, inner.left + inner.width + 6, y, trace.label, trace.name_colour, va="center_baseline")
+    for curve, y in zip(named, places, strict=True):
+        write(figure, inner.left + inner.width + 6, y, curve.label, curve.name_colour, va="center_baseline")
 
 
 def apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -85,35 +85,35 @@ def apart(wanted: list[float], gap: float, low: float, high: float) -> list[floa
     return [place for _, place in sorted(zip(order, places, strict=True))]
 
 
-def key_rows(named: list[Trace], across: float) -> list[list[Trace]]:
+def key_rows(named: list[Curve], across: float) -> list[list[Curve]]:
     """The lines of a key: as many names on each as fit."""
-    rows: list[list[Trace]] = []
+    rows: list[list[Curve]] = []
     used = math.inf
-    for trace in named:
-        needed = _SAMPLE + 6 + width(trace.label)
+    for curve in named:
+        needed = _SAMPLE + 6 + width(curve.label)
         if used + needed > across:
             rows.append([])
             used = 0.0
-        rows[-1].append(trace)
+        rows[-1].append(curve)
         used += needed + _SPACE
     return rows
 
 
-def key(figure: Figure, left: float, y: float, row: list[Trace]) -> None:
+def key(figure: Figure, left: float, y: float, row: list[Curve]) -> None:
     """Draw one line of a key."""
     across, down = points(figure)
-    for trace in row:
+    for curve in row:
         sample = Line2D(
             [(left + share * _SAMPLE) / across for share in (0.0, 0.5, 1.0)],
             [(y + 4) / down] * 3,
-            color=trace.colour,
-            linestyle=trace.style,
+            color=curve.colour,
+            linestyle=curve.style,
             linewidth=1.8,
-            marker=trace.marker,
+            marker=curve.marker,
             markersize=4.5,
             markeredgewidth=0,
             markevery=[1],
         )
         figure.add_artist(sample)
-        write(figure, left + _SAMPLE + 6, y, trace.label, trace.name_colour)
-        left += _SAMPLE + 6 + width(trace.label) + _SPACE
+        write(figure, left + _SAMPLE + 6, y, curve.label, curve.name_colour)
+        left += _SAMPLE + 6 + width(curve.label) + _SPACE

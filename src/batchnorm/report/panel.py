@@ -13,15 +13,15 @@ from matplotlib.figure import Figure
 
 from batchnorm.records import Panel
 from batchnorm.report import lettering
+from batchnorm.report.curve import Curve, curves
 from batchnorm.report.ink import Ink
 from batchnorm.report.lettering import ROW, Box, write
 from batchnorm.report.scale import scale
-from batchnorm.report.trace import Trace, traces
 
 
 def draw(figure: Figure, box: Box, panel: Panel, ink: Ink) -> None:
     """Draw `panel`, but for its title, into `box` of `figure`."""
-    lines = traces(panel, ink)
+    lines = curves(panel, ink)
     named = [line for line in lines if line.label and line.end]
     drawn = any(line.end for line in lines)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -51,7 +51,7 @@ def draw(figure: Figure, box: Box, panel: Panel, ink: Ink) -> None:
         write(figure, middle, inner.bottom + inner.height / 2, "nothing measured", ink.muted, ha="center")
 
 
-def _inside(axes: Axes, panel: Panel, box: Box, rows: list[list[Trace]], at_end: list[Trace]) -> Box:
+def _inside(axes: Axes, panel: Panel, box: Box, rows: list[list[Curve]], at_end: list[Curve]) -> Box:
     """What the words around them leave to the axes."""
     left = 8 + max((lettering.width(tick.get_text()) for tick in axes.get_yticklabels()), default=0.0)
     right = 12 + max(lettering.width(line.label) for line in at_end) if at_end else 10.0
@@ -62,7 +62,7 @@ def _inside(axes: Axes, panel: Panel, box: Box, rows: list[list[Trace]], at_end:
     )
 
 
-def _plot(axes: Axes, line: Trace) -> None:
+def _plot(axes: Axes, line: Curve) -> None:
     if line.low is not None and line.high is not None:
         there = np.isfinite(line.low) & np.isfinite(line.high)
         axes.fill_between(

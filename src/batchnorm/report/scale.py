@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from batchnorm.records import Panel
-from batchnorm.report.trace import heights
+from batchnorm.report.curve import heights
 
 _Y_MARGIN = 0.06  # of the range, above and below
 _STEPS = [1, 2, 2.5, 5, 10]

@@ -4,10 +4,9 @@ Each is a small object that is asked once a batch. In evaluation none of them is
 whoever moved them, so that every layer can be folded alike.
 """
 
-from batchnorm.statistics.domain import domain as domain
+from batchnorm.statistics.batch import Statistics as Statistics
 from batchnorm.statistics.ghost import Ghost as Ghost
 from batchnorm.statistics.population import Population as Population
 from batchnorm.statistics.renorm import Ramp as Ramp
 from batchnorm.statistics.renorm import Renorm as Renorm
-from batchnorm.statistics.source import Statistics as Statistics
 from batchnorm.statistics.sync import Sync as Sync

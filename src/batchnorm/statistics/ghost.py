@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm import functional
 from batchnorm.moments import Moments, count_per_channel
-from batchnorm.statistics.source import Batch, Statistics
+from batchnorm.statistics.batch import Batch, Statistics
 
 
 @dataclass(frozen=True)

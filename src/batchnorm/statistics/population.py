@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from batchnorm.moments import Moments
-from batchnorm.statistics.source import Batch, Statistics
+from batchnorm.statistics.batch import Batch, Statistics
 
 
 def thawed(statistics: Statistics | None) -> Statistics | None:

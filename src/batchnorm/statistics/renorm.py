@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from batchnorm import functional
+from batchnorm.kernels.observers import recomputing
 from batchnorm.kernels.reference import mean_and_variance
 from batchnorm.moments import Moments
-from batchnorm.statistics.source import Batch, Statistics, recomputing
+from batchnorm.statistics.batch import Batch, Statistics
 
 
 @dataclass(frozen=True)

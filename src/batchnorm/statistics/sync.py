@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm import functional
-from batchnorm.kernels import choice
+from batchnorm.kernels.observers import transformed
 from batchnorm.moments import Moments
-from batchnorm.statistics.source import Batch, Statistics
+from batchnorm.statistics.batch import Batch, Statistics
 
 # torch's newer name, and its older one
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -43,7 +43,7 @@ class Sync(Statistics):
     def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:
         if self._alone():
             return batch.normalised()
-        if choice.transformed():
+        if transformed():
             raise RuntimeError(
                 "Sync cannot be combined with torch.func's transforms (vmap, grad, ...) and forward-mode gradients: "
                 "ranks could not exchange what is being transformed"

@@ -17,7 +17,7 @@ from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import Config
-from batchnorm.training.evaluate import Crops, Predictions, predict
+from batchnorm.training.evaluation import Crops, Predictions, predict
 from batchnorm.training.trainer import Trainer
 
 CROPS: Literal[144] = 144

@@ -21,6 +21,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from batchnorm.calibrate.inference_copy import average_over_processes, has_norms, inference_copy
+from batchnorm.calibrate.over_processes import mean_over_processes
 from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import single_crop
@@ -37,12 +39,6 @@ from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import ELSEWHERE, Config
 from batchnorm.training.network import NetworkError, build
-from batchnorm.training.population import (
-    average_over_processes,
-    has_norms,
-    inference_copy,
-    mean_over_processes,
-)
 from batchnorm.training.schedule import evaluation_steps
 from batchnorm.training.score import Score, probabilities
 from batchnorm.training.toml import ConfigError

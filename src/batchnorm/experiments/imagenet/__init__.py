@@ -11,7 +11,7 @@ from batchnorm.experiments.imagenet.ablation import Ablation
 from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings
 from batchnorm.experiments.imagenet.failures import Failures
 from batchnorm.experiments.imagenet.figure_3 import Figure3
-from batchnorm.experiments.imagenet.settings import ImagenetSettings, InceptionSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, InceptionSettings
 from batchnorm.experiments.run import Experiment
 from batchnorm.training.config import Config
 from batchnorm.training.prediction import Prediction, Predictor

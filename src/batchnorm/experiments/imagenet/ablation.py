@@ -13,7 +13,7 @@ import statistics
 
 from batchnorm.experiments.claim import Claim, Curves, Finding, over, spread
 from batchnorm.experiments.imagenet import variants
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import job
 from batchnorm.records import Chart, Table
 from batchnorm.training import recipe

@@ -14,12 +14,12 @@ from typing import Any
 from pydantic import Field
 
 from batchnorm.experiments.claim import Claim, Curves, Finding, percent
-from batchnorm.experiments.imagenet import settings as scales
+from batchnorm.experiments.imagenet import inception_settings as scales
 from batchnorm.experiments.imagenet import variants
-from batchnorm.experiments.imagenet.settings import InceptionSettings
+from batchnorm.experiments.imagenet.inception_settings import InceptionSettings
 from batchnorm.records import Chart, Table
 from batchnorm.training.config import Config
-from batchnorm.training.evaluate import Crops, Predictions
+from batchnorm.training.evaluation import Crops, Predictions
 from batchnorm.training.prediction import CROPS, Prediction, predicted
 
 # "Each was based on BN-x30, modified via some of": larger initial weights in the convolutions, Dropout of 5 or 10 %,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, over, percent, spread
 from batchnorm.experiments.imagenet import variants
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import NAMES, job
 from batchnorm.records import Chart, Table
 from batchnorm.training.config import Config

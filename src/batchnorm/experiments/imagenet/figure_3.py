@@ -15,8 +15,8 @@ import statistics
 from batchnorm.data.catalogue import NAMES as DATA_SETS
 from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, over, percent, spread
 from batchnorm.experiments.imagenet import variants
-from batchnorm.experiments.imagenet.settings import PAPER as PAPER_SCALE
-from batchnorm.experiments.imagenet.settings import ImagenetSettings
+from batchnorm.experiments.imagenet.inception_settings import PAPER as PAPER_SCALE
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import NAMES, job
 from batchnorm.records import Chart, Line, Panel, Role, Table
 from batchnorm.training.config import Config

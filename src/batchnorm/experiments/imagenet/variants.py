@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from batchnorm.experiments.claim import Curve, Curves, percent
-from batchnorm.experiments.imagenet.settings import ImagenetSettings, InceptionSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, InceptionSettings
 from batchnorm.training import recipe
 from batchnorm.training.config import (
     Config,

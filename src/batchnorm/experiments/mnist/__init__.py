@@ -6,14 +6,14 @@ from functools import partial
 
 from batchnorm.data.digits import Digits
 from batchnorm.experiments.claim import Claim
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.experiments.mnist.figure_1 import Figure1
 from batchnorm.experiments.mnist.higher_rates import HigherRates
 from batchnorm.experiments.mnist.initial_weights import InitialWeights
 from batchnorm.experiments.mnist.regularization import Regularization
 from batchnorm.experiments.mnist.saturation import Saturation
-from batchnorm.experiments.mnist.settings import DigitsSettings
 from batchnorm.experiments.run import Experiment
-from batchnorm.training.digits import Training, digits_trainer
+from batchnorm.training.digits_trainer import Training, digits_trainer
 
 # Figure 1 comes last: its verdict is the headline, and the last record.
 _CLAIMS: dict[str, type[Claim[DigitsSettings, Training]]] = {

@@ -15,9 +15,9 @@ import statistics
 from itertools import product
 
 from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, label, net, percent, spread
-from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
-from batchnorm.training.digits import POPULATION_BATCHES, Training
+from batchnorm.training.digits_trainer import POPULATION_BATCHES, Training
 
 ACCURACIES = (80, 85, 90, 92, 94)
 # Seed 0 is trained for all the paper's steps, for the pictures; the other seeds long enough for the verdict.

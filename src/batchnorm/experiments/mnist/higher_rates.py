@@ -11,10 +11,10 @@ Measured  docs/experiments.md
 from __future__ import annotations
 
 from batchnorm.experiments.claim import Curves, Finding, percent
-from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.experiments.mnist.sweep import Sweep, SweepClaim
 from batchnorm.models.mlp import Nonlinearity
-from batchnorm.training.digits import Training
+from batchnorm.training.digits_trainer import Training
 
 RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 STEPS = 1_500

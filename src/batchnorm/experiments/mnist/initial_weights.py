@@ -10,9 +10,9 @@ Measured  docs/experiments.md
 from __future__ import annotations
 
 from batchnorm.experiments.claim import Curves, Finding, percent
-from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.experiments.mnist.sweep import Sweep, SweepClaim
-from batchnorm.training.digits import Training
+from batchnorm.training.digits_trainer import Training
 
 STDS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 STEPS = 3_000

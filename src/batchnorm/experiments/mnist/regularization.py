@@ -12,9 +12,9 @@ from __future__ import annotations
 import statistics
 
 from batchnorm.experiments.claim import Claim, Curves, Finding, net, percent, spread
-from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
-from batchnorm.training.digits import Training
+from batchnorm.training.digits_trainer import Training
 
 STEPS = 10_000
 RATE = 1.0

@@ -12,9 +12,9 @@ Measured  docs/experiments.md
 from __future__ import annotations
 
 from batchnorm.experiments.claim import Curves, Finding, label, percent
-from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.experiments.mnist.sweep import Sweep, SweepClaim
-from batchnorm.training.digits import Training
+from batchnorm.training.digits_trainer import Training
 
 LAYERS = 8
 STEPS = 3_000

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from batchnorm.experiments.claim import Claim, Curves, label, net, spread
-from batchnorm.experiments.mnist.settings import DigitsSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
-from batchnorm.training.digits import Training
+from batchnorm.training.digits_trainer import Training
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from batchnorm.calibrate.inference_copy import inference_copy
 from batchnorm.data.digits import Digits
 from batchnorm.models.mlp import MLP, Nonlinearity
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.population import inference_copy
 from batchnorm.training.schedule import evaluation_steps
 
 # The training batches over which Algorithm 2 averages: 1,200 samples.

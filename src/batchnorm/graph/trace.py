@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.passes.swap import has_hooks, is_patched
+from batchnorm.graph.modules import has_hooks, is_patched
 
 Inputs = Mapping[str, type]  # each argument that a forward is traced with, and what it is: Tensor or list
 PLAIN = (bool, int, float, str, type(None))  # attributes that can be compared later, and stored

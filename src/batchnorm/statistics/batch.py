@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from batchnorm import functional
@@ -64,13 +63,3 @@ class Statistics:
     def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:
         """The output, and the moments, (C,), that the running statistics follow; None if they stay as they are."""
         raise NotImplementedError
-
-
-def recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass, as activation checkpointing does it.
-
-    Then its batch has been seen already. Both modes of torch.utils.checkpoint recompute from within the autograd
-    engine, where a graph task is current. A compiled model recomputes below the level of modules; only an eager
-    checkpoint around a compiled layer is not noticed, since compiled code cannot ask.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -20,7 +20,7 @@ _DASHED: list[Any] = [(0, (4, 2.5)), (0, (1.5, 1.8)), (0, (9, 3))]
 
 
 @dataclass(frozen=True)
-class Trace:
+class Curve:
     """What is drawn of a line, and how."""
 
     label: str
@@ -40,7 +40,7 @@ class Trace:
         return (float(self.x[there[-1]]), float(self.y[there[-1]])) if there.size else None
 
 
-def traces(panel: Panel, ink: Ink) -> list[Trace]:
+def curves(panel: Panel, ink: Ink) -> list[Curve]:
     """The lines of `panel` in order."""
     alike: dict[tuple[str, bool], int] = {}
     found = []
@@ -53,7 +53,7 @@ def traces(panel: Panel, ink: Ink) -> list[Trace]:
         x = np.asarray(line.x, dtype=np.float64)
         away = ~(np.abs(x) <= _HUGE) | (x <= 0 if panel.x_log else False)
         found.append(
-            Trace(
+            Curve(
                 label=printable(line.label),
                 x=np.where(away, np.nan, x),
                 y=_values(line.y, away),

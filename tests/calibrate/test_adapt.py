@@ -327,7 +327,7 @@ def test_a_domain_takes_the_result_and_the_source_stays():
     bn.adapt(plain, xs, prior=6)
     assert_close(inside, plain(xs[0]))
     adaptation.reset()
-    assert not model[0].knows("target")
+    assert not model[0].has_domain("target")
 
 
 def test_masked_positions_are_not_counted():
@@ -376,7 +376,7 @@ def test_whatever_moments_a_layer_takes_it_is_adapted_and_keeps_them(own):
 
 
 def test_a_frozen_model_stays_frozen():
-    model, xs = bn.freeze(small(nn.BatchNorm1d)).train(), target()
+    model, xs = bn.freeze(small(nn.BatchNorm1d))[0].train(), target()
     bn.adapt(model, xs)
     near(model[0], moments(xs))
     model(xs[0])

@@ -13,7 +13,7 @@ from batchnorm.data.idx import DataError
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.digits import POPULATION_BATCHES, DigitsTrainer, Training
+from batchnorm.training.digits_trainer import POPULATION_BATCHES, DigitsTrainer, Training
 from batchnorm.training.schedule import evaluation_steps
 
 DATA = Digits.load()

@@ -5,7 +5,7 @@ import math
 import pytest
 from rich.console import Console
 
-from batchnorm.bench import figure, page, table
+from batchnorm.bench import figure, results, table
 from batchnorm.bench.rows import ResultsError, read
 from tests.bench.sample import measured
 
@@ -78,10 +78,10 @@ def test_the_same_results_give_the_same_picture(command):
 
 def test_a_folder_collects_the_commands_and_the_latest_of_each_counts(tmp_path):
     folder = tmp_path / "new" / "folder"
-    page.write(measured("step"), folder)
-    page.write(measured("kernels", finished=False), folder)
+    results.write(measured("step"), folder)
+    results.write(measured("kernels", finished=False), folder)
     assert "Stopped before the end" in (folder / "RESULTS.md").read_text()
-    written = page.write(measured("kernels", compiled=False), folder)
+    written = results.write(measured("kernels", compiled=False), folder)
     text = written.read_text()
     assert "Stopped" not in text
     assert "against torch.compile" not in text
@@ -105,7 +105,7 @@ def test_a_folder_collects_the_commands_and_the_latest_of_each_counts(tmp_path):
 
 def test_results_of_nothing_are_a_page_without_a_picture(tmp_path):
     nothing = measured().model_copy(update={"rows": [], "finished": False})
-    assert "Stopped" in page.write(nothing, tmp_path).read_text()
+    assert "Stopped" in results.write(nothing, tmp_path).read_text()
     assert not (tmp_path / "kernels.png").exists()
 
 
@@ -113,6 +113,6 @@ def test_results_of_nothing_are_a_page_without_a_picture(tmp_path):
 def test_a_file_of_something_else_is_named(tmp_path, content):
     (tmp_path / "step.json").write_text(content)
     with pytest.raises(ResultsError, match=r"step\.json holds no results"):
-        page.write(measured("kernels"), tmp_path)
+        results.write(measured("kernels"), tmp_path)
     with pytest.raises(ResultsError, match="cannot read"):
         read(tmp_path / "no.json")

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import functional
-from batchnorm.kernels import choice
+from batchnorm.kernels.observers import recomputing, transformed
+from batchnorm.layer_path import forget_name, qualified_name
 from batchnorm.moments import Moments
-from batchnorm.statistics.domain import active
-from batchnorm.statistics.path import forget_name, qualified_name
-from batchnorm.statistics.population import Population
-from batchnorm.statistics.running import RunningStatistics, apply_widely, flat, rate, widen
-from batchnorm.statistics.source import Statistics, recomputing
+from batchnorm.running.buffers import RunningStatistics, apply_widely, flat, rate, widen
+from batchnorm.running.domain import active
 
 
 class Tracking(nn.modules.batchnorm._BatchNorm):
@@ -24,7 +22,6 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
 
     num_batches_skipped: Tensor | None
     domains: nn.ModuleDict
-    statistics: Statistics | None = None
     debiased: bool = False
     on_single: Literal["raise", "running"] = "raise"
 
@@ -40,10 +37,14 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         return forget_name(vars(self))
 
-    def _set(self) -> Tracking | RunningStatistics:
-        """Whose running statistics a batch meets: the layer's own, or those of the domain that is active.
+    def _follows_batches(self) -> bool:
+        """Whether the next batch may enter the running statistics, by the layer's mode."""
+        return self.training
 
-        A training batch that comes to a new domain gets a new set, which `_keep` makes one of the layer's.
+    def active_statistics(self) -> Tracking | RunningStatistics:
+        """The holder of the running statistics in use: the layer itself, or that of the active domain.
+
+        A training batch in a new domain gets a new holder, which `add_domain` makes one of the layer's.
         """
         name = active()
         if name is None or self.running_mean is None:
@@ -51,40 +52,42 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         known = self._domains().get(name)
         if known is not None:
             return known
-        if not self.training or isinstance(self.statistics, Population):
+        if not self._follows_batches():
             names = ", ".join(self._domains()) or "none"
             raise RuntimeError(
                 f"no running statistics of domain {name!r} (there are: {names}): "
                 f"train on it, or adapt to it, within bn.domain({name!r}) first"
             )
-        if choice.transformed():
+        if transformed():
             raise RuntimeError(
                 f"domain {name!r} cannot begin under torch.func's transforms: let a batch enter it before"
             )
         return RunningStatistics(self.running_mean, name)
 
-    def _keep(self, its: Tracking | RunningStatistics) -> None:
-        if isinstance(its, RunningStatistics) and its.name not in self._domains():
+    def add_domain(self, statistics: RunningStatistics) -> None:
+        """Keep `statistics` as those of the domain they are named after, unless it has some."""
+        if statistics.name not in self._domains():
             if "domains" not in self._modules:
                 self.domains = nn.ModuleDict().train(self.training)
-            self.domains[its.name] = its.train(self.training)
+            self.domains[statistics.name] = statistics.train(self.training)
 
-    def _keeps(self, its: Tracking | RunningStatistics) -> bool:
-        return its is self or its in self._domains().values()
+    def owns(self, statistics: Tracking | RunningStatistics) -> bool:
+        """Whether `statistics` are the layer's own or those of one of its domains, not of a domain that may begin."""
+        return statistics is self or statistics in self._domains().values()
 
-    def knows(self, name: str | None) -> bool:
+    def has_domain(self, name: str | None) -> bool:
         """Whether the layer has running statistics of the domain called `name`."""
         return name is None or name in self._domains()
 
-    def forget_domain(self, name: str) -> None:
+    def remove_domain(self, name: str) -> None:
         """Drop the running statistics called `name`, if there are any."""
         self._domains().pop(name, None)
         if not self._domains():
             self._modules.pop("domains", None)
 
-    def batches_seen(self, count: int) -> None:
-        """Say how many batches the running statistics of the domain that is active stand for."""
-        batches = self._set().num_batches_tracked
+    def set_num_batches_tracked(self, count: int) -> None:
+        """Set how many batches the running statistics of the active domain stand for."""
+        batches = self.active_statistics().num_batches_tracked
         if batches is not None:
             batches.fill_(count)
 
@@ -97,9 +100,9 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         Raises: RuntimeError for a layer that keeps none.
         """
         name = active()
-        if name is not None and self.running_mean is not None and not self.knows(name):
-            self._keep(RunningStatistics(self.running_mean, name))
-        mean, var = flat(self._set())
+        if name is not None and self.running_mean is not None and not self.has_domain(name):
+            self.add_domain(RunningStatistics(self.running_mean, name))
+        mean, var = flat(self.active_statistics())
         if mean is None or var is None:
             raise RuntimeError(
                 "this layer keeps no running statistics: make it with track_running_stats=True"
@@ -149,8 +152,8 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """As torch's, in every domain; also forget the batches that were skipped."""
         super().reset_running_stats()
-        for its in self._domains().values():
-            its.reset()
+        for statistics in self._domains().values():
+            statistics.reset()
         self._forget_skipped()
 
     def _forget_skipped(self) -> None:
@@ -172,7 +175,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         state_dict, prefix = args[:2]
         if self.running_mean is not None:
             for name in sorted(_domains_in(state_dict, prefix).difference(self._domains())):
-                self._keep(RunningStatistics(self.running_mean, name))
+                self.add_domain(RunningStatistics(self.running_mean, name))
         super()._load_from_state_dict(*args)
         widen(self)  # load_state_dict(assign=True) takes the checkpoint's tensors as they are
         if f"{prefix}running_mean" in state_dict:
@@ -188,4 +191,4 @@ def _domains_in(state_dict: dict[str, Any], prefix: str) -> set[str]:
 def _mapped(one: Tensor, other: Tensor) -> bool:
     """Whether `one` stands for several under vmap and `other` does not: the counter, which is in no state_dict."""
     batched = torch._C._functorch.is_batchedtensor
-    return choice.transformed() and batched(one) and not batched(other)
+    return transformed() and batched(one) and not batched(other)

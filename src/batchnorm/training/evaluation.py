@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from batchnorm.calibrate.inference_copy import has_norms
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import multi_crop, single_crop
 from batchnorm.data.processes import Processes
@@ -27,7 +28,6 @@ from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import Config
 from batchnorm.training.network import NetworkError, build
-from batchnorm.training.population import has_norms
 from batchnorm.training.score import Score, probabilities
 
 Crops = Literal[1, 144]

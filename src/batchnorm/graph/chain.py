@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from batchnorm.graph.modules import activation_of, has_hooks, is_ours, leaky_relu
+from batchnorm.graph.rewrite import add_residual
+from batchnorm.graph.trace import Trace, is_in_place, is_passive
 from batchnorm.kernels.reference import Activation
-from batchnorm.passes.block import add_residual
-from batchnorm.passes.swap import activation_of, has_hooks, is_ours, leaky_relu
-from batchnorm.passes.trace import Trace, is_in_place, is_passive
 
 
 class Unfusable(Exception):

@@ -24,7 +24,7 @@ from batchnorm.data.source import InMemory, Unreadable
 from batchnorm.data.subset import Subset
 from batchnorm.records import Evaluation, Result, read
 from batchnorm.training import checkpoint, toml
-from batchnorm.training.evaluate import Predictions, load_network, network_file, predict
+from batchnorm.training.evaluation import Predictions, load_network, network_file, predict
 from batchnorm.training.network import NetworkError, build
 from batchnorm.training.score import Score
 from batchnorm.training.session import Session

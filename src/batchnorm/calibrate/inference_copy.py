@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from batchnorm.calibrate.batches import Forward, run_batches
+from batchnorm.calibrate.over_processes import mean_over_processes
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def inference_copy(
-    model: Model, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] = nn.Module.__call__
-) -> Model:
+def inference_copy(model: Model, batches: Iterable[Any], forward: Forward | None = None) -> Model:
     """A copy of `model` in evaluation mode, its BN by the population statistics over `batches`.
 
     E[x] = E_B[mean_B] and Var[x] = E_B[count/(count - 1)·variance_B] over training batches of the same
@@ -31,22 +32,15 @@ def inference_copy(
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-        norm.train()
     if norms:
-        with torch.no_grad():
-            for batch in batches:
-                forward(model, batch)
+        run_batches(model, batches, norms, forward)
         average_over_processes(model)
-    return model.eval()
+    return model
 
 
 def has_norms(model: nn.Module) -> bool:
     """Whether any layer of `model` keeps running statistics."""
     return bool(_norms(model))
-
-
-def _norms(model: nn.Module) -> list[_NormBase]:
-    return [module for module in model.modules() if isinstance(module, _NormBase)]
 
 
 def average_over_processes(model: nn.Module) -> None:
@@ -62,10 +56,5 @@ def average_over_processes(model: nn.Module) -> None:
     mean_over_processes(buffers, torch.float64)
 
 
-def mean_over_processes(tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Give `tensors`, in place and in every process, their mean over all processes: one exchange, in `dtype`."""
-    joined = torch.cat([tensor.to(dtype).flatten() for tensor in tensors])
-    dist.all_reduce(joined)
-    joined /= dist.get_world_size()
-    for tensor, part in zip(tensors, joined.split([each.numel() for each in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+def _norms(model: nn.Module) -> list[_NormBase]:
+    return [module for module in model.modules() if isinstance(module, _NormBase)]

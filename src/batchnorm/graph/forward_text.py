@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from batchnorm.passes.swap import is_patched
+from batchnorm.graph.modules import is_patched
 
 Use = Literal["whole", "elements", "opened"]
 

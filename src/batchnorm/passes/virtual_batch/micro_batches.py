@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from batchnorm.calibrate.batches import Forward, call_model
+from batchnorm.graph.modules import is_ours, layers_of
 from batchnorm.layers import _BatchNorm
-from batchnorm.passes import batches as of_batches
-from batchnorm.passes.lockstep import Lockstep
-from batchnorm.passes.swap import is_ours, layers_of
-from batchnorm.passes.together import together
+from batchnorm.passes.virtual_batch.lockstep import Lockstep
+from batchnorm.passes.virtual_batch.together import together
 
 _ARGUMENTS = ("input", "residual", "mask")
 
@@ -28,7 +28,7 @@ def virtual_batch(
     model: nn.Module,
     micro_batches: Iterable[Any],
     *,
-    forward: of_batches.Forward | None = None,
+    forward: Forward | None = None,
     offload: bool = False,
 ) -> Iterator[list[Any]]:
     """Let `micro_batches` be one batch to every batch normalization of `model`.
@@ -82,7 +82,7 @@ def virtual_batch(
         for layer in joint:
             patches.enter_context(_patched(layer, _meet(layer, layer.forward, lockstep)))
         patches.enter_context(_patched(model, _record(model.forward, calls, lockstep)))
-        lockstep.run([_task(model, batch, forward or of_batches.call, offload) for batch in batches])
+        lockstep.run([_task(model, batch, forward or call_model, offload) for batch in batches])
     for call in calls:
         call.cut()
     with _patched(model, _replay(calls)):
@@ -178,7 +178,7 @@ def _recomputed(*_: Any, **__: Any) -> Tensor:
     )
 
 
-def _task(model: nn.Module, batch: Any, forward: of_batches.Forward, offload: bool) -> Callable[[], None]:
+def _task(model: nn.Module, batch: Any, forward: Forward, offload: bool) -> Callable[[], None]:
     """A pass of one micro-batch, for a thread of its own: with the settings of this one."""
     gradients, context = torch.is_grad_enabled(), contextvars.copy_context()
     autocast = [

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import functional
+from batchnorm.calibrate.batches import Forward, run_batches
+from batchnorm.graph.modules import is_ours, layers_of
 from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments, positions
-from batchnorm.passes import batches as of_batches
-from batchnorm.passes.swap import is_ours, layers_of
-from batchnorm.statistics.domain import active, domain
+from batchnorm.running.domain import active, domain
 from batchnorm.statistics.population import thawed
 from batchnorm.statistics.sync import Sync
 
@@ -27,12 +27,14 @@ class _Before:
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         self._layer, self._domain = layer, active()
-        self.is_new = is_ours(layer) and not layer.knows(self._domain)  # its statistics are a new layer's
+        self.is_new = is_ours(layer) and not layer.has_domain(
+            self._domain
+        )  # its statistics are a new layer's
         self._values = [values.clone() for values in _running(layer)]
 
     def restore(self) -> None:
         if self.is_new and is_ours(self._layer) and self._domain is not None:
-            self._layer.forget_domain(self._domain)
+            self._layer.remove_domain(self._domain)
             return
         with domain(self._domain):
             # looked up again, for the layer may have been moved or loaded
@@ -63,7 +65,7 @@ class Adaptation:
 
 
 def adapt(
-    model: nn.Module, batches: Iterable[Any], prior: float = 0, *, forward: of_batches.Forward | None = None
+    model: nn.Module, batches: Iterable[Any], prior: float = 0, *, forward: Forward | None = None
 ) -> Adaptation:
     """Give the layers of `model` the statistics of other data, without labels and without a step of training.
 
@@ -96,11 +98,13 @@ def adapt(
         raise ValueError(f"torch's layers have no domains, {active()!r} among them: bn.upgrade(model) first")
     layers = {name: layer for name, layer in layers_of(model).items() if layer.running_mean is not None}
     seen = {layer: _Seen() for layer in layers.values()}
-    with _measuring(model, seen), torch.no_grad():
-        for batch in batches:
-            (forward or of_batches.call)(model, batch)
-            for its in seen.values():
-                its.end_of_batch()
+
+    def end_batch() -> None:
+        for each in seen.values():
+            each.end_batch()
+
+    with _observing(seen):
+        run_batches(model, batches, seen, forward, end_batch)
     targets = {}
     for name, layer in layers.items():
         seen[layer].on_all_ranks(name or "of the model", layer)
@@ -119,7 +123,7 @@ def adapt(
             assert source is not None
             buffer.copy_(source.to(target.dtype).flatten().lerp(target, share))
         if before[-1].is_new and is_ours(layer):  # or the first batch that trains it would take their place
-            layer.batches_seen(seen[layer].batches)
+            layer.set_num_batches_tracked(seen[layer].batches)
     return Adaptation(before, max(each.samples for each in seen.values()))
 
 
@@ -135,7 +139,7 @@ class _Seen:
         self.moments = moments if self.moments is None else self.moments.merge(moments)
         self._of_batch = max(self._of_batch, x.size(0))
 
-    def end_of_batch(self) -> None:
+    def end_batch(self) -> None:
         """Count its samples once, however often the layer was called."""
         self.samples += self._of_batch
         self.batches += self._of_batch > 0
@@ -151,16 +155,13 @@ class _Seen:
 
 
 @contextmanager
-def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Seen]) -> Iterator[None]:
+def _observing(seen: dict[nn.modules.batchnorm._BatchNorm, _Seen]) -> Iterator[None]:
     """Let the layers normalise by what they see, and take its moments; their running statistics stay."""
-    modes = {module: module.training for module in model.modules()}
     settings = {layer: _settings(layer) for layer in seen}
     hooks = []
     try:
-        model.eval()
         for layer, its in seen.items():
             hooks.append(layer.register_forward_hook(_watch(its), with_kwargs=True))
-            layer.training = True  # and not the activation in it
             layer.track_running_stats = False  # in training: by the batch, and nothing moves
             if is_ours(layer):
                 layer.statistics = _sync(layer)
@@ -170,8 +171,6 @@ def _measuring(model: nn.Module, seen: dict[nn.modules.batchnorm._BatchNorm, _Se
             hook.remove()
         for layer, values in settings.items():
             vars(layer).update(values)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _sync(layer: nn.Module) -> Sync | None:

@@ -1,0 +1,201 @@
+"""Who calls whom in a model: a layer may change its meaning only where every call of it is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from batchnorm.graph.forward_text import reaches_into
+from batchnorm.graph.modules import has_hooks, is_ours, is_patched
+from batchnorm.graph.trace import Inputs, Trace, Untraceable, is_passive, is_sequential, parameters, trace
+
+MODES = (True, False)
+
+Tails = dict[
+    nn.Module, dict[str, Any]
+]  # modules whose output is that of a layer, and the attributes they read
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The forward of one module, by mode of training, and what it was traced with."""
+
+    by_mode: Mapping[bool, Trace]
+    inputs: Inputs
+
+
+@dataclass(frozen=True)
+class CallGraph:
+    """The calls in a model that can reach a layer of ours.
+
+    traced: each module whose forward was traced.
+    opaque: why, for each module that could not be.
+    tails: the modules whose output is that of a layer, so that what follows may be fused, each with the plain
+        attributes that its forward reads.
+    callers: for each module that is called, how often by which others.
+    """
+
+    traced: Mapping[nn.Module, Traced]
+    opaque: Mapping[nn.Module, str]
+    tails: Tails
+    callers: Mapping[nn.Module, Counter[nn.Module]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> CallGraph:
+        """That of `model`: its forwards are traced, nothing is computed, and the model stays as it is."""
+        tails = _tails(model)
+        traced: dict[nn.Module, Traced] = {}
+        opaque: dict[nn.Module, str] = {}
+        for module in model.modules():  # a caller mostly comes before what it calls, and knows its inputs
+            if is_ours(module) or is_sequential(module) or not any(map(is_ours, module.modules())):
+                continue
+            if type(module).forward is nn.Module.forward:  # a ModuleList has none
+                continue
+            try:
+                traced[module] = _traced(module, traced, tails)
+            except Untraceable as reason:
+                opaque[module] = f"the forward of {type(module).__name__} cannot be traced: {reason}"
+        return cls(traced, opaque, tails, _callers(model, traced, opaque))
+
+    def obstacle(self, layer: nn.Module, owner: nn.Module) -> str | None:
+        """Why calls of `layer` other than the one in `owner` may exist, or None."""
+        number = sum(self.callers.get(layer, Counter()).values())
+        if number > 1:
+            return f"is called from {number} places"
+        for module, why in self.opaque.items():
+            holds = module is not owner and any(each is layer for each in module.modules())
+            if holds and reaches_into(module, layer):
+                return f"{type(module).__name__} may call it in a way of its own: {why}"
+        return None
+
+    def owner(self, layer: nn.Module) -> nn.Module | None:
+        """The module whose forward calls `layer`, if one is known to."""
+        return next(iter(self.callers.get(layer, ())), None)
+
+
+def _tails(model: nn.Module) -> Tails:
+    """Those among the modules of `model`, children before their parents."""
+    tails: Tails = {}
+    for module in reversed(list(model.modules())):
+        attributes = _attributes_of_tail(module, tails)
+        if attributes is not None:
+            tails[module] = attributes
+    return tails
+
+
+def _attributes_of_tail(module: nn.Module, tails: Tails) -> dict[str, Any] | None:
+    """The attributes that `module` reads, if its output is that of a layer."""
+    if has_hooks(module) or is_ours(module) or not any(map(is_ours, module.modules())):
+        return None
+    if is_sequential(module):
+        last = next((each for each in reversed(list(module.children())) if not is_passive(each)), None)
+        return {} if last is not None and _ends_in_layer(last, tails) else None
+    known = parameters(module)
+    if is_patched(module) or known is None or type(module).forward is nn.Module.forward:
+        return None
+    try:
+        training, evaluation = (trace(module, _required(known), mode) for mode in MODES)
+    except Untraceable:
+        return None
+    # its calls may stand in its caller's forward if they are the same in both modes; with more to fuse than its
+    # last layer it is better rewritten itself, which serves all its callers
+    if str(training.graph) != str(evaluation.graph) or training.methods:
+        return None
+    last, *others = [each for each in reversed(training.whole) if not is_passive(each)] or [module]
+    if not _ends_in_layer(last, tails):
+        return None
+    if any(is_ours(each) or each in tails for each in others):
+        return None
+    return training.attributes if _output(training.graph, module) is last else None
+
+
+def _ends_in_layer(module: nn.Module, tails: Tails) -> bool:
+    """Whether the output of `module` is that of a layer which nothing was fused into."""
+    return module in tails or (is_ours(module) and module.activation is None and not has_hooks(module))
+
+
+def _traced(module: nn.Module, callers: Mapping[nn.Module, Traced], tails: Tails) -> Traced:
+    """The forward of `module` in both modes. Raises: Untraceable."""
+    if is_patched(module):
+        raise Untraceable("it was replaced on the instance")
+    inputs = _inputs_of(module, callers)
+    return Traced({mode: trace(module, inputs, mode, tails) for mode in MODES}, inputs)
+
+
+def _inputs_of(module: nn.Module, callers: Mapping[nn.Module, Traced]) -> Inputs:
+    """The arguments that its callers give `module`, if they agree; else those that it must be given."""
+    known = parameters(module)
+    if known is None:
+        raise Untraceable("it takes *args or **kwargs")
+    required = _required(known)
+    given = [_given(node, known) for node in _nodes_calling(module, callers)]
+    if not given or any(each != given[0] for each in given) or not required.keys() <= given[0].keys():
+        return required
+    return given[0]
+
+
+def _nodes_calling(module: nn.Module, callers: Mapping[nn.Module, Traced]) -> Iterable[fx.Node]:
+    for caller, traced in callers.items():
+        for each in traced.by_mode.values():
+            for node in each.graph.nodes:
+                if node.op == "call_module" and caller.get_submodule(str(node.target)) is module:
+                    yield node
+
+
+def _callers(
+    model: nn.Module, traced: Mapping[nn.Module, Traced], opaque: Mapping[nn.Module, str]
+) -> dict[nn.Module, Counter[nn.Module]]:
+    """For each module that is called when `model` runs, how often by which others."""
+    callers: dict[nn.Module, Counter[nn.Module]] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        if is_sequential(module):
+            called = Counter(child for child in module._modules.values() if child is not None)
+        elif module in traced:
+            called = Counter()
+            for each in traced[module].by_mode.values():
+                called |= Counter(each.whole)
+        else:  # what is below it may run
+            if module in opaque or module is model:
+                for child in module.modules():
+                    visit(child)
+            return
+        for child, number in called.items():
+            callers.setdefault(child, Counter())[module] += number
+            visit(child)
+
+    visit(model)
+    return callers
+
+
+def _output(graph: fx.Graph, module: nn.Module) -> nn.Module | None:
+    """The child whose output is that of `graph`, and nothing else's."""
+    (value,) = next(iter(reversed(graph.nodes))).args
+    while isinstance(value, fx.Node) and value.op == "call_module" and len(value.users) == 1:
+        child = module.get_submodule(str(value.target))
+        if not is_passive(child):
+            return child
+        value = value.args[0]
+    return None
+
+
+def _required(known: dict[str, Parameter]) -> Inputs:
+    return {name: Tensor for name, each in known.items() if each.default is each.empty}
+
+
+def _given(node: fx.Node, known: dict[str, Parameter]) -> dict[str, type]:
+    values = {**dict(zip(known, node.args, strict=False)), **node.kwargs}
+    return {
+        name: list if isinstance(value, list | tuple) else Tensor
+        for name, value in values.items()
+        if name not in known or known[name].default is not value
+    }

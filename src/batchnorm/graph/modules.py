@@ -1,0 +1,59 @@
+"""What the passes ask of a module: what it is, whether anybody hooked or patched it, what activation it computes."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch import nn
+
+from batchnorm.kernels.reference import Activation
+from batchnorm.layers import _BatchNorm
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NAMED = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+
+
+def is_ours(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(module, _BatchNorm)
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Whether the report has a line for `module`: batch normalization in any form we know to look for."""
+    name = str(
+        getattr(module, "original_name", type(module).__name__)
+    )  # what was scripted keeps its name there
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether calling `module` runs something that was put on the instance and not its class's forward."""
+    return "forward" in vars(module) or "_call_impl" in vars(module)
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The batch normalization of `model`, torch's and ours, by its path; a layer that several hold is listed once."""
+    return {
+        name: each
+        for name, each in model.named_modules()
+        if isinstance(each, nn.modules.batchnorm._BatchNorm)
+    }
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """What `activation=` has to be to mean the same as `module`, or None where no kernel has it."""
+    if is_patched(module):
+        return None
+    match module:
+        case nn.Hardtanh(min_val=0.0, max_val=6.0) if type(module) in (nn.Hardtanh, nn.ReLU6):
+            return "relu6"
+        case nn.LeakyReLU(negative_slope=slope) if type(module) is nn.LeakyReLU:
+            return leaky_relu(slope)
+    return _NAMED.get(type(module))
+
+
+def leaky_relu(slope: float) -> Activation:
+    return "leaky_relu" if slope == 0.01 else nn.LeakyReLU(slope)
