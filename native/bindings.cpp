@@ -13,6 +13,7 @@ using Address = uintptr_t;
 using Sizes = std::tuple<int64_t, int64_t, int64_t>;
 using Strided = std::tuple<Address, int64_t, int64_t>;
 using PerChannel = std::tuple<Address, int>;
+using Tracked = std::tuple<PerChannel, PerChannel, double, Address>;  // running mean and variance, rate, what counts batches
 
 Shape shape(const Sizes& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
 Tensor tensor(const Strided& t) { return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
@@ -29,6 +30,14 @@ Moments moments(const Layer& layer, const PerChannel& mean, const PerChannel& m2
   return {values(mean), values(m2), variance ? 1 : static_cast<double>(layer.shape.count())};
 }
 
+// False, and nothing done, too where there is no running mean.
+bool follow(int64_t channels, double count, const void* mean, const void* m2, const Tracked& tracked) {
+  const auto& [running_mean, running_var, rate, batches] = tracked;
+  return std::get<0>(running_mean) != 0 &&
+         track(channels, count, static_cast<const double*>(mean), static_cast<const double*>(m2), values(running_mean),
+               values(running_var), rate, reinterpret_cast<int64_t*>(batches));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -37,17 +46,19 @@ NB_MODULE(_native, m) {
       "forward",
       [](const Sizes& sizes, int number, const Strided& x, const Strided& residual, const Strided& y,
          const PerChannel& weight, const PerChannel& bias, double eps, int activation, double slope,
-         const PerChannel& mean, const PerChannel& m2, bool given, int64_t group, int threads) {
+         const PerChannel& mean, const PerChannel& m2, bool given, int64_t group, const Tracked& tracked,
+         int threads) {
         const Layer l = layer(sizes, number, weight, bias, eps, activation, slope, threads);
         const Forward call{tensor(x), tensor(residual), tensor(y), moments(l, mean, m2, given), given};
         nb::gil_scoped_release released;
         group > 0 ? forward(l, call, group) : kernels().forward(l, call);
+        return follow(l.shape.channels, call.moments.count, call.moments.mean.data, call.moments.m2.data, tracked);
       },
       nb::arg("sizes"), nb::arg("number"), nb::arg("x"), nb::arg("residual"), nb::arg("y"), nb::arg("weight"),
       nb::arg("bias"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("mean"), nb::arg("m2"),
-      nb::arg("given"), nb::arg("group"), nb::arg("threads"),
+      nb::arg("given"), nb::arg("group"), nb::arg("tracked"), nb::arg("threads"),
       "The moments of x, unless a mean and a variance are given, and y = activation(bn(x) + residual), unless y is null; by groups "
-      "of so many outer rows, unless it is 0.");
+      "of so many outer rows, unless it is 0. Then, without groups, `track` by these moments.");
   m.def(
       "backward",
       [](const Sizes& sizes, int number, const Strided& dy, const Strided& x, const Strided& y,
@@ -71,14 +82,11 @@ NB_MODULE(_native, m) {
       "of x and residual alone, and mean and m2 are a mean and a variance.");
   m.def(
       "track",
-      [](int64_t channels, double count, Address mean, Address m2, const PerChannel& running_mean,
-         const PerChannel& running_var, double rate, Address batches) {
-        return track(channels, count, reinterpret_cast<const double*>(mean), reinterpret_cast<const double*>(m2),
-                     values(running_mean), values(running_var), rate, reinterpret_cast<int64_t*>(batches));
+      [](int64_t channels, double count, Address mean, Address m2, const Tracked& tracked) {
+        return follow(channels, count, reinterpret_cast<const void*>(mean), reinterpret_cast<const void*>(m2), tracked);
       },
-      nb::arg("channels"), nb::arg("count"), nb::arg("mean"), nb::arg("m2"), nb::arg("running_mean"),
-      nb::arg("running_var"), nb::arg("rate"), nb::arg("batches"),
-      "Move the running statistics and count the batch; False, and nothing done, when the moments are not all finite.");
+      nb::arg("channels"), nb::arg("count"), nb::arg("mean"), nb::arg("m2"), nb::arg("tracked"),
+      "Update the running statistics and count the batch; False, and nothing done, when the moments are not all finite.");
   m.def(
       "merge",
       [](int64_t parts, int64_t channels, Address counts, int64_t count_step, Address means, Address m2s, int64_t step,

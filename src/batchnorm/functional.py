@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import ops
+from batchnorm.kernels import dispatch
+from batchnorm.kernels.call import Activation, Call
+from batchnorm.kernels.dispatch import moments as moments
+from batchnorm.kernels.dispatch import total as total
+from batchnorm.kernels.dispatch import track as track
 from batchnorm.kernels.observers import transformed
-from batchnorm.kernels.ops import moments as moments
-from batchnorm.kernels.ops import total as total
-from batchnorm.kernels.ops import track as track
-from batchnorm.kernels.reference import Activation, Exchange
 from batchnorm.moments import Moments, accumulator, count_per_channel, positions
 
 
@@ -71,54 +71,52 @@ def batch_norm(
     """
     if mask is not None:
         mask = positions(mask, input)
-    output, moments = normalise(
-        input, running_mean, running_var, weight, bias, training, eps, activation, residual, mask
-    )
-    if moments is not None and running_mean is not None and running_var is not None:
-        track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing
-    return output
+    tracked = training and running_mean is not None and running_var is not None
+    rate = momentum if tracked else None
+    call = Call(training, eps, activation, running_mean, running_var, rate, mask=mask)
+    return normalise(input, weight, bias, residual, call)
 
 
 def normalise(
-    input: Tensor,
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> Tensor:
+    """As `batch_norm`, by a `call` that says the rest; what it found is in the call.
+
+    The running statistics are updated last, if `call.rate` is not None: a call that fails moves nothing.
+    """
+    _check(input, weight, bias, residual, call)
+    output = dispatch.normalise(input, weight, bias, residual, call)
+    if call.mask is not None or call.exchange is not None:
+        _check_counts(input, call)
+    if call.updated is None and call.rate is not None:
+        moments = call.batch_moments()
+        if moments is not None:
+            call.updated = update(moments, call.running_mean, call.running_var, call.rate, call.batches)
+    return output
+
+
+def update(
+    moments: Moments,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: Activation = None,
-    residual: Tensor | None = None,
-    mask: Tensor | None = None,
-    group: int = 0,
-    exchange: Exchange | None = None,
-) -> tuple[Tensor, Moments | None]:
-    """The output, and the moments it was normalised by (detached) when training; the running statistics are only read.
-
-    Arguments and errors are those of `batch_norm`; `mask` is as `positions` returns it, and may be of (N, C, *S).
-    group: when training, so many samples at a time have moments of their own, (groups, C), see reference.groups.
-    exchange: when training, what makes other moments of those of the input, see reference.Exchange.
-    """
-    _check(input, running_mean, running_var, weight, bias, training, eps, residual, group, exchange)
-    if not training:
-        assert running_mean is not None and running_var is not None  # _check saw to it
-        given = (running_mean, running_var)
-        return ops.normalise(input, weight, bias, eps, activation, residual, given, mask=mask)
-    output, moments = ops.normalise(
-        input, weight, bias, eps, activation, residual, None, group, mask, exchange
-    )
-    if mask is not None or exchange is not None:
-        assert moments is not None
-        _check_counts(input, moments)
-    return output, moments
+    rate: float | Tensor,
+    batches: Tensor | None = None,
+) -> bool | Tensor | None:
+    """As `track`; None, and nothing done, where there is no value or nothing to update."""
+    if running_mean is None or running_var is None or (isinstance(moments.count, int) and not moments.count):
+        return None
+    return track(moments, running_mean, running_var, rate, batches)
 
 
 class OneValueError(ValueError):
     """A channel of a training batch has one value, whose deviation from its mean is 0 whatever it is."""
 
 
-def _check_counts(input: Tensor, moments: Moments) -> None:
+def _check_counts(input: Tensor, call: Call) -> None:
     """Refuse one value per channel, where the number is known without waiting for a device."""
+    moments = call.batch_moments()
+    if moments is None:
+        return
     counts = moments.count
     if isinstance(counts, Tensor):
         if not counts.is_cpu or torch.compiler.is_compiling() or transformed():
@@ -139,22 +137,15 @@ def _one_value(input: Tensor) -> OneValueError:
 
 
 def _check(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    eps: float,
-    residual: Tensor | None,
-    group: int,
-    exchange: Exchange | None,
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
 ) -> None:
     """Raise torch's errors for what cannot be normalised, and say what to do about it."""
-    if input.dim() < 2:
+    training, running_mean, running_var = call.training, call.running_mean, call.running_var
+    shape = input.shape
+    if len(shape) < 2:
         # torch asks its per-channel arguments first
         raise (IndexError if training and running_mean is None else RuntimeError)(
-            f"expected (N, C, ...) with at least 2 dimensions, got shape {tuple(input.shape)}: "
+            f"expected (N, C, ...) with at least 2 dimensions, got shape {tuple(shape)}: "
             "add the batch dimension with input.unsqueeze(0)"
         )
     accumulator(input.dtype)  # raises for what is not floating point
@@ -165,14 +156,19 @@ def _check(
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    channels = input.size(1)
+    per_channel = shape[1:2]
     for values in (running_mean, running_var, weight, bias):
-        if values is not None and (values.dim() != 1 or values.size(0) != channels):
-            raise _of_another_size(input, running_mean, running_var, weight, bias)
         if values is not None:
-            accumulator(values.dtype)
-    if training and exchange is None and count_per_channel(input[:group] if group else input) == 1:
-        raise _one_value(input)
+            if values.shape != per_channel:
+                raise _of_another_size(input, running_mean, running_var, weight, bias)
+            if values.dtype is not torch.float32:
+                accumulator(values.dtype)
+    # only one sample can be one value
+    if training and call.exchange is None and (shape[0] == 1 or call.group == 1):
+        group = call.group
+        if count_per_channel(input[:group] if group else input) == 1:
+            raise _one_value(input)
+    eps = call.eps
     if eps <= 0 if training else eps < 0:
         raise ValueError(
             f"batch_norm eps must be {'positive' if training else 'non-negative'}, but got {eps}"

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import functional
-from batchnorm.kernels.reference import Activation, activation_function
+from batchnorm.kernels.call import Activation, Call
+from batchnorm.kernels.observers import recomputing
+from batchnorm.kernels.reference import activation_function
 from batchnorm.layer_path import name_of, qualified_name
 from batchnorm.moments import positions
-from batchnorm.running.buffers import RunningStatistics, flat
+from batchnorm.running.buffers import RunningStatistics, flat, rate_of_next
 from batchnorm.running.tracking import Tracking
 from batchnorm.statistics.batch import Batch, Statistics
 from batchnorm.statistics.population import Population
@@ -107,15 +109,17 @@ class _BatchNorm(Tracking):
             is not floating point; TypeError for a mask that is neither bool nor lengths. A note on the error names
             the layer.
         """
-        for value in (input, residual, mask):  # stay one node of an fx graph, as torch's own layers do
-            if type(value) is not Tensor and isinstance(cast(object, value), torch.fx.Proxy):
-                return self._as_fx_node(value, input, residual, mask)
+        if type(input) is not Tensor or residual is not None or mask is not None:
+            for value in (input, residual, mask):  # stay one node of an fx graph, as torch's own layers do
+                if isinstance(cast(object, value), torch.fx.Proxy):
+                    return self._as_fx_node(value, input, residual, mask)
         try:
-            self._check_input_dim(input)
+            if input.dim() not in self._ranks:
+                self._check_input_dim(input)
             if mask is not None:
                 mask = positions(mask, input)
             if not isinstance(self.num_features, tuple):
-                return self._normalised(input, residual, mask, self.weight, self.bias)
+                return self._normalised(input, residual, mask, *self._affine())
             return self._each_activation(input, residual, mask)
         except Exception as error:
             error.add_note(f"in layer {qualified_name(self)}")
@@ -129,47 +133,71 @@ class _BatchNorm(Tracking):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        active = mean = var = batches = None
+        holder = mean = var = batches = rate = None
         if self.track_running_stats or not self.training:  # it may be switched off after construction
-            active = self.active_statistics()
-            mean, var = flat(active)
-            batches = active.num_batches_tracked
+            holder = self.active_statistics()
+            mean, var = flat(holder)
+            batches = holder._buffers["num_batches_tracked"]
         by_batch = self.training or (mean is None and var is None)
+        if by_batch and mean is not None and var is not None and not recomputing():
+            rate = rate_of_next(self.momentum, batches, self.debiased)
+        call = Call(by_batch, self.eps, self.activation, mean, var, rate, batches, mask)
         try:
             if self.statistics is None or not self.training:
-                output, moments = functional.normalise(
-                    input, mean, var, weight, bias, by_batch, self.eps, self.activation, residual, mask
-                )
+                output = functional.normalise(input, weight, bias, residual, call)
             else:
-                output, moments = self.statistics(
-                    Batch(
-                        input,
-                        weight,
-                        bias,
-                        self.eps,
-                        self.activation,
-                        residual,
-                        mask,
-                        mean,
-                        var,
-                        batches,
-                        lambda: name_of(self),
-                    )
-                )
+                output = self._by_statistics(self.statistics, input, weight, bias, residual, call)
         except functional.OneValueError:
-            if self.on_single == "raise" or mean is None or active is None or not self.owns(active):
+            if self.on_single == "raise" or mean is None or holder is None or not self.owns(holder):
                 raise
-            output, moments = functional.normalise(
-                input, mean, var, weight, bias, False, self.eps, self.activation, residual, mask
+            call = Call(False, self.eps, self.activation, mean, var, mask=mask)
+            output = functional.normalise(input, weight, bias, residual, call)
+        if call.rate is not None:
+            if call.updated is not True:  # known at once, on a CPU
+                self._count_skipped(call)
+            if isinstance(holder, RunningStatistics) and call.batch_moments() is not None:
+                self.add_domain(holder)
+        return output
+
+    def _by_statistics(
+        self,
+        statistics: Statistics,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        """As functional.normalise, by the moments that `statistics` choose."""
+        batch = Batch(
+            input,
+            weight,
+            bias,
+            self.eps,
+            self.activation,
+            residual,
+            call.mask,
+            call.running_mean,
+            call.running_var,
+            call.batches,
+            lambda: name_of(self),
+        )
+        output, call.moments = statistics(batch)
+        if call.moments is not None and call.rate is not None:
+            call.updated = functional.update(
+                call.moments, call.running_mean, call.running_var, call.rate, call.batches
             )
-        if moments is not None and mean is not None and var is not None:
-            self._track(moments, mean, var, batches)  # last: a call that fails moves nothing
-            if isinstance(active, RunningStatistics):
-                self.add_domain(active)
         return output
 
     def _follows_batches(self) -> bool:
         return self.training and not isinstance(self.statistics, Population)
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias; as attributes, each costs a microsecond."""
+        parameters = self._parameters
+        if "weight" in parameters and "bias" in parameters:
+            return parameters["weight"], parameters["bias"]
+        return self.weight, self.bias  # parametrized, pruned, ...
 
     def _each_activation(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """An activation is a channel of an input without positions."""
@@ -180,7 +208,7 @@ class _BatchNorm(Tracking):
             )
         if residual is not None:
             functional.check_residual(residual, input)
-        weight, bias = (None if values is None else values.flatten() for values in (self.weight, self.bias))
+        weight, bias = (None if values is None else values.flatten() for values in self._affine())
         output = self._normalised(
             input.flatten(1),
             None if residual is None else residual.flatten(1),
@@ -191,8 +219,6 @@ class _BatchNorm(Tracking):
         return output.reshape(input.shape)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() in self._ranks:
-            return
         try:
             super()._check_input_dim(input)  # type: ignore[no-untyped-call]
         except ValueError as error:
@@ -241,6 +267,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 class BatchNorm(_BatchNorm):
     __doc__ = f"Batch normalization of (N, C, *S) inputs of any rank.\n\n    {_BatchNorm.__doc__}"
     _shapes = "(N, C, *S)"
+    _ranks = ()
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank will do; functional.normalise refuses less than 2."""

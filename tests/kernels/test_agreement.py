@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.kernels import choice, ops
+from batchnorm.kernels import choice, dispatch
 
 KERNELS = choice.NAMES if choice.built() else ("torch", "reference")
 
@@ -217,7 +217,7 @@ def test_agrees_with_float64(kernels, case):
             if name == "x" and kernels == "native":
                 assert gradient.stride() == torch.empty_like(x).stride()
     close(y, expected["y"], TOLERANCE[case.dtype][0], "y")
-    if kernels == "native" and ops._fused(x, activation, given.get("residual")):
+    if kernels == "native" and dispatch._fused(x, activation, given.get("residual")):
         assert y.stride() == torch.empty_like(x).stride()
     for name, value in given.items():
         if name.startswith("running"):

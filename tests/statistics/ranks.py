@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-from batchnorm.kernels import joint
+from batchnorm.kernels import stepwise
 from batchnorm.kernels.choice import NAMES, Name
 
 BATCHES = {2: (5, 3), 4: (7, 1, 0, 24)}  # samples on each rank
@@ -289,7 +289,7 @@ def costs_nothing(sync: bn.Sync) -> None:
     torch.manual_seed(0)
     x, dy = torch.randn(6, 5, 4).requires_grad_(), torch.randn(6, 5, 4)
     found = []
-    with mock.patch.object(joint, "forward", side_effect=AssertionError("in steps")):
+    with mock.patch.object(stepwise, "forward", side_effect=AssertionError("in steps")):
         for statistics in (None, sync):
             layer = bn.BatchNorm1d(5, activation="relu", statistics=statistics)
             y = layer(x)

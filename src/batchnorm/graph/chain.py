@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from batchnorm.graph.modules import activation_of, has_hooks, is_ours, leaky_relu
 from batchnorm.graph.rewrite import add_residual
 from batchnorm.graph.trace import Trace, is_in_place, is_passive
-from batchnorm.kernels.reference import Activation
+from batchnorm.kernels.call import Activation
 
 
 class Unfusable(Exception):

@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from batchnorm.kernels.reference import Activation
+from batchnorm.kernels.call import Activation
 from batchnorm.layers import _BatchNorm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -4,9 +4,9 @@ Batch normalization on (outer, channels, inner) views; see native/kernels.h.
 
 
 
-def forward(sizes: tuple[int, int, int], number: int, x: tuple[int, int, int], residual: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], given: bool, group: int, threads: int) -> None:
+def forward(sizes: tuple[int, int, int], number: int, x: tuple[int, int, int], residual: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], given: bool, group: int, tracked: tuple[tuple[int, int], tuple[int, int], float, int], threads: int) -> bool:
     """
-    The moments of x, unless a mean and a variance are given, and y = activation(bn(x) + residual), unless y is null; by groups of so many outer rows, unless it is 0.
+    The moments of x, unless a mean and a variance are given, and y = activation(bn(x) + residual), unless y is null; by groups of so many outer rows, unless it is 0. Then, without groups, `track` by these moments.
     """
 
 def backward(sizes: tuple[int, int, int], number: int, dy: tuple[int, int, int], x: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], given: bool, dx: tuple[int, int, int], dresidual: tuple[int, int, int], dweight: tuple[int, int], dbias: tuple[int, int], averages: tuple[int, int], group: int, threads: int) -> None:
@@ -14,9 +14,9 @@ def backward(sizes: tuple[int, int, int], number: int, dy: tuple[int, int, int],
     The gradients of `forward`; y is read where a residual was added before an activation. With averages of g and of g·x̂, those of x and residual alone, and mean and m2 are a mean and a variance.
     """
 
-def track(channels: int, count: float, mean: int, m2: int, running_mean: tuple[int, int], running_var: tuple[int, int], rate: float, batches: int) -> bool:
+def track(channels: int, count: float, mean: int, m2: int, tracked: tuple[tuple[int, int], tuple[int, int], float, int]) -> bool:
     """
-    Move the running statistics and count the batch; False, and nothing done, when the moments are not all finite.
+    Update the running statistics and count the batch; False, and nothing done, when the moments are not all finite.
     """
 
 def merge(parts: int, channels: int, counts: int, count_step: int, means: int, m2s: int, step: int, mean: int, m2: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,13 @@ Strided = tuple[int, int, int]  # address, outer stride, channel stride
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def layout_of(x: Tensor) -> Layout:
+    """The layout by which `x` and tensors of its shape are walked; made once for each shape and stride."""
+    return _layout(x.shape, x.stride())
+
+
 class Layout:
-    """The sizes by which a call walks its tensors, which all have the shape of `x` and mostly its strides."""
+    """The sizes by which a call walks its tensors, which all have one shape and mostly one stride."""
 
     __slots__ = ("_by_rows", "_shape", "_steps", "_stride", "sizes")
 
@@ -19,7 +26,7 @@ class Layout:
         samples, channels = x.size(0), x.size(1)
         positions = x.numel() // (samples * channels)
         rows = (samples * positions, channels, 1)
-        self._stride: tuple[int, ...] | None = x.stride()  # of a tensor seen before, and how it is walked
+        self._stride: tuple[int, ...] | None = x.stride()  # of the tensors that are walked by these steps
         if x.is_contiguous():
             self.sizes, self._by_rows = (samples, channels, positions), positions == 1
             self._steps = channels * positions, positions
@@ -29,7 +36,8 @@ class Layout:
             side_by_side = channels == 1 or x.stride(1) == 1
             self._by_rows = positions == 1 or (side_by_side and _rows(x) is not None)
             self.sizes = rows if self._by_rows else (samples, channels, positions)
-            self._stride, self._steps = None, (0, 0)
+            steps = self._steps_of(x)
+            self._stride, self._steps = (None, (0, 0)) if steps is None else (x.stride(), steps)
 
     def rows(self, samples: int) -> int:
         """How many `outer` rows so many samples are."""
@@ -37,6 +45,8 @@ class Layout:
 
     def operand(self, x: Tensor) -> tuple[Tensor, Strided]:
         """`x` or a copy of it that can be walked, which the caller keeps alive."""
+        if x.stride() == self._stride and not x.is_neg():
+            return x, (x.data_ptr(), *self._steps)
         found = None if x.is_neg() else self._strided(x)
         if found is None:
             x = self._empty(x).copy_(x)
@@ -46,6 +56,8 @@ class Layout:
 
     def result(self, y: Tensor) -> tuple[Tensor, Strided]:
         """`y`, or memory for it that can be walked."""
+        if y.stride() == self._stride:
+            return y, (y.data_ptr(), *self._steps)
         found = self._strided(y)
         if found is None:
             y = self._empty(y)
@@ -54,13 +66,8 @@ class Layout:
         return y, found
 
     def _strided(self, x: Tensor) -> Strided | None:
-        stride = x.stride()
-        if stride != self._stride:
-            steps = self._steps_of(x)
-            if steps is None:
-                return None
-            self._stride, self._steps = stride, steps
-        return x.data_ptr(), *self._steps
+        steps = self._steps_of(x)
+        return None if steps is None else (x.data_ptr(), *steps)
 
     def _steps_of(self, x: Tensor) -> tuple[int, int] | None:
         """The strides from one `outer` and from one channel to the next, or None where `x` cannot be walked."""
@@ -79,6 +86,12 @@ class Layout:
         if not self._by_rows:
             return torch.empty(self._shape, dtype=x.dtype, device=x.device)
         return torch.empty((samples, *positions, channels), dtype=x.dtype, device=x.device).movedim(-1, 1)
+
+
+# a training loop meets the same shapes in every step, and a layout costs as much as five calls of torch
+@lru_cache(maxsize=4096)
+def _layout(shape: torch.Size, stride: tuple[int, ...]) -> Layout:
+    return Layout(torch.empty_strided(shape, stride, device="meta"))
 
 
 def _rows(x: Tensor) -> int | None:

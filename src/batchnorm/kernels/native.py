@@ -9,37 +9,35 @@ import torch
 from torch import Tensor
 
 import batchnorm.kernels._native as _native
-from batchnorm.kernels.layout import Layout, Strided
-from batchnorm.kernels.reference import Given, groups
+from batchnorm.kernels.backward_graph import Gradients
+from batchnorm.kernels.call import NOT_FUSED, Call, FixedStatistics, Fused
+from batchnorm.kernels.layout import Strided, layout_of
+from batchnorm.kernels.reference import count, groups
 
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-Fused = tuple[int, float]  # an activation's number in the kernels, and its slope
-NONE: Fused = (0, 0.0)
 LEAKY_RELU = 2
+_CPU = torch.device("cpu")  # which may not be torch's default
 FUSED: dict[str, Fused] = {"relu": (1, 0.0), "leaky_relu": (LEAKY_RELU, 0.01), "relu6": (3, 0.0)}
 
 PerChannel = tuple[int, int]  # address, number of the dtype
 _ABSENT: Strided = (0, 0, 0)
 _DEFAULT: PerChannel = (0, 0)
 _NOWHERE = (0, 0)
+Tracked = tuple[
+    PerChannel, PerChannel, float, int
+]  # running mean and variance, rate, address of what counts batches
+_NOT_TRACKED: Tracked = (_DEFAULT, _DEFAULT, 0.0, 0)
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: Fused,
-    given: Given | None,
-    group: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = activation(bn(x) + residual), and the moments' mean and m2, (C,) float64.
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> Tensor:
+    """y = activation(bn(x) + residual), by `call.statistics` or else by the moments of x, which go to `call.stats`.
 
-    By the mean and the variance `given`, (C,) each, which then are what is returned, or else by the batch's own.
-    With `group`, the samples of a group, every group has its own: (groups, C).
+    With `call.group`, the samples of a group, every group has its own. Where the running statistics can be updated by
+    the same native call, they are.
     """
-    layout = Layout(x)
+    layout, group = layout_of(x), call.group
     y = torch.empty_like(x)
     x, of_x = layout.operand(x)
     out, of_y = layout.result(y)
@@ -48,27 +46,39 @@ def forward(
         residual, of_residual = layout.operand(residual)
     weight, of_weight = _per_channel(weight)
     bias, of_bias = _per_channel(bias)
-    if given is None:
-        mean, m2 = _statistics(x, group), _statistics(x, group)
+    tracked = _NOT_TRACKED
+    known = call.statistics
+    if known is None:
+        found = call.stats = _stats(x, group)
+        outer, _, inner = layout.sizes
+        call.count = count(x, group) if group else outer * inner
+        mean, m2 = _addresses(found)
+        if call.updates_inline:
+            tracked = _tracked(call)
     else:
-        mean, m2 = _dense(given[0]), _dense(given[1])
-    _native.forward(
-        layout.sizes, NUMBERS[x.dtype], of_x, of_residual, of_y, of_weight, of_bias, eps, *activation,
-        _values(mean), _values(m2), given is not None, layout.rows(group), torch.get_num_threads(),
+        known = _dense(known[0]), _dense(known[1])
+        mean, m2 = _addresses(known)
+    entered = _native.forward(
+        layout.sizes, NUMBERS[x.dtype], of_x, of_residual, of_y, of_weight, of_bias, call.eps, *call.fused,
+        mean, m2, known is not None, layout.rows(group) if group else 0, tracked, torch.get_num_threads(),
     )  # fmt: skip
-    return (y if out is y else y.copy_(out)), mean, m2
+    if tracked is not _NOT_TRACKED:
+        call.updated = entered
+        if entered:
+            _mark_changed(call)
+    return y if out is y else y.copy_(out)
 
 
-def moments(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
-    """The mean and m2 of each channel, and group, of `x`, as `forward` returns them."""
-    layout = Layout(x)
+def moments(x: Tensor, group: int = 0) -> Tensor:
+    """The mean and m2 of each channel, and group, of `x`: (2, C) or (2, groups, C) float64."""
+    layout = layout_of(x)
     x, of_x = layout.operand(x)
-    mean, m2 = _statistics(x, group), _statistics(x, group)
+    found = _stats(x, group)
     _native.forward(
-        layout.sizes, NUMBERS[x.dtype], of_x, _ABSENT, _ABSENT, _DEFAULT, _DEFAULT, 0.0, *NONE,
-        _values(mean), _values(m2), False, layout.rows(group), torch.get_num_threads(),
+        layout.sizes, NUMBERS[x.dtype], of_x, _ABSENT, _ABSENT, _DEFAULT, _DEFAULT, 0.0, *NOT_FUSED,
+        *_addresses(found), False, layout.rows(group), _NOT_TRACKED, torch.get_num_threads(),
     )  # fmt: skip
-    return mean, m2
+    return found
 
 
 def backward(
@@ -77,23 +87,24 @@ def backward(
     y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    m2: Tensor,
-    given: bool,
-    eps: float,
-    activation: Fused,
-    group: int = 0,
+    call: Call,
+    statistics: Tensor | FixedStatistics | None = None,
     averages: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> Gradients:
     """The gradients of `forward`: (dx, dweight, dbias, dresidual).
 
-    `mean` and `m2` are what `forward` returned. `y` is its result where a residual was added before an activation, and
-    only then is dresidual a tensor. dweight and dbias are (C,), of the dtype of weight and bias or else float64.
+    `y` is its result where a residual was added before an activation, and only then is dresidual a tensor. dweight and
+    dbias are (C,), of the dtype of weight and bias or else float64.
 
+    statistics: mean and m2, where they are not those that `call` holds.
     averages: (2, C) or (2, groups, C), where the moments are of other values than x: the means of g and of g·x̂ over
-        those. Then `mean` and `m2` are a mean and a variance, and dweight and dbias are not computed.
+        those. Then `statistics` are a mean and a variance, and dweight and dbias are not computed.
     """
-    layout = Layout(x)
+    group, constant = call.group, not call.training
+    if statistics is None:
+        statistics = call.statistics if constant else call.stats
+        assert statistics is not None
+    layout = layout_of(x)
     dx = torch.empty_like(x)
     dresidual = None if y is None else torch.empty_like(x)
     x, of_x = layout.operand(x)
@@ -105,12 +116,17 @@ def backward(
         residual_out, of_dresidual = layout.result(dresidual)
     weight, of_weight = _per_channel(weight)
     bias, of_bias = _per_channel(bias)
-    dweight, dbias = (_statistics(x, group) if group else gradient_of(values, x) for values in (weight, bias))
+    if group:
+        dweight, dbias = _stats(x, group)
+    else:
+        dweight = gradient_of(None, x) if weight is None else torch.empty_like(weight)
+        dbias = gradient_of(None, x) if bias is None else torch.empty_like(bias)
     _native.backward(
-        layout.sizes, NUMBERS[x.dtype], of_dy, of_x, of_y, of_weight, of_bias, eps, *activation,
-        _values(mean), _values(m2), given, of_dx, of_dresidual, _values(dweight), _values(dbias),
+        layout.sizes, NUMBERS[x.dtype], of_dy, of_x, of_y, of_weight, of_bias, call.eps, *call.fused,
+        *_addresses(statistics), constant, of_dx, of_dresidual,
+        (dweight.data_ptr(), NUMBERS[dweight.dtype]), (dbias.data_ptr(), NUMBERS[dbias.dtype]),
         _NOWHERE if averages is None else (averages[0].data_ptr(), averages[1].data_ptr()),
-        layout.rows(group), torch.get_num_threads(),
+        layout.rows(group) if group else 0, torch.get_num_threads(),
     )  # fmt: skip
     if out is not dx:
         dx.copy_(out)
@@ -122,19 +138,12 @@ def backward(
 
 
 def sums(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    activation: Fused,
-    group: int = 0,
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: Call
 ) -> Tensor:
-    """(2, C) or (2, groups, C) float64: Σ g and Σ g·x̂ over x, by that mean and variance; the rest as `backward`."""
-    layout = Layout(x)
+    """(2, C) or (2, groups, C) float64: Σ g and Σ g·x̂ over x, by the call's mean and variance; as `backward`."""
+    known = call.statistics
+    assert known is not None
+    layout = layout_of(x)
     x, of_x = layout.operand(x)
     dy, of_dy = layout.operand(dy if dy.dtype == x.dtype else dy.to(x.dtype))
     of_y = _ABSENT
@@ -142,48 +151,24 @@ def sums(
         y, of_y = layout.operand(y)
     weight, of_weight = _per_channel(weight)
     bias, of_bias = _per_channel(bias)
-    found = x.new_empty((2, *mean.shape), dtype=torch.float64)
+    found = x.new_empty((2, *known[0].shape), dtype=torch.float64)
+    dbias, dweight = _addresses(found)
     _native.backward(
-        layout.sizes, NUMBERS[x.dtype], of_dy, of_x, of_y, of_weight, of_bias, eps, *activation,
-        _values(mean), _values(variance), True, _ABSENT, _ABSENT, _values(found[1]), _values(found[0]),
-        _NOWHERE, layout.rows(group), torch.get_num_threads(),
+        layout.sizes, NUMBERS[x.dtype], of_dy, of_x, of_y, of_weight, of_bias, call.eps, *call.fused,
+        *_addresses(known), True, _ABSENT, _ABSENT, dweight, dbias,
+        _NOWHERE, layout.rows(call.group), torch.get_num_threads(),
     )  # fmt: skip
     return found
 
 
-def trackable(mean: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor | None) -> bool:
-    """Whether `track` can move these towards `mean` and its m2."""
-    return (
-        mean.is_cpu
-        and mean.dtype == torch.float64
-        and running_mean.is_cpu
-        and running_var.is_cpu
-        and running_mean.dtype == running_var.dtype
-        and running_mean.dtype in (torch.float32, torch.float64)
-        and running_mean.is_contiguous()
-        and running_var.is_contiguous()
-        and (batches is None or (batches.dtype == torch.int64 and batches.is_cpu))
-    )
-
-
-def track(
-    count: int,
-    mean: Tensor,
-    m2: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rate: float,
-    batches: Tensor | None = None,
-) -> bool:
-    """As functional.track, of moments on a CPU."""
-    entered: bool = _native.track(
-        mean.numel(), count, mean.data_ptr(), m2.data_ptr(), _values(running_mean), _values(running_var),
-        rate, 0 if batches is None else batches.data_ptr(),
-    )  # fmt: skip
-    if entered and not running_mean.is_inference():
-        # autograd must know: it may have saved them
-        moved = (running_mean, running_var) if batches is None else (running_mean, running_var, batches)
-        torch.autograd.graph.increment_version(moved)
+def track(call: Call, mean: Tensor, m2: Tensor, number: int) -> bool | None:
+    """As functional.track, of moments on a CPU; None where a native call cannot update the running statistics."""
+    tracked = _tracked(call)
+    if tracked is _NOT_TRACKED:
+        return None
+    entered: bool = _native.track(mean.numel(), number, mean.data_ptr(), m2.data_ptr(), tracked)
+    if entered:
+        _mark_changed(call)
     return entered
 
 
@@ -191,20 +176,57 @@ def total(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[int, Tensor, Tens
     """The count, mean and m2 of parts that lie side by side: float64, (parts,) and (parts, C) of the same strides."""
     parts, channels = means.shape
     mean, m2 = means.new_empty(channels), means.new_empty(channels)
-    count: float = _native.merge(
+    merged: float = _native.merge(
         parts, channels, counts.data_ptr(), counts.stride(0), means.data_ptr(), m2s.data_ptr(), means.stride(0),
         mean.data_ptr(), m2.data_ptr(),
     )  # fmt: skip
-    return int(count), mean, m2
+    return int(merged), mean, m2
 
 
 def gradient_of(values: Tensor | None, x: Tensor) -> Tensor:
     """Memory for the gradient of a weight or bias of x's layer, float64 where there is none."""
-    return _statistics(x) if values is None else torch.empty_like(values)
+    return x.new_empty(x.size(1), dtype=torch.float64) if values is None else torch.empty_like(values)
 
 
-def _statistics(x: Tensor, group: int = 0) -> Tensor:
-    return x.new_empty((groups(x.size(0), group), x.size(1)) if group else x.size(1), dtype=torch.float64)
+def _stats(x: Tensor, group: int = 0) -> Tensor:
+    """Memory for two float64 of each channel, and group: one allocation."""
+    shape = (2, groups(x.size(0), group), x.size(1)) if group else (2, x.size(1))
+    return torch.empty(shape, dtype=torch.float64, device=_CPU)
+
+
+def _addresses(statistics: Tensor | FixedStatistics) -> tuple[PerChannel, PerChannel]:
+    """Those of the two halves of a tensor of `_stats`, or of two tensors."""
+    if isinstance(statistics, Tensor):
+        address = statistics.data_ptr()
+        return (address, 1), (address + 4 * statistics.numel(), 1)  # half of so many float64
+    first, second = statistics
+    return _values(first), _values(second)
+
+
+def _tracked(call: Call) -> Tracked:
+    """The running statistics of `call`, or none where a native call cannot update them."""
+    mean, var, batches = call.running_mean, call.running_var, call.batches
+    if type(mean) is not Tensor or type(var) is not Tensor or call.rate is None:
+        return _NOT_TRACKED
+    number = NUMBERS.get(mean.dtype, -1)
+    if number > 1 or number < 0 or var.dtype != mean.dtype or not (mean.is_cpu and var.is_cpu):
+        return _NOT_TRACKED
+    if not (mean.is_contiguous() and var.is_contiguous()):
+        return _NOT_TRACKED
+    counter = 0
+    if batches is not None:
+        if batches.dtype != torch.int64 or not batches.is_cpu:
+            return _NOT_TRACKED
+        counter = batches.data_ptr()
+    return (mean.data_ptr(), number), (var.data_ptr(), number), float(call.rate), counter
+
+
+def _mark_changed(call: Call) -> None:
+    """Tell autograd, which may have saved them, that the running statistics have changed."""
+    mean, var, batches = call.running_mean, call.running_var, call.batches
+    assert mean is not None and var is not None
+    if not mean.is_inference():
+        torch.autograd.graph.increment_version((mean, var) if batches is None else (mean, var, batches))
 
 
 def _summed(of_groups: Tensor, values: Tensor | None) -> Tensor:
@@ -217,8 +239,9 @@ def _per_channel(values: Tensor | None) -> tuple[Tensor | None, PerChannel]:
     """`values`, or a copy of them that can be read, which the caller keeps alive."""
     if values is None:
         return None, _DEFAULT
-    values = _dense(values)
-    return values, _values(values)
+    if not values.is_contiguous() or values.is_neg():
+        values = _dense(values)
+    return values, (values.data_ptr(), NUMBERS[values.dtype])
 
 
 def _dense(values: Tensor) -> Tensor:

@@ -7,79 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import native, operators
-from batchnorm.kernels.graph import again, asked, saved_of
-from batchnorm.kernels.native import Fused
+from batchnorm.kernels import native, operators, stepwise
+from batchnorm.kernels.backward_graph import backward_as_graph
+from batchnorm.kernels.call import NOT_FUSED, Call
 from batchnorm.kernels.observers import needs_dispatcher
-from batchnorm.kernels.reference import Given
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: Fused,
-    given: Given | None,
-    group: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As native.forward, differentiable."""
-    if given is not None:  # a copy, for the node keeps it and a later batch moves the buffer
-        given = given[0].clone(), given[1].clone()
-    call = _Call(eps, activation, given, group)
-    y: Tensor = _Normalise.apply(x, weight, bias, residual, call)
-    return y, call.mean, call.m2
-
-
-class _Call:
-    """What a call is beside its tensors, and the moments that come back."""
-
-    __slots__ = ("activation", "eps", "given", "group", "m2", "mean")
-
-    mean: Tensor
-    m2: Tensor
-
-    def __init__(self, eps: float, activation: Fused, given: Given | None, group: int) -> None:
-        self.eps, self.activation, self.given, self.group = eps, activation, given, group
 
 
 # forward(ctx, ...) and not setup_context, which costs 60 µs a call
-class _Normalise(torch.autograd.Function):
+class Normalise(torch.autograd.Function):
+    """stepwise.forward or native.forward, differentiable."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: _Call
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
     ) -> Tensor:
-        y, call.mean, call.m2 = native.forward(
-            x, weight, bias, residual, call.eps, call.activation, call.given, call.group
-        )
+        """y = activation(bn(x) + residual); fills in what `call` says that the kernels set."""
+        y = (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, residual, call)
         ctx.call = call
-        ctx.save_for_backward(x, weight, bias, *saved_of(y, residual, call.activation))
+        if residual is None or call.fused == NOT_FUSED:
+            ctx.save_for_backward(x, weight, bias)
+        else:  # what the activation was given cannot be computed again from x; y tells as much
+            ctx.save_for_backward(x, weight, bias, residual, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
-        x, weight, bias, residual, y = ctx.saved_tensors
+        """The gradients of x, weight, bias and residual."""
+        call: Call = ctx.call
+        x, weight, bias, *rest = ctx.saved_tensors
+        residual, y = rest or (None, None)
         needed = ctx.needs_input_grad
         # a gradient of this gradient is asked for, or dy is a batch of gradients under vmap
         if torch.is_grad_enabled() or not torch._C._has_storage(dy):
-            found = again(
-                dy, x, weight, bias, residual, call.eps, call.activation, call.given, needed[:4], call.group
-            )
-            return *found, None
-        backward = operators.backward if needs_dispatcher(dy) else native.backward
-        dx, dweight, dbias, dresidual = backward(
-            dy,
-            x,
-            y,
-            weight,
-            bias,
-            call.mean,
-            call.m2,
-            call.given is not None,
-            call.eps,
-            call.activation,
-            call.group,
+            return *backward_as_graph(dy, x, weight, bias, residual, call, needed), None
+        if call.stepwise:
+            gradients = stepwise.backward(dy, x, y, weight, bias, call, needed)
+        elif needs_dispatcher(dy):
+            gradients = operators.backward(dy, x, y, weight, bias, call)
+        else:
+            gradients = native.backward(dy, x, y, weight, bias, call)
+        dx, dweight, dbias, dresidual = gradients
+        return (
+            dx if needed[0] else None,
+            dweight if needed[1] else None,
+            dbias if needed[2] else None,
+            None if not needed[3] else dy if dresidual is None else dresidual,
+            None,
         )
-        return *asked(needed, dx, dweight, dbias, dy if dresidual is None else dresidual), None

@@ -20,7 +20,7 @@ def transformed() -> bool:
 def needs_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether a call must go through torch's dispatcher: for a compiler, a dispatch mode or a tensor subclass."""
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()  # an exporter without dynamo has a dispatch mode
         or torch._C._len_torch_dispatch_stack() > 0
         or not _PLAIN.issuperset(map(type, tensors))
     )
@@ -33,4 +33,4 @@ def recomputing() -> bool:
     engine, where a graph task is current. A compiled model recomputes below the level of modules; only an eager
     checkpoint around a compiled layer is not noticed, since compiled code cannot ask.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1

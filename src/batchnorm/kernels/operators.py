@@ -1,6 +1,6 @@
 """The native kernels as operators of torch's dispatcher, for torch.compile and whoever else must see each call.
 
-An operator costs twice what a node does; it may not write to its arguments, so running statistics are moved outside.
+An operator costs twice what a node does; it may not write to its arguments, so running statistics are updated outside.
 """
 
 from __future__ import annotations
@@ -11,139 +11,116 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import native
-from batchnorm.kernels.graph import again, asked, saved_of
-from batchnorm.kernels.native import Fused
-from batchnorm.kernels.reference import Given, groups
+from batchnorm.kernels.backward_graph import Gradients, backward_as_graph, select_needed
+from batchnorm.kernels.call import NOT_FUSED, Call
+from batchnorm.kernels.reference import count, groups
+
+# what an operator's kernel, its shapes and its gradient all end with
+_SETTINGS = "float eps, int activation, float slope, int group=0"
+_FORWARD = (
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? variance, "
+    f"{_SETTINGS}) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor stats, bool given, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: Fused,
-    given: Given | None,
-    group: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> Tensor:
     """As native.forward, as an operator."""
-    # copies, as in a node
-    mean, variance = (None, None) if given is None else (given[0].clone(), given[1].clone())
-    y, stats = _forward(x, weight, bias, residual, mean, variance, eps, *activation, group)
-    return y, stats[0], stats[1]
+    # copies, as for a node
+    mean, variance = (None, None) if call.fixed is None else (call.fixed[0].clone(), call.fixed[1].clone())
+    y: Tensor
+    y, stats = _forward(x, weight, bias, residual, mean, variance, call.eps, *call.fused, call.group)
+    call.stats, call.count = stats, count(x, call.group)
+    return y
 
 
-@torch.library.custom_op("batchnorm::forward", mutates_args=())
+def backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: Call
+) -> Gradients:
+    """As native.backward, as an operator."""
+    stats = call.stats if call.fixed is None else torch.stack([values.double() for values in call.fixed])
+    dx, dweight, dbias, dresidual = _backward(
+        dy, x, y, weight, bias, stats, not call.training, call.eps, *call.fused, call.group
+    )
+    return dx, dweight, dbias, None if y is None else dresidual
+
+
+def _call_of(
+    fixed: bool, mean: Any, variance: Any, eps: float, activation: int, slope: float, group: int
+) -> Call:
+    """The Call that an operator's arguments describe."""
+    call = Call(not fixed, eps, running_mean=mean, running_var=variance, group=group)
+    call.fused = activation, slope
+    return call
+
+
+@torch.library.custom_op("batchnorm::forward", mutates_args=(), schema=_FORWARD)
 def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    activation: int,
-    slope: float,
-    group: int = 0,
+    x: Tensor, weight: Any, bias: Any, residual: Any, mean: Any, variance: Any, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    given = None if mean is None or variance is None else (mean, variance)
-    y, *stats = native.forward(x, weight, bias, residual, eps, (activation, slope), given, group)
-    return y, torch.stack([values.double() for values in stats])
+    call = _call_of(mean is not None, mean, variance, *_with_group(settings))
+    y = native.forward(x, weight, bias, residual, call)
+    if call.stats is None:
+        return y, torch.stack([mean.double(), variance.double()])
+    return y, call.stats
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    activation: int,
-    slope: float,
-    group: int = 0,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Any, bias: Any, residual: Any, mean: Any, variance: Any, *settings: Any) -> Any:
+    *_, group = _with_group(settings)
     of_groups = (groups(x.size(0), group),) if group else ()
     return torch.empty_like(x), x.new_empty((2, *of_groups, x.size(1)), dtype=torch.float64)
 
 
-@torch.library.custom_op("batchnorm::backward", mutates_args=())
+@torch.library.custom_op("batchnorm::backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    given: bool,
-    eps: float,
-    activation: int,
-    slope: float,
-    group: int = 0,
+    dy: Tensor, x: Tensor, y: Any, weight: Any, bias: Any, stats: Tensor, given: bool, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias, dresidual = native.backward(
-        dy, x, y, weight, bias, stats[0], stats[1], given, eps, (activation, slope), group
-    )
+    call = _call_of(given, None, None, *_with_group(settings))
+    dx, dweight, dbias, dresidual = native.backward(dy, x, y, weight, bias, call, stats)
+    assert dx is not None and dweight is not None and dbias is not None
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    given: bool,
-    eps: float,
-    activation: int,
-    slope: float,
-    group: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, y: Any, weight: Any, bias: Any, *_: Any) -> Any:
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), native.gradient_of(weight, x), native.gradient_of(bias, x), dresidual
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    m2: Tensor,
-    given: bool,
-    eps: float,
-    activation: Fused,
-    group: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As native.backward, as an operator."""
-    stats = torch.stack([mean.double(), m2.double()])
-    dx, dweight, dbias, dresidual = _backward(dy, x, y, weight, bias, stats, given, eps, *activation, group)
-    return dx, dweight, dbias, None if y is None else dresidual
+def _with_group(settings: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The settings of an operator; the dispatcher leaves out a group that is its default."""
+    return settings if len(settings) == 4 else (*settings, 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, residual, mean, variance, ctx.eps, activation, slope, ctx.group = inputs
+    x, weight, bias, residual, mean, variance, *settings = inputs
     y, stats = output
-    ctx.activation, ctx.given = (activation, slope), mean is not None
+    ctx.call = _call_of(mean is not None, None, None, *_with_group(tuple(settings)))
+    ctx.number_of_inputs = len(inputs)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(x, weight, bias, *saved_of(y, residual, ctx.activation), mean, variance, stats)
+    if residual is None or ctx.call.fused == NOT_FUSED:  # see node.Normalise
+        ctx.save_for_backward(x, weight, bias, None, None, mean, variance, stats)
+    else:
+        ctx.save_for_backward(x, weight, bias, residual, y, mean, variance, stats)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, y, mean, variance, stats = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:4]
+    call, needed = ctx.call, ctx.needs_input_grad[:4]
+    rest = [None] * (ctx.number_of_inputs - 4)
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        given = (mean, variance) if ctx.given else None
-        found = again(dy, x, weight, bias, residual, ctx.eps, ctx.activation, given, wanted, ctx.group)
-        return *found, *[None] * 6
+        call.statistics = None if call.training else (mean, variance)
+        return *backward_as_graph(dy, x, weight, bias, residual, call, needed), *rest
     dx, dweight, dbias, dresidual = _backward(
-        dy, x, y, weight, bias, stats, ctx.given, ctx.eps, *ctx.activation, ctx.group
+        dy, x, y, weight, bias, stats, not call.training, call.eps, *call.fused, call.group
     )
-    return *asked(wanted, dx, dweight, dbias, dy if y is None else dresidual), *[None] * 6
+    return *select_needed(needed, (dx, dweight, dbias, dy if y is None else dresidual)), *rest
 
 
 torch.library.register_autograd("batchnorm::forward", _differentiate, setup_context=_save)

@@ -31,9 +31,9 @@ class Padding:
             mean = _over_positions(torch.where(mask, x, 0), accumulator(x.dtype))
             valid = _over_positions(mask, torch.int64)
             if group:
-                its, number = reference.group_of(x, group), reference.groups(x.size(0), group)
+                groups, number = reference.group_of(x, group), reference.groups(x.size(0), group)
                 mean, valid = (
-                    values.new_zeros(number, values.size(1)).index_add(0, its, values)
+                    values.new_zeros(number, values.size(1)).index_add(0, groups, values)
                     for values in (mean, valid)
                 )
             else:
@@ -45,11 +45,11 @@ class Padding:
         filling = self.filling[reference.group_of(x, self.group)] if self.group else self.filling
         return torch.where(self.mask, x, channelwise(filling, x))
 
-    def prevails(self, x: Tensor) -> bool:
+    def dominates(self, x: Tensor) -> bool:
         """Whether there is so much of it that taking it out again would lose digits."""
         return bool((self.valid * 64 < reference.count(x, self.group)).any())
 
-    def taken_out_of(self, whole: Moments) -> Moments:
+    def remove_from(self, whole: Moments) -> Moments:
         """The moments without the filling: the inverse of `merge`, for a part without spread."""
         filled = whole.count - self.valid
         distance = whole.mean - self.filling

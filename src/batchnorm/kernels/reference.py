@@ -8,11 +8,11 @@ and signature and is tested against this one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.call import Activation, Call, FixedStatistics
 from batchnorm.moments import (
     Affine,
     Moments,
@@ -22,22 +22,6 @@ from batchnorm.moments import (
     count_per_channel,
     of_masked,
 )
-
-Given = tuple[Tensor, Tensor]  # a mean and a variance, (C,) each
-
-
-class Exchange(Protocol):
-    """What stands between the values of one call and the moments they are normalised by: other ranks, say."""
-
-    @property
-    def others(self) -> bool:
-        """Whether others than the values at hand have a say."""
-
-    def moments(self, own: Callable[[], Moments]) -> Moments:
-        """The moments to normalise by; `own()` are those of the values at hand. Differentiable as `own()` is."""
-
-    def sums(self, own: Tensor) -> Tensor:
-        """Σ g and Σ g·x̂, (2, C), over all that `moments` speaks of, from those over the values at hand."""
 
 
 def groups(samples: int, size: int) -> int:
@@ -69,8 +53,8 @@ def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
     if split == 0:
         return Moments(_row(last.count, x), last.mean[None], last.m2[None])
     side_by_side = _as_channels(x[:split], group)
-    theirs = None if mask is None else _as_channels(mask[:split].expand_as(x[:split]), group)
-    first = _moments(side_by_side, theirs)
+    mask_side_by_side = None if mask is None else _as_channels(mask[:split].expand_as(x[:split]), group)
+    first = _moments(side_by_side, mask_side_by_side)
     mean, m2 = (values.unflatten(0, (-1, x.size(1))) for values in (first.mean, first.m2))
     if mask is None:
         counts = count(x, group)
@@ -100,7 +84,7 @@ def _as_channels(x: Tensor, group: int) -> Tensor:
     return joined
 
 
-def mean_and_variance(moments: Moments) -> Given:
+def mean_and_variance(moments: Moments) -> FixedStatistics:
     """Those to normalise by, the variance biased; 0 and 1 where there is nothing to normalise."""
     if isinstance(moments.count, int):
         if moments.count > 0:
@@ -112,42 +96,38 @@ def mean_and_variance(moments: Moments) -> Given:
 
 
 def normalise(
-    x: Tensor, given: Given, weight: Tensor | None, bias: Tensor | None, eps: float, group: int = 0
+    x: Tensor,
+    statistics: FixedStatistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: int = 0,
 ) -> Tensor:
     """y = weight·x̂ + bias with x̂ = (x - mean) / √(variance + eps), in x's dtype (alg. 1, lines 3-4)."""
-    mean, variance = given
+    mean, variance = statistics
     affine = Affine.normalising(mean, variance, weight, bias, eps)
     if group:
-        its = group_of(x, group)
-        affine, mean = Affine(affine.scale[its], affine.shift[its]), mean[its]
+        groups = group_of(x, group)
+        affine, mean = Affine(affine.scale[groups], affine.shift[groups]), mean[groups]
     return affine(x, about=mean)
 
 
 def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    given: Given | None,
-    group: int = 0,
-    mask: Tensor | None = None,
-    exchange: Exchange | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
 ) -> tuple[Tensor, Moments | None]:
-    """Normalise `x` by its own moments, and return these detached; or by those `given`, constants, and return None.
-
-    group: samples that have moments of their own. mask: which positions have a say in them, see moments.positions.
-    exchange: what makes other moments of them.
-    """
-    if given is not None:
+    """Normalise `x` as `call` says, activation aside; return the moments too, detached, if they are its own."""
+    if not call.training:
+        assert call.statistics is not None
+        mean, variance = call.statistics
         # a copy, for autograd may keep it and a later batch moves the buffer
-        return normalise(x, (given[0].clone(), given[1]), weight, bias, eps), None
+        return normalise(x, (mean.clone(), variance), weight, bias, call.eps), None
 
     def own() -> Moments:
-        return moments(x, mask, group)
+        return moments(x, call.mask, call.group)
 
-    found = own() if exchange is None else exchange.moments(own)
+    found = own() if call.exchange is None else call.exchange.moments(own)
     detached = Moments(found.count, found.mean.detach(), found.m2.detach())
-    return normalise(x, mean_and_variance(found), weight, bias, eps, group), detached
+    return normalise(x, mean_and_variance(found), weight, bias, call.eps, call.group), detached
 
 
 def backward(
@@ -183,9 +163,9 @@ def track(
     mean = moments.mean.to(running_mean.dtype)
     variance = moments.variance(unbiased=True).to(running_var.dtype)
     if isinstance(moments.count, Tensor) and moments.count.dim() == 1:  # a channel may have nothing to say
-        told = moments.count > 1
-        mean, variance = torch.where(told, mean, running_mean), torch.where(told, variance, running_var)
-        entered = (mean + variance).isfinite().all() & told.any()
+        known = moments.count > 1
+        mean, variance = torch.where(known, mean, running_mean), torch.where(known, variance, running_var)
+        entered = (mean + variance).isfinite().all() & known.any()
     else:
         entered = (mean + variance).isfinite().all()
     for running, batch in ((running_mean, mean), (running_var, variance)):
@@ -194,8 +174,6 @@ def track(
         batches.add_(entered)
     return entered
 
-
-Activation = str | Callable[[Tensor], Tensor] | None
 
 # What may follow the normalisation, by torch's names; each takes and returns a tensor.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 STATISTICS = ("running_mean", "running_var")
 
 
-def rate(momentum: float | None, batches: Tensor | None, debiased: bool) -> float | Tensor:
+def rate_of_next(momentum: float | None, batches: Tensor | None, debiased: bool) -> float | Tensor:
     """The weight of the next batch after `batches` others.
 
     momentum: that weight itself, the exponential average; None: 1/n for the nth batch, the cumulative one.
@@ -53,11 +53,13 @@ def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
     widen(module)
 
 
-def flat(holder: Any) -> tuple[Tensor | None, Tensor | None]:
+def flat(holder: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """The running mean and variance of `holder`, (C,) each, a view of those of single activations."""
-    mean, var = holder.running_mean, holder.running_var
+    buffers = holder._buffers  # an attribute of a module costs a microsecond
+    mean, var = buffers["running_mean"], buffers["running_var"]
     if mean is None or mean.dim() == 1:
         return mean, var
+    assert var is not None
     if not (mean.is_contiguous() and var.is_contiguous()):
         raise RuntimeError("running statistics of single activations are seen flat and must be contiguous")
     return mean.flatten(), var.flatten()

@@ -9,11 +9,10 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from batchnorm import functional
-from batchnorm.kernels.observers import recomputing, transformed
+from batchnorm.kernels.call import Call
+from batchnorm.kernels.observers import transformed
 from batchnorm.layer_path import forget_name, qualified_name
-from batchnorm.moments import Moments
-from batchnorm.running.buffers import RunningStatistics, apply_widely, flat, rate, widen
+from batchnorm.running.buffers import RunningStatistics, apply_widely, flat, widen
 from batchnorm.running.domain import active
 
 
@@ -109,15 +108,12 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
             )
         return mean, var
 
-    def _track(self, moments: Moments, mean: Tensor, var: Tensor, batches: Tensor | None) -> None:
-        """Let the batch enter the running statistics, if it may, and count it."""
-        if (isinstance(moments.count, int) and moments.count == 0) or recomputing():
+    def _count_skipped(self, call: Call) -> None:
+        """Count the batch if it has not entered the running statistics, which `call` should have updated."""
+        moments = call.batch_moments()
+        if moments is None or call.updated is None:
             return
-        following = rate(self.momentum, batches, self.debiased)
-        entered = functional.track(moments, mean, var, following, batches)
-        if entered is True:  # known at once, on a CPU
-            return
-        skipped = ~torch.as_tensor(entered)
+        skipped = ~torch.as_tensor(call.updated)
         if isinstance(moments.count, Tensor):
             skipped = skipped & (moments.count > 0).any()  # of padding alone it says nothing
         if self.num_batches_skipped is not None and not _mapped(skipped, self.num_batches_skipped):

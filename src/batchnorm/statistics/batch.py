@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from batchnorm import functional
-from batchnorm.kernels.reference import Activation, Exchange
+from batchnorm.kernels.call import Activation, Call, Exchange
 from batchnorm.moments import Moments
 
 
@@ -37,21 +37,19 @@ class Batch:
     def normalised(
         self, training: bool = True, group: int = 0, exchange: Exchange | None = None
     ) -> tuple[Tensor, Moments | None]:
-        """The output and the moments it was normalised by, as functional.normalise returns them."""
-        return functional.normalise(
-            self.input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
+        """The output, and the moments it was normalised by; None where those are the running statistics."""
+        call = Call(
             training,
             self.eps,
             self.activation,
-            self.residual,
-            self.mask,
-            group,
-            exchange,
+            self.running_mean,
+            self.running_var,
+            mask=self.mask,
+            group=group,
+            exchange=exchange,
         )
+        output = functional.normalise(self.input, self.weight, self.bias, self.residual, call)
+        return output, call.batch_moments()
 
 
 class Statistics:

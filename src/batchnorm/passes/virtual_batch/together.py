@@ -51,7 +51,7 @@ def _of_different_sizes(
         for values in (inputs, residuals, masks)
     ]
     assert rows[0] is not None
-    output = layer._normalised(rows[0], rows[1], rows[2], layer.weight, layer.bias)
+    output = layer._normalised(rows[0], rows[1], rows[2], *layer._affine())
     parts = output.split([x.numel() // x.size(1) for x in inputs])
     return tuple(
         part.reshape(x.size(0), *x.shape[2:], x.size(1)).movedim(-1, 1).clone()

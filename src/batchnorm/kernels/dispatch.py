@@ -1,0 +1,211 @@
+"""Backend dispatch: batch normalization as one differentiable step, by whichever kernels are in use and can.
+
+native     on a CPU: one node of the autograd graph, which saves x and 2·C numbers
+the same   as operators of torch's dispatcher, where a compiler or another observer has to see them
+torch      its own kernels, on every other device
+reference  plain torch operations: for torch.func's transforms, forward-mode gradients, gradients of gradients
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.kernels import choice, reference
+from batchnorm.kernels.call import NOT_FUSED, Activation, Call, Fused
+from batchnorm.kernels.observers import needs_dispatcher, transformed
+from batchnorm.kernels.padding import Padding
+from batchnorm.kernels.reference import activate
+from batchnorm.moments import Moments, accumulator, channelwise, count_per_channel, statistics_dtype
+
+if choice.built():
+    from batchnorm.kernels import native, node, operators, stepwise
+
+
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> Tensor:
+    """activation(bn(x) + residual) of `x`, (N, C, *S), as `call` says; fills in what it says that the kernels set.
+
+    Where the mask is False, input and residual may hold anything and the output is 0.
+    """
+    if call.mask is not None and call.padding is None:
+        return _masked(x, weight, bias, residual, call, call.mask)
+    activation, stepwise = call.activation, call.stepwise
+    backend = _backend(x, stepwise)
+    if backend == "native":
+        fused = _fused(x, activation, residual)
+        if fused is not None:
+            call.fused = fused
+            call.updates_inline = call.rate is not None and not stepwise and not call.group
+            return _native(x, weight, bias, residual, call)
+        y = _native(x, weight, bias, None, call)
+    elif backend == "torch" and (not call.training or not (stepwise or call.group)):
+        y = _by_torch(x, weight, bias, call)
+    else:
+        y, call.moments = reference.batch_norm(x, weight, bias, call)
+    return activate(y, activation, residual)
+
+
+def _masked(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call, mask: Tensor
+) -> Tensor:
+    if residual is not None:
+        residual = torch.where(mask, residual, 0)
+    if call.fixed is None:
+        padding = Padding.of(x, mask, call.group)
+        call.padding, call.stepwise = padding, True
+        return torch.where(mask, normalise(padding.fill(x), weight, bias, residual, call), 0)
+    # nothing is counted: only what is under the mask must be harmless
+    x = torch.where(mask, x, channelwise(call.fixed[0].detach().to(x.dtype), x))
+    call.mask = None
+    return torch.where(mask, normalise(x, weight, bias, residual, call), 0)
+
+
+def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
+    """The moments that `normalise` would find, detached."""
+    with torch.no_grad():
+        if _backend(x, stepwise=True) != "native":
+            return reference.moments(x, mask, group)
+        padding = None if mask is None else Padding.of(x, mask, group)
+        return stepwise.own_moments(x if padding is None else padding.fill(x), padding, group)
+
+
+def total(parts: Moments) -> Moments:
+    """`Moments.total`, with a count that is a number where the native kernels know it."""
+    count, mean, m2 = parts.count, parts.mean, parts.m2
+    assert isinstance(count, Tensor)
+    if (
+        count.numel() != mean.size(0)
+        or _backend(mean, stepwise=True) != "native"
+        or (torch.is_grad_enabled() and (mean.requires_grad or m2.requires_grad))
+        or mean.stride(1) != 1
+        or mean.stride() != m2.stride()
+    ):
+        return parts.total()
+    return Moments(*native.total(count.reshape(-1).double(), mean, m2))
+
+
+def track(
+    moments: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: float | Tensor,
+    batches: Tensor | None = None,
+) -> bool | Tensor:
+    """Move the running statistics towards `moments`, in place, by `rate`: the weight of the new batch.
+
+    The variance enters unbiased. Moments that are not all finite, or of fewer than two values, do not enter; the
+    batches that do are counted in `batches`, int64 and 0-dimensional.
+
+    Returns: whether the moments entered; a 0-dimensional bool tensor where a device would have to be waited for.
+    """
+    count, mean, m2 = moments.count, moments.mean, moments.m2
+    if (
+        choice.active() == "native"
+        and isinstance(count, int)
+        and mean.is_cpu
+        and mean.dtype == torch.float64
+        and not needs_dispatcher(running_mean, running_var)
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        call = Call(True, 0.0, None, running_mean, running_var, rate, batches)
+        entered = native.track(call, mean, m2, count)
+        if entered is not None:
+            return entered
+    return reference.track(moments, running_mean, running_var, rate, batches)
+
+
+def _backend(x: Tensor, stepwise: bool = False) -> choice.Name:
+    """Which kernels compute for `x`; `stepwise`: by several calls, which only autograd may see."""
+    # torch.func's transforms and forward-mode gradients need every step, not one node
+    if transformed():
+        return "reference"
+    # torch.jit.trace records torch's operations only
+    if not torch.compiler.is_dynamo_compiling() and torch._C._is_tracing():
+        return "torch"
+    kernels = choice.active()
+    if x.numel() == 0 and not stepwise:
+        return "reference"
+    if kernels == "native":
+        if not x.is_cpu:
+            return "torch"
+        if stepwise and needs_dispatcher(x):
+            return "reference"
+    return kernels
+
+
+def _fused(x: Tensor, activation: Activation, residual: Tensor | None) -> Fused | None:
+    """What the native kernels call `activation`, if they can do all that follows the normalisation."""
+    if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
+        return None
+    if activation is None:
+        return NOT_FUSED
+    if isinstance(activation, str):
+        return native.FUSED.get(activation)
+    return _fused_module(activation) if isinstance(activation, nn.Module) else None
+
+
+def _fused_module(module: nn.Module) -> Fused | None:
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return None
+    if type(module) is nn.ReLU:
+        return native.FUSED["relu"]
+    if type(module) is nn.ReLU6:
+        return native.FUSED["relu6"]
+    # of a negative slope y's sign would not tell that of its input
+    if type(module) is nn.LeakyReLU and module.negative_slope >= 0:
+        return native.LEAKY_RELU, module.negative_slope
+    return None
+
+
+def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
+    dtype = accumulator(x.dtype)
+    weight, bias = (None if values is None else values.to(dtype) for values in (weight, bias))
+    if call.fixed is not None:
+        mean, variance = (values.to(dtype, copy=True) for values in call.fixed)
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, call.eps, True)
+    channels, count = x.size(1), count_per_channel(x)
+    # with a momentum of 1 the "running" statistics become this batch's own, the variance unbiased
+    mean, variance = (torch.zeros(channels, dtype=dtype, device=x.device) for _ in range(2))
+    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, call.eps, True)
+    wide = statistics_dtype(x.device)
+    call.moments = Moments(count, mean.to(wide), variance.to(wide) * (count - 1))
+    return y
+
+
+def _native(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> Tensor:
+    if not ((weight is None or weight.is_cpu) and (bias is None or bias.is_cpu)):
+        raise _other_device(x, weight, bias)
+    if call.statistics is not None and not (call.statistics[0].is_cpu and call.statistics[1].is_cpu):
+        raise _other_device(x, *call.statistics)
+    if not call.stepwise and needs_dispatcher(x, weight, bias, residual):
+        return operators.forward(x, weight, bias, residual, call)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        fixed = None if call.training else call.statistics
+        if fixed is not None:  # copies, for the node keeps them and a later batch moves the buffers
+            mean, variance = fixed
+            call.statistics = mean.clone(), variance.clone()
+        y: Tensor = node.Normalise.apply(x, weight, bias, residual, call)
+        return y
+    return (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, residual, call)
+
+
+def _other_device(x: Tensor, *per_channel: Tensor | None) -> RuntimeError:
+    elsewhere = next(values.device for values in per_channel if values is not None and not values.is_cpu)
+    return RuntimeError(
+        f"the input is on {x.device} but a weight, bias or running statistic on {elsewhere}: "
+        "move them to one device, e.g. with model.to(input.device)"
+    )
