@@ -14,7 +14,7 @@ install: $(INSTALLED) ## build .venv with the library and the tools, at the vers
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard native/*)
 	@echo "building $(VENV): about three minutes, for torch and the C++ kernels"
 	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot build it: on Debian, apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## the paper's MNIST experiment on real digits, as a page with its pictures and a verdict

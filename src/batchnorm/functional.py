@@ -31,7 +31,7 @@ def batch_norm(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Batch normalization of each channel of `input` (Ioffe & Szegedy 2015, alg. 1 and 2).
+    """Batch normalization of each channel of `input` (Ioffe & Szegedy 2015, algorithms 1 and 2, section 3.2).
 
         output = activation(weight · (input - mean) / √(var + eps) + bias + residual)
 
@@ -46,12 +46,12 @@ def batch_norm(
     Args:
         input: (N, C, *S), any floating dtype; statistics are computed in float32 or wider.
         running_mean: (C,) or None; required unless training.
-        running_var: (C,) or None, as running_mean.
+        running_var: (C,) or None, as running_mean; an average of unbiased variances.
         weight: (C,) the paper's γ; None stands for 1.
         bias: (C,) the paper's β; None stands for 0.
         training: as above.
         momentum: the weight of the new batch, torch's convention (Keras's and TensorFlow's is 1 - momentum).
-        eps: added to the variance, inside the root.
+        eps: added to the variance, inside the root; in the unit of the input squared.
         activation: None, "relu", "leaky_relu", "relu6", "silu", "sigmoid", "tanh", or a function of a tensor.
         residual: added before the activation; has the shape of `input`.
         mask: bool, broadcastable to (N, 1, *S), True where a position is valid; or the lengths of sequences, (N,)
@@ -66,8 +66,18 @@ def batch_norm(
             given; an unknown activation; a residual or a mask of another shape.
         TypeError: a mask that is neither bool nor lengths.
         RuntimeError: a per-channel argument whose shape is not (C,); no running statistics when not training;
-            an input of less than 2 dimensions (an IndexError, as torch's, when training without running statistics).
+            an input of less than 2 dimensions, unless that is an IndexError.
+        IndexError: as torch's, an input of less than 2 dimensions when training without running statistics.
         NotImplementedError: an input that is not floating point.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> x = torch.randn(16, 8, 7, 7)
+        >>> y = bn.batch_norm(x, None, None, training=True, activation="relu", residual=x)
+        >>> y.shape
+        torch.Size([16, 8, 7, 7])
+        >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True).add(x).relu(), atol=1e-5)
+        True
     """
     if mask is not None:
         mask = positions(mask, input)

@@ -27,10 +27,10 @@ from batchnorm.statistics.population import Population
 
 # What the three layers share; they differ in the ranks they accept, which torch's classes check.
 class _BatchNorm(Tracking):
-    """Batch normalization by the batch when training, by running statistics in evaluation.
+    """Batch normalization of {shapes} inputs: by the batch when training, by running statistics in evaluation.
 
     In training the output is activation(weight·x̂ + bias + residual), x̂ normalised by the batch's moments, and
-    the running statistics follow the batch (Ioffe & Szegedy 2015, alg. 1 and 2). In evaluation x̂ is normalised by
+    the running statistics follow the batch (Ioffe & Szegedy 2015, algorithms 1 and 2). In evaluation x̂ is normalised by
     the running statistics, or still by the batch's when `track_running_stats=False`.
 
     A batch whose mean or variance is inf or nan does not enter the running statistics:
@@ -41,9 +41,10 @@ class _BatchNorm(Tracking):
 
     Args:
         num_features: C, the number of channels of an input (N, C, *S); or (C, *S): then every activation has moments,
-            weight and bias of its own, which are of that shape (alg. 1 itself, before section 3.2).
-        eps: added to the variance, inside the root.
-        momentum: weight of the new batch in the running statistics; None averages all batches equally.
+            weight and bias of its own, which are of that shape (algorithm 1 itself, before section 3.2).
+        eps: added to the variance, inside the root; in the unit of the input squared.
+        momentum: weight of the new batch in the running statistics, torch's convention; None averages all batches
+            equally (algorithm 2).
         affine: learn `weight` (γ) and `bias` (β), (C,) each.
         track_running_stats: keep `running_mean` and `running_var`, float32 or wider whatever `dtype` is.
         device: of parameters and buffers.
@@ -51,9 +52,21 @@ class _BatchNorm(Tracking):
         bias: False learns `weight` alone (needs a torch whose layers have this argument).
         activation: None, "relu", "leaky_relu", "relu6", "silu", "sigmoid", "tanh", a module or a function.
         statistics: by whose moments a training batch is normalised: None, its own; Ghost, Sync, Renorm, Population.
-        debiased: the exponential average forgets what the buffers began with: of the first batch it is that batch.
+        debiased: the exponential average forgets what the buffers began with: of the first batch it is that batch
+            (Kingma & Ba 2014, section 3).
         on_single: what one value per channel does in training, whose variance is 0: "raise" a ValueError, or take
             the "running" statistics for this batch, which then does not enter them.
+
+    Raises:
+        ValueError: an unknown activation or `on_single`.
+        TypeError: `statistics` is not one of those named above.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> {layer}
+        >>> {output}
+        >>> output.shape
+        {size}
     """
 
     num_features: int | tuple[int, ...]  # type: ignore[assignment]
@@ -98,16 +111,31 @@ class _BatchNorm(Tracking):
         self.debiased, self.on_single = debiased, on_single
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalise `input`, (N, C, *S); add `residual`, of the same shape; apply the activation.
+        """Normalise `input`, add `residual`, apply the activation.
 
-        mask: bool, broadcastable to (N, 1, *S), True where a position is valid; or the lengths of sequences, (N,)
-            integers, for an input of (N, C, L). Padding may hold anything, has no say in any statistic or gradient,
-            and comes out as 0.
+        Args:
+            input: (N, C, *S), float16, bfloat16, float32 or float64; statistics are computed in float32 or wider.
+            residual: added before the activation; has the shape of `input`.
+            mask: bool, broadcastable to (N, 1, *S), True where a position is valid; or the lengths of sequences, (N,)
+                integers, for an input of (N, C, L). Padding may hold anything, enters no statistic and no gradient,
+                and comes out as 0.
 
-        Raises: ValueError for a wrong rank, for one value per channel in training and for a residual or mask of another
-            shape; RuntimeError for a wrong number of channels; NotImplementedError for an input that
-            is not floating point; TypeError for a mask that is neither bool nor lengths. A note on the error names
-            the layer.
+        Returns: the output, in the shape and dtype of `input`.
+
+        Raises:
+            ValueError: a wrong rank; one value per channel in training; a residual or mask of another shape.
+            RuntimeError: a wrong number of channels.
+            NotImplementedError: `input` is not floating point.
+            TypeError: `mask` is neither bool nor lengths.
+
+        A note on each error names the layer.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> layer = bn.BatchNorm1d(8)
+            >>> padded = layer(torch.randn(2, 8, 50), mask=torch.tensor([50, 7]))
+            >>> padded[1, :, 7:].abs().max().item()
+            0.0
         """
         if type(input) is not Tensor or residual is not None or mask is not None:
             for value in (input, residual, mask):  # stay one node of an fx graph, as torch's own layers do
@@ -247,25 +275,45 @@ class _BatchNorm(Tracking):
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    __doc__ = f"Batch normalization of (N, C) or (N, C, L) inputs.\n\n    {_BatchNorm.__doc__}"
+    __doc__ = (_BatchNorm.__doc__ or "").format(
+        shapes="(N, C) or (N, C, L)",
+        layer='layer = bn.BatchNorm1d(8, activation="relu", debiased=True)',
+        output="output = layer(torch.randn(16, 8))",
+        size="torch.Size([16, 8])",
+    )
     _shapes = "(N, C) or (N, C, L)"
     _ranks = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    __doc__ = f"Batch normalization of (N, C, H, W) inputs.\n\n    {_BatchNorm.__doc__}"
+    __doc__ = (_BatchNorm.__doc__ or "").format(
+        shapes="(N, C, H, W)",
+        layer='x, layer = torch.randn(16, 8, 7, 7), bn.BatchNorm2d(8, activation="relu")',
+        output="output = layer(x, residual=x)",
+        size="torch.Size([16, 8, 7, 7])",
+    )
     _shapes = "(N, C, H, W)"
     _ranks = (4,)
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    __doc__ = f"Batch normalization of (N, C, D, H, W) inputs.\n\n    {_BatchNorm.__doc__}"
+    __doc__ = (_BatchNorm.__doc__ or "").format(
+        shapes="(N, C, D, H, W)",
+        layer="layer = bn.BatchNorm3d(8, momentum=None).eval()",
+        output="output = layer(torch.randn(1, 8, 4, 7, 7))",
+        size="torch.Size([1, 8, 4, 7, 7])",
+    )
     _shapes = "(N, C, D, H, W)"
     _ranks = (5,)
 
 
 class BatchNorm(_BatchNorm):
-    __doc__ = f"Batch normalization of (N, C, *S) inputs of any rank.\n\n    {_BatchNorm.__doc__}"
+    __doc__ = (_BatchNorm.__doc__ or "").format(
+        shapes="(N, C, *S)",
+        layer="layer = bn.BatchNorm((8, 5, 5))  # every activation by itself",
+        output="output = layer(torch.randn(16, 8, 5, 5))",
+        size="torch.Size([16, 8, 5, 5])",
+    )
     _shapes = "(N, C, *S)"
     _ranks = ()
 

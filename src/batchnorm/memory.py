@@ -24,7 +24,16 @@ def keep_memory() -> bool:
     """Keep freed memory in this process; return whether that took effect.
 
     It does where glibc's malloc serves the process: not on macOS, Windows or musl, nor when jemalloc, tcmalloc or
-    another library stands in for it.
+    another library stands in for it. The process stays at its peak until `return_memory`.
+
+    Returns: whether the setting took effect.
+
+    Example:
+        >>> import batchnorm as bn
+        >>> kept = bn.keep_memory()  # once, before a training
+        >>> given_back = bn.return_memory()  # after it
+        >>> kept == given_back
+        True
     """
     # a higher mmap threshold would say the same, but older versions of glibc refuse one above 32 MB
     return _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
@@ -33,8 +42,15 @@ def keep_memory() -> bool:
 def return_memory() -> bool:
     """Give freed memory back to the system, now and from now on; return whether that took effect.
 
-    The thresholds become those that glibc arrives at by itself in a process with large tensors. They may have been
-    other ones, from environment variables say: glibc does not tell.
+    The thresholds become those that glibc arrives at by itself in a process with large tensors, 32 MB for a mapping of
+    its own and 64 MB for a trim. They may have been other ones, from environment variables say: glibc does not tell.
+
+    Returns: whether the setting took effect, which it does where `keep_memory` does.
+
+    Example:
+        >>> import batchnorm as bn
+        >>> bn.return_memory() == bn.keep_memory() == bn.return_memory()
+        True
     """
     done = _set({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 * _MB, _TRIM_THRESHOLD: 64 * _MB})
     if done:

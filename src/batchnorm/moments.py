@@ -100,14 +100,22 @@ def count_per_channel(x: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What a batch says of each channel: how many values, their mean, their squared deviations from it.
+    """The statistics of each channel of a batch: number of values, mean, sum of squared deviations from the mean.
 
-    count: number of values per channel, an int (or a tensor when it is only known at run time, (C,) where channels
-        differ); 0 is legal and says nothing, whatever `mean` and `m2` are.
-    mean: (C,) their mean.
-    m2: (C,) the sum of (x - mean)²: count times the biased variance.
+    Those of several groups side by side are (groups, C) and broadcast against a count of (groups, 1). In the letters of
+    Ioffe & Szegedy 2015, algorithm 1: count is m, mean is μ_B, m2 is m·σ²_B.
 
-    Those of several groups side by side are (groups, C) and broadcast against a count of (groups, 1).
+    Args:
+        count: number of values per channel, an int (or a tensor when it is only known at run time, (C,) where
+            channels differ); 0 is legal and says nothing, whatever `mean` and `m2` are.
+        mean: (C,) their mean, in the unit of the input; `Moments.of` makes it float64 (float32 on MPS).
+        m2: (C,) the sum of (x - mean)², in that unit squared: count times the biased variance; of mean's dtype.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> moments = bn.Moments(4, mean=torch.tensor([2.0]), m2=torch.tensor([12.0]))
+        >>> moments.variance(), moments.variance(unbiased=True)
+        (tensor([3.]), tensor([4.]))
     """
 
     count: int | Tensor
@@ -116,7 +124,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None = None) -> Moments:
-        """The moments of each channel of `x`, (N, C, *S), in float64 (Ioffe & Szegedy 2015, alg. 1, lines 1-2).
+        """The moments of each channel of `x`, in float64 (Ioffe & Szegedy 2015, algorithm 1, lines 1-2).
 
             shift = a first mean, rounded       delta = mean(x - shift)
             mean  = shift + delta               m2    = Σ (x - shift - delta)²
@@ -125,11 +133,25 @@ class Moments:
         and standard deviation 1 in float32 the mean is right to about 1e-10. E[x²] - E[x]² is never formed.
         Differentiable, twice.
 
-        mask: bool, broadcastable to (N, 1, *S); only positions where it is True are counted. Or the lengths of
-            sequences, (N,) integers, for an `x` of (N, C, L).
+        Args:
+            x: (N, C, *S), float16, bfloat16, float32 or float64.
+            mask: bool, broadcastable to (N, 1, *S); only positions where it is True are counted. Or the lengths of
+                sequences, (N,) integers, for an `x` of (N, C, L). None counts every position.
 
-        Raises: NotImplementedError for an input that is not floating point; IndexError for one without channels;
-            TypeError or ValueError for a mask that is not bool or not of that shape.
+        Returns: the moments, mean and m2 of shape (C,) and float64 (float32 on MPS); count is N·|S|, or with a mask the
+            number of positions that it leaves, a 0-dimensional tensor.
+
+        Raises:
+            NotImplementedError: `x` is not floating point.
+            IndexError: `x` has fewer than 2 dimensions.
+            TypeError: `mask` is neither bool nor lengths.
+            ValueError: `mask` does not broadcast to (N, 1, *S), or a length is not from 0 to L.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> moments = bn.Moments.of(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))
+            >>> moments.count, moments.mean.tolist(), moments.m2.tolist()
+            (2, [2.0, 10.0], [2.0, 0.0])
         """
         if x.dim() < 2:
             raise IndexError(
@@ -156,7 +178,20 @@ class Moments:
 
         Associative and free of order up to rounding; parts with count 0 change nothing.
 
-        Raises: ValueError when the parts do not describe the same channels.
+        Args:
+            others: moments of the other parts, mean and m2 of the same shape as this one's.
+
+        Returns: the moments of all parts; count is an int, or a tensor where that of a part is one.
+
+        Raises:
+            ValueError: the parts do not describe the same channels.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> x = torch.arange(12.0).reshape(6, 2)
+            >>> merged = bn.Moments.of(x[:2]).merge(bn.Moments.of(x[2:]))
+            >>> torch.allclose(merged.m2, bn.Moments.of(x).m2)
+            True
         """
         parts = (self, *others)
         if any(part.mean.shape != self.mean.shape for part in others):
@@ -173,7 +208,17 @@ class Moments:
         return Moments(sum(part.count for part in parts), total.mean, total.m2)
 
     def total(self) -> Moments:
-        """`merge` of moments that lie side by side: the first dimension of `mean` and `m2`, which `count` has too."""
+        """`merge` of moments that lie side by side: the first dimension of `mean` and `m2`, which `count` has too.
+
+        Returns: the moments of all groups together, of one dimension less: (C,) from (groups, C).
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> of_groups = bn.Moments(torch.tensor([[1], [3]]), torch.tensor([[0.0], [4.0]]), torch.zeros(2, 1))
+            >>> whole = of_groups.total()
+            >>> int(whole.count), whole.mean.tolist(), whole.m2.tolist()
+            (4, [3.0], [12.0])
+        """
         assert isinstance(self.count, Tensor)
         weight = self.count.to(self.mean.dtype)
         mean, m2 = torch.where(weight > 0, self.mean, 0), torch.where(weight > 0, self.m2, 0)
@@ -186,10 +231,21 @@ class Moments:
         return Moments(count.squeeze() if count.numel() == 1 else count, merged, (m2 + spread).sum(0))
 
     def variance(self, unbiased: bool = False) -> Tensor:
-        """(C,) variance: m2 / count, or m2 / (count - 1) with `unbiased` (Bessel's correction).
+        """The variance of each channel: m2 / count, or m2 / (count - 1) with `unbiased` (Bessel's correction).
 
-        Normalising uses the biased one (alg. 1), running statistics the unbiased one (alg. 2, line 10).
-        nan where the divisor is 0: no values, or one value and `unbiased`.
+        Normalising uses the biased one (Ioffe & Szegedy 2015, algorithm 1), running statistics the unbiased one
+        (algorithm 2, line 10).
+
+        Args:
+            unbiased: divide by count - 1 instead of count.
+
+        Returns: (C,) of m2's dtype; nan where the divisor is 0: no values, or one value and `unbiased`.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> moments = bn.Moments.of(torch.tensor([[1.0], [3.0]]))
+            >>> moments.variance().item(), moments.variance(unbiased=True).item()
+            (1.0, 2.0)
         """
         divisor = self.count - 1 if unbiased else self.count
         if isinstance(divisor, Tensor):
@@ -217,19 +273,45 @@ def of_masked(x: Tensor, mask: Tensor) -> Moments:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """What a normalisation does to each channel: y = scale·x + shift, with (C,) `scale` and `shift`."""
+    """The affine map that a normalisation applies to each channel: y = scale·x + shift.
+
+    Args:
+        scale: (C,) in float32 or wider; `Affine.of` makes it float64 (float32 on MPS).
+        shift: (C,) of the same dtype.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> affine = bn.Affine(scale=torch.tensor([2.0]), shift=torch.tensor([1.0]))
+        >>> affine(torch.tensor([[3.0]]))
+        tensor([[7.]])
+    """
 
     scale: Tensor
     shift: Tensor
 
     @classmethod
     def of(cls, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> Affine:
-        """The affine map that normalises by `moments` (Ioffe & Szegedy 2015, alg. 1, lines 3-4; alg. 2, line 11).
+        """The affine map that normalises by `moments` (Ioffe & Szegedy 2015, algorithm 1, lines 3-4).
 
             scale = weight / √(variance + eps)      shift = bias - scale·mean
 
-        The variance is the biased one and eps stands inside the root. `weight` (the paper's γ) and `bias`
-        (β) are (C,) or None, which stand for 1 and 0.
+        The variance is the biased one and eps stands inside the root. With population statistics in place of the
+        batch's it is algorithm 2, line 11.
+
+        Args:
+            moments: of the batch, mean and m2 of shape (C,).
+            weight: (C,) the paper's γ; None stands for 1.
+            bias: (C,) the paper's β; None stands for 0.
+            eps: added to the variance, inside the root; in the unit of the input squared.
+
+        Returns: the map, with scale and shift of shape (C,) and float64 (float32 on MPS).
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> x = torch.tensor([[1.0], [3.0]])
+            >>> affine = bn.Affine.of(bn.Moments.of(x), weight=None, bias=None, eps=0.0)
+            >>> affine.scale.item(), affine.shift.item(), affine(x).tolist()
+            (1.0, -2.0, [[-1.0], [1.0]])
         """
         return cls.normalising(moments.mean, moments.variance(), weight, bias, eps)
 
@@ -237,7 +319,27 @@ class Affine:
     def normalising(
         cls, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Affine:
-        """`Affine.of` for a mean and a variance that are already known, such as running statistics."""
+        """`Affine.of` for a mean and a variance that are already known, such as running statistics.
+
+        Args:
+            mean: (C,) any floating dtype.
+            variance: (C,) any floating dtype.
+            weight: (C,) the paper's γ; None stands for 1.
+            bias: (C,) the paper's β; None stands for 0.
+            eps: added to the variance, inside the root.
+
+        Returns: the map, as from `Affine.of` (Ioffe & Szegedy 2015, algorithm 2, line 11).
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> layer = bn.BatchNorm1d(2).eval()
+            >>> affine = bn.Affine.normalising(
+            ...     layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
+            ... )
+            >>> x = torch.randn(3, 2)
+            >>> torch.allclose(affine(x), layer(x), atol=1e-6)
+            True
+        """
         scale = torch.rsqrt(variance.to(statistics_dtype(mean.device)) + eps)
         if weight is not None:
             scale = scale * weight
@@ -245,15 +347,43 @@ class Affine:
         return cls(scale, -shift if bias is None else bias - shift)
 
     def compose(self, inner: Affine) -> Affine:
-        """The affine map x ↦ self(inner(x))."""
+        """The affine map x ↦ self(inner(x)): how a normalisation is folded into its neighbour.
+
+        Args:
+            inner: the map that is applied first, of the same channels.
+
+        Returns: one map, with scale = self.scale·inner.scale and shift = self.scale·inner.shift + self.shift.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> twice = bn.Affine(torch.tensor([2.0]), torch.tensor([0.0]))
+            >>> add_one = bn.Affine(torch.tensor([1.0]), torch.tensor([1.0]))
+            >>> twice.compose(add_one)(torch.tensor([[3.0]]))
+            tensor([[8.]])
+        """
         return Affine(self.scale * inner.scale, self.scale * inner.shift + self.shift)
 
     def __call__(self, x: Tensor, about: Tensor | None = None) -> Tensor:
-        """y = scale·x + shift along dimension 1 of `x`, (N, C, *S), in x's dtype.
+        """y = scale·x + shift along dimension 1 of `x`, in x's dtype.
 
-        Computed as scale·(x - about) + (shift + scale·about), which does not cancel when `about`, (C,), is
-        near x or near the point where the line crosses zero, its default: at a mean of 1e4, scale·x and shift
-        would be two large numbers of opposite sign.
+        Computed as scale·(x - about) + (shift + scale·about), which does not cancel when `about` is near x or near the
+        point where the line crosses zero: at a mean of 1e4, scale·x and shift would be two large numbers of opposite
+        sign.
+
+        Args:
+            x: (N, C, *S), float16, bfloat16, float32 or float64; computed in float32 or wider.
+            about: (C,) the point about which the line is evaluated; None: where it crosses zero.
+
+        Returns: y, in the shape and dtype of `x`.
+
+        Raises:
+            NotImplementedError: `x` is not floating point.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> affine = bn.Affine(torch.tensor([2.0, 1.0]), torch.tensor([0.0, -5.0]))
+            >>> affine(torch.tensor([[1.0, 5.0]]))
+            tensor([[2., 0.]])
         """
         dtype = accumulator(x.dtype)
         if about is None:

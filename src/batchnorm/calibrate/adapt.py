@@ -43,14 +43,35 @@ class _Before:
 
 
 class Adaptation:
-    """What `adapt` did; `reset()` undoes it, as the end of a `with` block does."""
+    """What `adapt` did; `reset()` undoes it, as the end of a `with` block does.
+
+    `adapt` makes it. Its attribute `samples` is the number of samples that the new statistics were taken from.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm1d(4)
+        >>> with bn.adapt(layer, [torch.randn(256, 4) + 5]) as adaptation:
+        ...     adaptation.samples, bool(layer.running_mean.min() > 4)
+        (256, True)
+        >>> layer.running_mean
+        tensor([0., 0., 0., 0.])
+    """
 
     def __init__(self, before: list[_Before], samples: int) -> None:
         self._before = before
         self.samples = samples  # that the new statistics were taken from
 
     def reset(self) -> None:
-        """Give the layers the running statistics back that they had, bit for bit; a domain that began is gone."""
+        """Give the layers the running statistics back that they had, bit for bit; a domain that began is gone.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> layer = bn.BatchNorm1d(4)
+            >>> adaptation = bn.adapt(layer, [torch.randn(256, 4) + 5])
+            >>> adaptation.reset()
+            >>> layer.running_mean
+            tensor([0., 0., 0., 0.])
+        """
         for each in self._before:
             each.restore()
 
@@ -83,14 +104,25 @@ def adapt(
     Args:
         model: with layers of torch's or ours that keep running statistics.
         batches: tensors, tuples whose first is the input, or mappings of arguments.
-        prior: N, how many samples the present statistics count for; inf leaves them as they are.
+        prior: N, how many samples the present statistics count for, 0 or more; inf leaves them as they are.
         forward: called with model and batch, where that is not how the model is called.
 
     Returns: an Adaptation; its `reset()` undoes this.
 
-    Raises: ValueError for a negative prior, for no samples at all, for a layer that saw one value per channel and for
-        layers of torch's within a domain;
-        RuntimeError that names a layer whose target statistics are not finite. Then nothing has been changed.
+    Raises:
+        ValueError: a negative prior; no samples at all; a layer that saw one value per channel; layers of torch's
+            within a domain.
+        RuntimeError: names a layer whose target statistics are not finite.
+
+    After an error nothing has been changed.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(bn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+        >>> target = torch.randn(256, 4) + 5
+        >>> adaptation = bn.adapt(model, target.split(64), prior=16)
+        >>> torch.allclose(model[0].running_mean, target.mean(0) * 256 / (16 + 256))
+        True
     """
     if not prior >= 0:
         raise ValueError(f"prior is a number of samples, 0 or more, got {prior}")

@@ -1,5 +1,6 @@
 """The command line; thin. What a command needs is imported when it runs: `--help` must not wait for torch.
 
+commands                the program: its commands, and those of two words
 train                   a run.toml -> a network, its records and checkpoints
 evaluate                networks -> how often they are right, one by one and together
 reproduce  settings     a new experiment, or one that was stopped   options -> an experiment's run -> report
@@ -9,61 +10,26 @@ terminal   what they share: options by name, and failing in one line
 
 from __future__ import annotations
 
-import io
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from batchnorm.cli import bench, evaluate, reproduce, train
-from batchnorm.cli.terminal import Failure, in_one_line
-
-app = typer.Typer(
-    help="Batch Normalization for PyTorch: see the paper's claims hold, each by one command.",
-    epilog="Start here:  batchnorm reproduce mnist",
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
-)
-app.add_typer(reproduce.app, name="reproduce")
-app.add_typer(bench.app, name="bench")
-app.command("train", epilog=train.EPILOG)(train.train)
-app.command("evaluate", epilog=evaluate.EPILOG, no_args_is_help=True)(evaluate.evaluate)
-
-
-@app.command("report")
-def report_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder, with its records.jsonl.")],
-) -> None:
-    """Draw a run's figures and its report.html again from records.jsonl; needs no torch."""
-    from batchnorm import report
-    from batchnorm.records import RecordError
-
-    with in_one_line(RecordError, OSError):
-        typer.echo(report.build(run))
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
-) -> None:
-    if version:
-        from batchnorm import __version__
-
-        typer.echo(f"batchnorm {__version__}")
-        raise typer.Exit
+# What each extra of pyproject.toml brings, by the names that are imported.
+EXTRAS = {
+    "cli": ("jinja2", "markupsafe", "matplotlib", "numpy", "pydantic", "rich", "typer"),
+    "train": ("PIL", "accelerate", "tensorboard", "torchvision"),
+}
 
 
 def main() -> None:
-    """The `batchnorm` command."""
-    for stream in (sys.stdout, sys.stderr):  # a locale that has no × shall not end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    """The `batchnorm` command; a package of an extra that is not installed is an error of one line.
+
+    Any other failing import is a bug, and keeps its traceback.
+    """
     try:
-        app()
-    except Failure as failure:
-        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
-        typer.echo(str(failure), err=True)
-        sys.exit(1)
+        from batchnorm.cli.commands import run
+
+        run()
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, packages in EXTRAS.items() if error.name in packages), None)
+        if extra is None:
+            raise
+        sys.exit(f"error: this needs {error.name}, which is not installed: pip install 'batchnorm[{extra}]'")

@@ -1,4 +1,12 @@
-"""The arithmetic: native kernels, torch's and a reference; what autograd sees of them; the choice among them."""
+"""The arithmetic: native kernels, torch's and a reference; what autograd sees of them; the choice among them.
+
+Public are `use`, which chooses, and `active` and `instruction_set`, which tell.
+
+Example:
+    >>> import batchnorm as bn
+    >>> bn.kernels.active() in ("native", "torch", "reference")
+    True
+"""
 
 from batchnorm.kernels.choice import active as active
 from batchnorm.kernels.choice import instruction_set as instruction_set

@@ -17,13 +17,23 @@ _chosen: Name | None = None
 class use:  # called as a function, and used as a context manager
     """Compute with the kernels called `name`, from now on or inside a `with` block; process-wide.
 
-    native: this library's C++ kernels, for tensors on a CPU; those elsewhere are left to torch's kernels.
-    torch: torch's own kernels, as accurate and as fast as `torch.nn.BatchNorm2d`.
-    reference: plain torch operations that can be read beside the paper; slow.
-
     The environment variable BATCHNORM_KERNELS sets what a process starts with; without it that is native.
 
-    Raises: ValueError for another name; RuntimeError for "native" where the package was installed without them.
+    Args:
+        name: one of
+            "native": this library's C++ kernels, for tensors on a CPU; those elsewhere are left to torch's kernels.
+            "torch": torch's own kernels, as accurate and as fast as `torch.nn.BatchNorm2d`.
+            "reference": plain torch operations that can be read beside the paper; slow.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: "native" where the package was installed without them.
+
+    Example:
+        >>> import batchnorm as bn
+        >>> with bn.kernels.use("reference"):
+        ...     bn.kernels.active()
+        'reference'
     """
 
     def __init__(self, name: Name) -> None:
@@ -45,12 +55,35 @@ class use:  # called as a function, and used as a context manager
 
 
 def active() -> Name:
-    """The kernels that compute for tensors on a CPU; see `use`."""
+    """The name of the kernels that compute for tensors on a CPU; see `use`.
+
+    Where the package was installed without its native kernels, the first call warns and takes torch's.
+
+    Returns: "native", "torch" or "reference".
+
+    Raises:
+        ValueError: the environment variable BATCHNORM_KERNELS is none of these.
+
+    Example:
+        >>> import batchnorm as bn
+        >>> with bn.kernels.use("torch"):
+        ...     bn.kernels.active()
+        'torch'
+    """
     return _chosen or _first()
 
 
 def instruction_set() -> str:
-    """For what the kernels in use were compiled: "avx512", "avx2", "baseline", or "" where they are not native."""
+    """The instructions of the CPU for which the kernels in use were compiled.
+
+    Returns: "avx512", "avx2", "baseline", or "" where the kernels are not native.
+
+    Example:
+        >>> import batchnorm as bn
+        >>> with bn.kernels.use("torch"):
+        ...     bn.kernels.instruction_set()
+        ''
+    """
     if active() != "native":
         return ""
     from batchnorm.kernels import _native

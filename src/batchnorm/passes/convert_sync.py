@@ -26,7 +26,7 @@ def convert_sync(model: M, process_group: Any = None) -> tuple[M, Report]:
         model: with layers of torch's or ours, its SyncBatchNorm among them.
         process_group: whose ranks; None: those that a SyncBatchNorm or Sync was given, or else all of them.
 
-    Returns: `model` itself, and a report that lists the layers.
+    Returns: `model` itself, and a Report that lists the layers.
 
     Raises:
         ValueError: names each layer that cannot become ours, or whose statistics Sync cannot be combined with, and

@@ -27,7 +27,7 @@ def freeze(model: M, stats: bool = True, affine: bool = False) -> tuple[M, Repor
             for it; what a layer's `statistics` were is kept for `unfreeze`.
         affine: requires_grad=False for weight and bias.
 
-    Returns: `model` itself, and a report of what was frozen in each layer.
+    Returns: `model` itself, and a Report of what was frozen in each layer.
 
     Raises:
         ValueError: names each layer that cannot become ours, or keeps no running statistics, and why; then nothing
@@ -68,7 +68,7 @@ def unfreeze(model: M, stats: bool = True, affine: bool = True) -> tuple[M, Repo
         stats: each frozen layer gets the `statistics` back that it had.
         affine: requires_grad=True for weight and bias of every batch normalization, whoever froze them.
 
-    Returns: `model` itself, and a report of what follows the training again in each layer.
+    Returns: `model` itself, and a Report of what follows the training again in each layer.
 
     Example:
         >>> import batchnorm as bn

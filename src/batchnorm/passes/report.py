@@ -11,33 +11,85 @@ Outcome = Literal["fused", "swapped", "synchronized", "frozen", "unfrozen", "lef
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The outcome for one layer."""
+    """The outcome for one layer.
 
-    name: str  # its path in the model; "" is the model itself
+    Args:
+        name: its path in the model; "" is the model itself.
+        outcome: "fused", "swapped", "synchronized", "frozen", "unfrozen" or "left alone".
+        what: what was fused into it ("relu", "residual, relu"), or what of it was frozen.
+        why: why it was not fused, or left alone.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> _, report = bn.upgrade(torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.ReLU()))
+        >>> report["0"]
+        LayerReport(name='0', outcome='fused', what='relu', why='')
+    """
+
+    name: str
     outcome: Outcome
-    what: str = ""  # what was fused into it ("relu", "residual, relu"), or what of it was frozen
-    why: str = ""  # why it was not fused, or left alone
+    what: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome for each normalization layer of a model, in the order of `named_modules`."""
+    """The outcome for each normalization layer of a model, in the order of `named_modules`; it prints as a table.
+
+    Args:
+        layers: one for each layer.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> _, report = bn.upgrade(torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.ReLU()))
+        >>> print(report)
+        0  fused  relu
+        1 layer: 1 fused
+    """
 
     layers: tuple[LayerReport, ...]
 
     def count(self, outcome: Outcome) -> int:
+        """The number of layers with this outcome.
+
+        Args:
+            outcome: as of a `LayerReport`.
+
+        Returns: how many there are.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> _, report = bn.upgrade(torch.nn.BatchNorm1d(8))
+            >>> report.count("swapped"), report.count("fused")
+            (1, 0)
+        """
         return sum(layer.outcome == outcome for layer in self.layers)
 
     @property
     def summary(self) -> str:
-        """For example "20 layers: 17 fused, 3 swapped"."""
+        """The number of layers with each outcome in one line, for example "20 layers: 17 fused, 3 swapped"."""
         found = Counter(layer.outcome for layer in self.layers)
         parts = [f"{found[outcome]} {outcome}" for outcome in get_args(Outcome) if found[outcome]]
         number = len(self.layers)
         return f"{number} layer{'' if number == 1 else 's'}" + (": " + ", ".join(parts) if parts else "")
 
     def __getitem__(self, name: str) -> LayerReport:
-        """The layer of that path in the model."""
+        """The outcome for the layer of that path in the model.
+
+        Args:
+            name: the path, as `named_modules` has it; "" is the model itself.
+
+        Returns: its LayerReport.
+
+        Raises:
+            KeyError: no layer of that path was reported on; the message lists those that were.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> _, report = bn.upgrade(torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.Tanh()))
+            >>> report["0"].what
+            'tanh'
+        """
         for layer in self.layers:
             if layer.name == name:
                 return layer

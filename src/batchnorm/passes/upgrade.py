@@ -44,7 +44,18 @@ def upgrade(model: Model, *, fuse: bool = True) -> tuple[Model, Report]:
         model: any module; a layer by itself is one too.
         fuse: False swaps the layers only.
 
-    Returns: `model` itself, and the outcome for each layer with its reason.
+    Returns: `model` itself, and a Report: the outcome for each layer with its reason.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> block = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
+        >>> model, report = bn.upgrade(torch.nn.Sequential(*block))
+        >>> report
+        1  fused  relu
+        1 layer: 1 fused
     """
     if not isinstance(cast(object, model), nn.Module):
         advice = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""

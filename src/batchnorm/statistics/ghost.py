@@ -14,7 +14,7 @@ from batchnorm.statistics.batch import Batch, Statistics
 
 @dataclass(frozen=True)
 class Ghost(Statistics):
-    """Normalise each `size` consecutive samples by their own moments (Hoffer, Hubara & Soudry 2017, alg. 1).
+    """Normalise each `size` consecutive samples by their own moments (Hoffer, Hubara & Soudry 2017, algorithm 1).
 
         x̂ᵢ = (xᵢ - mean_g) / √(variance_g + eps)      g = min(⌊i / size⌋, ⌊N / size⌋ - 1)
 
@@ -23,7 +23,18 @@ class Ghost(Statistics):
 
     On a CPU one call of the native kernels, forward and backward; never a loop in Python.
 
-    Raises: ValueError for a size below 1.
+    Args:
+        size: number of samples in a group, at least 1.
+
+    Raises:
+        ValueError: `size` is not a whole number, or below 1.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm2d(8, statistics=bn.Ghost(16))
+        >>> x = torch.randn(32, 8, 7, 7)
+        >>> torch.allclose(layer(x)[:16], bn.BatchNorm2d(8)(x[:16]), atol=1e-5)
+        True
     """
 
     size: int

@@ -19,12 +19,23 @@ def thawed(statistics: Statistics | None) -> Statistics | None:
 class Population(Statistics):
     """Normalise training batches by the running statistics, which are constants and stay as they are.
 
-    As in evaluation, but `.train()` does not end it: a frozen layer is what requires_grad=False on weight and bias
-    does not make.
+        x̂ = (x - running_mean) / √(running_var + eps)
 
-    instead_of: what the layer did before and `unfreeze` brings back.
+    As in evaluation (Ioffe & Szegedy 2015, algorithm 2, line 11), but `.train()` does not end it: a frozen layer is
+    what requires_grad=False on weight and bias does not make. `freeze` gives it to all layers of a model.
 
-    Raises, when called: RuntimeError for a layer without running statistics.
+    Args:
+        instead_of: the layer's `statistics` before it was frozen, which `unfreeze` brings back.
+
+    Raises:
+        RuntimeError: when a layer without running statistics is called in training.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm1d(8, statistics=bn.Population())
+        >>> x = torch.randn(16, 8)
+        >>> torch.equal(layer.train()(x), layer.eval()(x)), int(layer.num_batches_tracked)
+        (True, 0)
     """
 
     instead_of: Statistics | None = None

@@ -17,7 +17,25 @@ from batchnorm.statistics.batch import Batch, Statistics
 
 @dataclass(frozen=True)
 class Ramp:
-    """A limit that goes in a straight line from `start` to `stop` while the step goes from `begin` to `end`."""
+    """A limit that goes in a straight line from `start` to `stop` while the step goes from `begin` to `end`.
+
+    For `Renorm`, whose limits the paper relaxes so (Ioffe 2017, section 4).
+
+    Args:
+        start: the limit until step `begin`.
+        stop: the limit from step `end` on.
+        begin: a step, 0 or later: a number of training batches.
+        end: a step after `begin`.
+
+    Raises:
+        ValueError: `begin` is below 0, or `end` is not after it.
+
+    Example:
+        >>> import batchnorm as bn
+        >>> layer = bn.BatchNorm2d(8, statistics=bn.Renorm(rmax=bn.Ramp(1, 3, begin=5_000, end=40_000), dmax=0))
+        >>> layer.statistics.rmax
+        Ramp(start=1, stop=3, begin=5000, end=40000)
+    """
 
     start: float
     stop: float
@@ -29,7 +47,19 @@ class Ramp:
             raise ValueError(f"a Ramp begins before it ends, at a step of 0 or later, got {self}")
 
     def __call__(self, step: Tensor) -> Tensor:
-        """The limit at `step`, the number of batches that the running statistics have seen."""
+        """The limit at `step`.
+
+        Args:
+            step: how many batches the running statistics have seen, a 0-dimensional integer tensor.
+
+        Returns: the limit, a 0-dimensional float64 tensor.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> ramp = bn.Ramp(1, 3, begin=100, end=200)
+            >>> [ramp(torch.tensor(step)).item() for step in (0, 150, 300)]
+            [1.0, 2.0, 3.0]
+        """
         part = ((step.double() - self.begin) / (self.end - self.begin)).clamp(0, 1)
         return self.start + (self.stop - self.start) * part
 
@@ -39,7 +69,7 @@ Limit = float | Callable[[Tensor], Tensor | float]
 
 @dataclass(frozen=True)
 class Renorm(Statistics):
-    """Normalise as evaluation would, as far as the limits allow (Ioffe 2017, alg. 1).
+    """Normalise as evaluation would, as far as the limits allow (Ioffe 2017, algorithm 1).
 
         x̂ = (x - mean) / σ · r + d
         r = clip(σ / σ_run, 1/rmax, rmax)      d = clip((mean - running_mean) / σ_run, -dmax, dmax)
@@ -48,11 +78,22 @@ class Renorm(Statistics):
     gradient. Within the limits x̂ is (x - running_mean) / σ_run; with rmax=1, dmax=0 this is batch normalization,
     with which training should begin, as long as the running statistics say little.
 
-    rmax, dmax: numbers, or functions of the step (`Ramp`, say): how many batches the running statistics have seen, a
-        0-dimensional int64 tensor.
+    Args:
+        rmax: the largest factor by which the batch's scale is corrected, at least 1; or a function of the step (`Ramp`,
+            say): how many batches the running statistics have seen, a 0-dimensional int64 tensor.
+        dmax: the largest shift, in running standard deviations, at least 0; or a function of the step.
 
-    Raises: ValueError for an rmax below 1 or a dmax below 0; RuntimeError, when called, for a layer without running
-        statistics, and in a recomputation (activation checkpointing), which would see others than the first pass.
+    Raises:
+        ValueError: `rmax` is below 1 or `dmax` below 0.
+        RuntimeError: when called, for a layer without running statistics, and in a recomputation (activation
+            checkpointing), which would see other running statistics than the first pass.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm2d(8, statistics=bn.Renorm(rmax=1, dmax=0))  # no correction yet
+        >>> x = torch.randn(16, 8, 7, 7)
+        >>> torch.allclose(layer(x), bn.BatchNorm2d(8)(x), atol=1e-5)
+        True
     """
 
     rmax: Limit = 3.0
@@ -66,7 +107,15 @@ class Renorm(Statistics):
 
     @classmethod
     def scheduled(cls) -> Renorm:
-        """The paper's (section 4): nothing for 5,000 steps, then rmax to 3 by step 40,000 and dmax to 5 by 25,000."""
+        """The paper's limits: no correction for 5,000 steps, then rmax to 3 by step 40,000 and dmax to 5 by 25,000.
+
+        Returns: a Renorm with a `Ramp` for each limit (Ioffe 2017, section 4).
+
+        Example:
+            >>> import batchnorm as bn
+            >>> bn.Renorm.scheduled().dmax
+            Ramp(start=0, stop=5, begin=5000, end=25000)
+        """
         return cls(Ramp(1, 3, 5_000, 40_000), Ramp(0, 5, 5_000, 25_000))
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:

@@ -29,13 +29,24 @@ class Sync(Statistics):
     ranks (DDP takes the mean) is the whole.
 
     Any backend that can do these two collectives, gloo on a CPU among them. Alone (world size 1, or no process group at
-    all) a layer is as fast as without it, and in evaluation nobody is asked.
+    all) a layer is as fast as without it, and in evaluation nothing is exchanged. No paper describes it; the merge is
+    that of Chan, Golub & LeVeque 1979.
 
-    process_group: whose ranks; None: all of them. It cannot be pickled: what was comes back without it and must get
-        it again.
+    Args:
+        process_group: whose ranks; None: all of them. It cannot be pickled: a Sync of a group comes back from a pickle
+            without it and must get it again.
 
-    Raises, when called: RuntimeError that names the layer, when another rank is gone or does not come within the
-        group's timeout.
+    Raises:
+        RuntimeError: when called; names the layer when another rank is gone or does not come within the group's
+            timeout. Also within torch.func's transforms and forward-mode gradients, for a process that is not of the
+            group, and for a Sync that has lost its group in a pickle.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm2d(8, statistics=bn.Sync())  # the same in every process, under torchrun
+        >>> x = torch.randn(16, 8, 7, 7)
+        >>> torch.equal(layer(x), bn.BatchNorm2d(8)(x))  # here there is one process
+        True
     """
 
     process_group: Any = field(default=None)
@@ -51,7 +62,23 @@ class Sync(Statistics):
         return batch.normalised(exchange=_Ranks(self.process_group, batch.layer()))
 
     def merged(self, own: Moments, layer: str) -> Moments:
-        """The moments of all ranks together, from those of each; every rank must call it."""
+        """The moments of all ranks together, from those of each; every rank must call it.
+
+        Args:
+            own: of this rank, mean and m2 of shape (C,).
+            layer: for messages: the layer that they are of.
+
+        Returns: the merged moments, the same on every rank; `own` itself where there is one process.
+
+        Raises:
+            RuntimeError: another rank is gone or does not come within the group's timeout.
+
+        Example:
+            >>> import torch, batchnorm as bn
+            >>> own = bn.Moments.of(torch.randn(16, 8))
+            >>> bn.Sync().merged(own, "layer1.bn") is own
+            True
+        """
         return own if self._alone() else _Ranks(self.process_group, layer).moments(lambda: own)
 
     def _alone(self) -> bool:

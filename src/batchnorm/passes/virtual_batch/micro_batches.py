@@ -60,9 +60,24 @@ def virtual_batch(
 
     Yields: the model's outputs, in order; those in the block, whose gradients are taken on leaving.
 
-    Raises: ValueError for no micro-batches and for layers of torch's, which see one micro-batch at a time;
-        RuntimeError when micro-batches take different ways through the model, or when the model is called in the
-        block with what was none of them.
+    Raises:
+        ValueError: there are no micro-batches, or layers of torch's, which see one micro-batch at a time.
+        RuntimeError: micro-batches take different ways through the model, or the model is called in the block with what
+            was none of them.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), bn.BatchNorm1d(8), torch.nn.Sigmoid())
+        >>> x = torch.randn(16, 4)
+        >>> model(x).mean().backward()
+        >>> of_one_batch = model[0].weight.grad.clone()
+        >>> model.zero_grad()
+        >>> inputs = x.split(4)
+        >>> with bn.virtual_batch(model, inputs):
+        ...     for part in inputs:
+        ...         (model(part).mean() / len(inputs)).backward()
+        >>> torch.allclose(model[0].weight.grad, of_one_batch, atol=1e-6)
+        True
     """
     batches = list(micro_batches)
     if not batches:
