@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import batchnorm as bn
+from tests.mutations.mutation import Mutation
 
 NAMES = (
     {"Affine", "Moments", "__version__", "batch_norm", "kernels", "keep_memory", "return_memory"}
@@ -81,3 +82,12 @@ def test_a_layer_is_made_as_torch_s_and_adds_keywords(layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_s_forward_takes_a_residual_and_a_mask(layer):
     assert list(signature(layer.forward).parameters) == ["self", "input", "residual", "mask"]
+
+
+MUTATIONS = [
+    Mutation(
+        "no list of public names", "__init__.py",
+        "__all__ = [*_HOME]", "__all_names__ = [*_HOME]",
+        "from batchnorm import * gives import_module instead",
+    ),
+]  # fmt: skip

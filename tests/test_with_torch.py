@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import batchnorm as bn
+from tests.mutations.mutation import Mutation
 from tests.test_layers import X, exactly, used
 
 
@@ -213,3 +214,12 @@ def test_models_stacked_by_their_state_dicts_are_mapped_over(statistics):
     template = bn.BatchNorm1d(3, statistics=statistics)
     mapped = torch.func.vmap(lambda state, x: torch.func.functional_call(template, state, (x,)))(states, xs)
     torch.testing.assert_close(mapped, expected)
+
+
+MUTATIONS = [
+    Mutation(
+        "a traced residual not seen", "layers.py",
+        "for value in (input, residual, mask):", "for value in (input, mask):",
+        "torch.fx walks into the layer",
+    ),
+]  # fmt: skip

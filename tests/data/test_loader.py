@@ -15,6 +15,7 @@ from batchnorm.data.loader import InOrder, Loader
 from batchnorm.data.order import Order
 from batchnorm.data.source import InMemory, Unreadable
 from tests.data.pictures import image_folder
+from tests.mutations.mutation import Mutation
 
 EXAMPLES = 50
 
@@ -244,3 +245,12 @@ def test_a_folder_with_broken_files_trains_and_evaluates(tmp_path):
     in_order = InOrder(val, torch.Tensor.float, 4, Corrupt(0.1, len(val)))
     assert [len(labels) for _, labels in in_order] == [3, 4, 2]
     assert in_order.corrupt.names == [str(torn)]
+
+
+MUTATIONS = [
+    Mutation(
+        "distortion by the clock", "data/loader.py",
+        'torch.default_generator.manual_seed(mixed(self.seed, request.epoch, at % examples))', 'pass',
+        "a sample's distortion follows from seed and epoch",
+    ),
+]  # fmt: skip

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 import batchnorm as bn
+from tests.mutations.mutation import Mutation
 from tests.passes.compare import tensors, unlike
 
 
@@ -744,3 +745,27 @@ def test_a_residual_of_another_shape_is_refused_where_sizes_differ():
     micro = [torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 6)]
     with pytest.raises(ValueError, match="residual has shape"), bn.virtual_batch(Turned(), micro):
         pass
+
+
+MUTATIONS = [
+    Mutation(
+        "parts of one tensor", "passes/virtual_batch/together.py",
+        "tuple(part.clone() for part in output.split(", "tuple(part for part in output.split(",
+        "what comes next may work in place",
+    ),
+    Mutation(
+        "checkpointing let into a virtual batch", "passes/virtual_batch/micro_batches.py",
+        "            patches.enter_context(_patched(layer, _recomputed))", "            pass",
+        "what is recomputed would be normalised by one part",
+    ),
+    Mutation(
+        "threads without autocast", "passes/virtual_batch/micro_batches.py",
+        "if torch.is_autocast_enabled(device)", "if False",
+        "modes are a thread's own",
+    ),
+    Mutation(
+        "a part that left early", "passes/virtual_batch/lockstep.py",
+        "            if any(self._at):\n", "            if False:\n",
+        "the others wait at a layer for nothing",
+    ),
+]  # fmt: skip

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import batchnorm as bn
+from tests.mutations.mutation import Mutation
 from tests.statistics import ranks
 
 ROOT = Path(__file__).parents[2]
@@ -227,3 +228,17 @@ def test_what_cannot_become_sync_is_named_and_nothing_changes(last, why):
         bn.convert_sync(model)
     assert repr(model) == before
     assert [type(layer) for layer in model] == kinds
+
+
+MUTATIONS = [
+    Mutation(
+        "a frozen layer thawed by synchronising", "passes/convert_sync.py",
+        "Population(sync) if isinstance(layer.statistics, Population) else sync", "sync",
+        "it stays frozen until unfreeze",
+    ),
+    Mutation(
+        "SyncBatchNorm's own group lost", "passes/convert_sync.py",
+        "groups = [process_group or _group(layer) for", "groups = [process_group for",
+        "statistics of ranks that the model's author kept apart",
+    ),
+]  # fmt: skip

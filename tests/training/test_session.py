@@ -35,6 +35,7 @@ from batchnorm.training.checkpoint import CheckpointError, Checkpoints
 from batchnorm.training.interruption import Interruption
 from batchnorm.training.network import build
 from tests.data.pictures import image_folder
+from tests.mutations.mutation import Mutation
 
 COMMAND = [sys.executable, "-m", "batchnorm.cli", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -833,3 +834,22 @@ def test_two_ranks_then_two_machines_train_as_one_process_would(train, run_toml,
     finals = [state(each / "checkpoints" / "final.pt") for each in (folder, alone)]
     for name, value in finals[1]["population"].items():
         torch.testing.assert_close(finals[0]["population"][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+MUTATIONS = [
+    Mutation(
+        "a checkpoint written in place", "training/checkpoint.py",
+        "        unfinished.replace(path)", "        path.write_bytes(unfinished.read_bytes())",
+        "whoever is killed while it is written leaves half of one",
+    ),
+    Mutation(
+        "checksums not looked at", "training/checkpoint.py",
+        "whole = archive.testzip() is None", "whole = True",
+        "a flipped bit would be trained on",
+    ),
+    Mutation(
+        "the diverged network may be best", "training/session.py",
+        "if record.accuracy > best and not trainer.diverged:", "if record.accuracy > best:",
+        "of weights that are no numbers",
+    ),
+]  # fmt: skip

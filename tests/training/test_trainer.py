@@ -23,6 +23,7 @@ from batchnorm.training.score import Score
 from batchnorm.training.toml import ConfigError
 from batchnorm.training.trainer import Trainer
 from tests.data.pictures import image_folder
+from tests.mutations.mutation import Mutation
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"width": 0.05, "stem": "small", "dropout": 0.0},
@@ -541,3 +542,22 @@ def test_set_changes_keys_and_leaves_the_rest():
         "training.sync",
     ]
     assert toml.differences(config(), config("machine.threads=2", "checkpoints.keep=1")) == []
+
+
+MUTATIONS = [
+    Mutation(
+        "dropout's generator forgotten", "training/trainer.py",
+        '            self._set_random_states(random[rank])', '            pass',
+        "a continued run drops other units",
+    ),
+    Mutation(
+        "momentum forgotten", "training/trainer.py",
+        '        self.optimizer.load_state_dict(state["optimizer"])\n', '',
+        "SGD would start from rest",
+    ),
+    Mutation(
+        "patience off by one", "training/trainer.py",
+        "_first_best(accuracies) >= patience", "_first_best(accuracies) > patience",
+        "so many evaluations, and no more",
+    ),
+]  # fmt: skip
