@@ -1,13 +1,12 @@
 """The public surface is a contract: a name or an argument that comes, goes or moves must be meant."""
 
-import subprocess
-import sys
 from inspect import Parameter, signature
 
 import pytest
 import torch
 
 import batchnorm as bn
+from tests.kernels.processes import said
 from tests.mutations.mutation import Mutation
 
 NAMES = (
@@ -39,9 +38,7 @@ from batchnorm import *
 print(*sorted(set(globals()) - before))
 assert batch_norm.__module__ == "batchnorm.functional"
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == sorted(NAMES - {"__version__"})
+    assert said(script).split() == sorted(NAMES - {"__version__"})
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

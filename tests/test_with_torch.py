@@ -1,8 +1,6 @@
 """The layers with what torch does to modules: tracing, compiling, exporting, converting, and whole models."""
 
 import copy
-import subprocess
-import sys
 import textwrap
 import warnings
 
@@ -14,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import batchnorm as bn
+from tests.kernels.processes import said
 from tests.mutations.mutation import Mutation
 from tests.test_layers import X, exactly, used
 
@@ -133,6 +132,7 @@ def test_converts_to_torch_s_sync_batch_norm():
 # --- torchvision's models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_a_model_of_torchvision_trains_as_with_torch_s_layers(name):
     make = getattr(pytest.importorskip("torchvision").models, name)
@@ -196,10 +196,9 @@ TORCHS_CASES = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_torch_s_own_module_inputs():
-    run = subprocess.run([sys.executable, "-c", TORCHS_CASES], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) >= 44  # as many as torch 2.14 has
+    assert int(said(TORCHS_CASES)) >= 44  # as many as torch 2.14 has
 
 
 @pytest.mark.parametrize("statistics", [None, bn.Ghost(3), bn.Renorm(), bn.Population(), bn.Sync()], ids=repr)

@@ -134,6 +134,7 @@ def fails(image):
     raise ArithmeticError(f"drew {torch.rand(())}")
 
 
+@pytest.mark.slow
 def test_processes_load_the_same_bits_and_bring_the_tally(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -149,6 +150,7 @@ def test_processes_load_the_same_bits_and_bring_the_tally(monkeypatch):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_processes_bring_the_error(tmp_path):
     apart = loader(Holed({3, 4, 20}), share=0.04, processes=1)
     with pytest.raises(DataError, match=r"^3 of 50 images cannot be read: [^\n]*stop a run[^\n]*$"):

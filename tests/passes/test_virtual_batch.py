@@ -111,6 +111,7 @@ def after_one_batch(model, x, labels):
     return model, output.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "swapped"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 def test_resnet18_in_eight_parts_is_resnet18(of_torch, dtype, tolerance, fuse):
@@ -705,6 +706,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_an_interrupt_ends_it():
     script = [sys.executable, "-c", textwrap.dedent(INTERRUPTED)]

@@ -384,6 +384,7 @@ def test_a_recomputation_would_see_other_statistics_and_is_refused(reentrant):
         y.sum().backward()
 
 
+@pytest.mark.slow
 def test_inductor_keeps_the_correction_for_the_backward_pass():
     torch._dynamo.reset()
     x, dy = random(13, 3, 5), random(13, 3, 5)

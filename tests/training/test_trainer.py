@@ -127,6 +127,7 @@ def timeless(state: dict[str, Any]) -> dict[str, Any]:
 
 
 # moments between the yields of the run: after a step, in the middle of either evaluation, at the very end
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [2, 5, 8, 18])
 def test_continues_from_any_moment_bit_for_bit(tmp_path, whole, moment):
     changes, expected, end = whole
@@ -145,6 +146,7 @@ def test_continues_from_any_moment_bit_for_bit(tmp_path, whole, moment):
     assert same(timeless(second.state_dict()), end)
 
 
+@pytest.mark.slow
 def test_loaders_change_no_bit():
     """Of which a training that goes on from one without them is the proof."""
     changes = (*RICH, "training.steps=99", "evaluation.every=99")
@@ -157,6 +159,7 @@ def test_loaders_change_no_bit():
     assert same(timeless(loaded.state_dict())["model"], whole.network.state_dict())
 
 
+@pytest.mark.slow
 def test_the_moments_above_are_in_training_in_evaluations_and_at_the_end():
     each = trainer(*RICH, "evaluation.batch_size=20")
     kinds = [
@@ -238,6 +241,7 @@ def accuracy(each: Trainer, network: nn.Module) -> float:
     return score.accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [8, 3])
 def test_accuracies_are_those_of_algorithm_2_of_the_moving_averages_and_of_the_averaged_weights(micro):
     each = trainer(
@@ -469,6 +473,7 @@ def test_a_state_with_a_number_lost_is_not_sound(broken):
     assert not each.sound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "googlenet"])
 def test_a_model_of_torchvision_trains_on_a_folder_of_images(tmp_path, name):
     image_folder(tmp_path)
