@@ -192,7 +192,7 @@ def test_a_killed_parent_leaves_no_process_behind(tmp_path):
 
 @slow
 @of_a_run
-def test_two_processes_do_not_write_one_run(here, run, tmp_path):
+def test_two_processes_do_not_write_one_run(here, forking, run, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     with RecordFile(folder / "records.jsonl"):
@@ -203,7 +203,7 @@ def test_two_processes_do_not_write_one_run(here, run, tmp_path):
 
 @slow
 @of_a_run
-def test_odd_folder_names_and_locales_are_no_trouble(here, run, tmp_path):
+def test_odd_folder_names_and_locales_are_no_trouble(here, forking, run, tmp_path):
     folder = tmp_path / "with space, 'quote', [red]markup[/] and ×"
     shutil.copytree(run, folder)
     done = here("reproduce", "mnist", "--out", folder, "--resume")
@@ -222,7 +222,7 @@ def test_odd_folder_names_and_locales_are_no_trouble(here, run, tmp_path):
 
 @slow
 @of_a_run
-def test_resume_takes_the_newest_run_that_was_stopped(here, run, tmp_path):
+def test_resume_takes_the_newest_run_that_was_stopped(here, forking, run, tmp_path):
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "mnist-stopped")
     path = tmp_path / "runs" / "mnist-stopped" / "records.jsonl"
@@ -236,7 +236,7 @@ def test_resume_takes_the_newest_run_that_was_stopped(here, run, tmp_path):
 
 @slow
 @of_a_run
-def test_going_on_with_a_complete_run_changes_nothing(here, run, tmp_path):
+def test_going_on_with_a_complete_run_changes_nothing(here, forking, run, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     assert here("reproduce", "mnist", "--out", folder, "--resume").code == 0

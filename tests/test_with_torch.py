@@ -90,6 +90,7 @@ def test_traced_to_operators_in_training_it_gives_the_same(momentum, tracing_mod
         assert_close(given, state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0)])
 def test_compiled_as_one_graph_it_takes_an_empty_batch(shape, training):
@@ -103,6 +104,7 @@ def test_compiled_as_one_graph_it_takes_an_empty_batch(shape, training):
     exactly(layer.state_dict(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_compiled_as_one_graph_it_gives_the_same(training):
     model = Residual().double().train(training)

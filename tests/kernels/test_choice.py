@@ -119,6 +119,7 @@ def test_use_of_an_unknown_name_names_the_three_and_changes_nothing(name):
     assert bn.kernels.active() == "native"
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_follows_the_choice():
     layer = torch.compile(bn.BatchNorm1d(3), backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 3)

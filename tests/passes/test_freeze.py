@@ -75,6 +75,7 @@ def test_a_frozen_layer_in_training_is_torchs_in_evaluation(ours, torch_s, shape
         assert torch.equal(layer.eval()(x), found[0])
 
 
+@pytest.mark.slow
 def test_resnet18_is_trained_as_it_is_used():
     theirs = unlike(resnet18(num_classes=5)).double()
     frozen = bn.freeze(copy.deepcopy(theirs))[0].train()

@@ -667,6 +667,7 @@ def test_checkpointing_what_has_no_layers_is_fine():
     same(model, one)
 
 
+@pytest.mark.slow
 def test_no_graph_is_left_behind():
     model, xs = small(), images()
     looped(model, xs)

@@ -342,6 +342,7 @@ def test_every_activation_of_its_own():
     assert layer.domains["a"].running_mean.shape == (3, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_changes_domains():
     layer = visited("a", "b", None)
     eager = copy.deepcopy(layer)

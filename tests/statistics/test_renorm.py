@@ -305,6 +305,7 @@ def test_stacked_models_with_vmap_are_each_of_them():
             assert_close(buffers[name][i], model.get_buffer(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rmax", [1.2, Ramp(1, 1.5, 0, 4)], ids=["number", "ramp"])
 def test_compiled_as_one_graph_it_equals_eager(rmax):
     torch._dynamo.reset()

@@ -32,6 +32,8 @@ CONFIG = toml.parse(
 )
 ASKED = Prediction(network="member-1", config=CONFIG, images=IMAGES)
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("predictions of one network")]
+
 
 @pytest.fixture(autouse=True)
 def _precision_may_change():
@@ -102,7 +104,6 @@ def test_the_records_say_how_many_were_right_by_144_crops(whole):
     assert Prediction.model_validate(result.config) == ASKED
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("yields", range(1, 2 + IMAGES + 1))
 def test_stopped_anywhere_it_goes_on_to_the_same_tensors(trained, whole, tmp_path, yields):
     first = Predictor(ASKED, "prediction", trained[0])

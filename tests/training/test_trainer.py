@@ -106,6 +106,7 @@ RICH = (
 )
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_run_and_another_seed_another():
     ends = []
     for seed in (1, 1, 2):
@@ -170,6 +171,7 @@ def test_the_moments_above_are_in_training_in_evaluations_and_at_the_end():
     assert kinds == ["step", "step", *parts, "Evaluation"] * 2 + ["part"] * 2 + ["Result"]
 
 
+@pytest.mark.slow
 def test_a_completed_run_that_is_continued_says_its_result_again():
     whole = trainer()
     *_, result = records(whole)
@@ -178,6 +180,7 @@ def test_a_completed_run_that_is_continued_says_its_result_again():
     assert records(again) == [result]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [("training.seed=3",), ("model.width=0.1",), ("optimizer.rate=0.04",), ("evaluation.every=2",)],
@@ -193,6 +196,7 @@ def test_the_machine_and_the_checkpoints_may_be_others():
     trainer("machine.channels_last=false", "checkpoints.keep=9").load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_what_is_no_state_of_a_trainer_is_refused():
     whole = trainer().state_dict()
     for broken in (
@@ -269,6 +273,7 @@ def test_accuracies_are_those_of_algorithm_2_of_the_moving_averages_and_of_the_a
     assert len({evaluation.accuracy, evaluation.accuracy_average, result.accuracy_moving}) == 3
 
 
+@pytest.mark.slow
 def test_evaluating_changes_nothing_of_the_training():
     ends = []
     for every in (1, 3):
@@ -364,6 +369,7 @@ def test_the_auxiliary_head_s_loss_is_added_with_its_weight(precision):
     assert isinstance(gradient, torch.Tensor) and gradient.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32_and_not_the_same():
     losses = {}
     for precision in ("float32", "bfloat16"):
@@ -446,6 +452,7 @@ def test_patience_ends_a_run_after_so_many_evaluations_without_a_new_best(monkey
     assert not result.diverged
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*saw a batch whose mean or variance is inf or nan")
 def test_a_loss_that_is_no_number_ends_the_run_and_is_never_sound():
     each = trainer("optimizer.rate=1e30", "training.steps=500", "evaluation.every=200")
