@@ -31,9 +31,9 @@ def forking():
 
 
 @pytest.fixture
-def here(capsys):
+def here():
     """The command line in this process."""
-    return in_this_process(capsys)
+    return in_this_process
 
 
 def pytest_collection_modifyitems(config, items):

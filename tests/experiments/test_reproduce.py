@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import pytest
 from batchnorm.experiments.imagenet import imagenet_experiment
 from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, preset
 from batchnorm.records import RecordFile
-from tests.command import COMMAND
+from tests.command import COMMAND, in_this_process
+from tests.forked import quick_starts
 from tests.interrupted import stopped_by_ctrl_c
 
 slow, of_a_run = pytest.mark.slow, pytest.mark.xdist_group("the run of imagenet")
@@ -35,10 +35,10 @@ def networks(folder: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "imagenet"
-    command = [*COMMAND, "reproduce", "imagenet", *SMALL, "--out", str(folder)]
-    done = subprocess.run(command, env=NARROW, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    with quick_starts():
+        done = in_this_process("reproduce", "imagenet", *SMALL, "--out", folder)
+    assert done.code == 0, done.error
+    return folder, done.out
 
 
 FIVE = ["inception", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid"]
