@@ -1,10 +1,12 @@
-# make demo | test | bench | lint | mutations; each builds .venv first when it is missing or out of date.
+# make demo | check | test | bench | lint | mutations; each builds .venv first when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A worker on each core, up to four: each holds torch, and a test computes on one thread.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: help install demo test bench lint format mutations clean
+.PHONY: help install demo check test bench lint format mutations clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,8 +22,11 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard native/*)
 demo: $(INSTALLED) ## the paper's MNIST experiment on real digits, as a page with its pictures and a verdict
 	$(BIN)/batchnorm reproduce mnist
 
-test: $(INSTALLED) ## the test suite
-	$(BIN)/python -m pytest
+check: lint ## lint, types and the quick tests, in a minute: what nearly every bug fails, and each push runs
+	$(PYTEST) -m "not slow"
+
+test: $(INSTALLED) ## the whole test suite, in some minutes
+	$(PYTEST)
 
 bench: $(INSTALLED) ## kernels, training steps and inference against torch's; writes benchmarks/RESULTS.md
 	$(BIN)/batchnorm bench all --out benchmarks

@@ -4,6 +4,9 @@ import hypothesis
 import pytest
 import torch
 
+from tests.command import in_this_process
+from tests.forked import quick_starts
+
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -18,3 +21,22 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forking():
+    """What the library spawns in this test starts in no time."""
+    with quick_starts():
+        yield
+
+
+@pytest.fixture
+def here():
+    """The command line in this process."""
+    return in_this_process
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests first where workers share the suite, so that they end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)

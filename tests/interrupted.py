@@ -24,6 +24,6 @@ def stopped_by_ctrl_c(*command: object, env: Mapping[str, str] | None = None) ->
         if " steps " in line:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
             break
-    rest, errors = process.communicate(timeout=100)
+    rest, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     return rest, errors

@@ -16,7 +16,6 @@ from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Run, Verdict, read
 from batchnorm.training.config import Config, InceptionModel
 from batchnorm.training.toml import literal
-from tests.test_cli import batchnorm
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -26,7 +25,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 # What a command is run with, so that it ends soon and leaves nothing behind.
-QUICK = ["--steps", "20", "--seeds", "1"]
+QUICK = ["--steps", "20", "--seeds", "1", "--workers", "1"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -61,42 +60,51 @@ def test_python_blocks_run_in_order(page):
         exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
+REPRODUCE = [command for command in commands("batchnorm") if " reproduce " in command]
+# parsed alone: tests/experiments runs these, and the test after the next all claims
+HEAVY = ("imagenet", "ensemble", "fashion-mnist", "list", "all")
+
+
 @pytest.mark.parametrize(
-    "command", [c for c in commands("batchnorm") if " reproduce " in c and "all" not in c]
+    "command", [line for line in REPRODUCE if {*HEAVY} & {*line.split()} and "--claims all" not in line]
 )
-def test_reproduce_commands_run(command, tmp_path):
-    arguments = shlex.split(command)[1:]
-    if {"imagenet", "ensemble", "fashion-mnist"} & set(arguments):  # parsed; tests/experiments runs them
-        arguments += ["--help"] if "ensemble" in arguments else ["--claims", "list"]
-        quick = []
-    else:
-        quick = QUICK
-    done = batchnorm(*arguments, *quick, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for run in (tmp_path / "runs").glob("*"):
-        assert batchnorm("report", run.resolve()).returncode == 0
+def test_reproduce_commands_are_understood(here, command, tmp_path):
+    words = shlex.split(command)[1:]
+    done = here(*words, *(["--help"] if "ensemble" in words else ["--claims", "list"]), cwd=tmp_path)
+    assert done.code == 0, done.error
 
 
-def test_all_claims_run(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [line for line in REPRODUCE if not {*HEAVY} & {*line.split()}])
+def test_reproduce_commands_run(here, forking, command, tmp_path):
+    done = here(*shlex.split(command)[1:], *QUICK, cwd=tmp_path)
+    assert done.code == 0, done.error
+    (run,) = (tmp_path / "runs").iterdir()
+    assert here("report", run).code == 0
+
+
+@pytest.mark.slow
+def test_all_claims_run(here, forking, tmp_path):
     assert any("--claims all" in command for command in commands("batchnorm"))
-    done = batchnorm("reproduce", "mnist", "--claims", "all", "--steps", 1, "--seeds", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    few = ("--steps", 1, "--seeds", 1, "--workers", 1)
+    done = here("reproduce", "mnist", "--claims", "all", *few, cwd=tmp_path)
+    assert done.code == 0, done.error
 
 
-def test_train_and_evaluate_commands_are_understood(tmp_path):
+def test_train_and_evaluate_commands_are_understood(here, tmp_path):
     """All but what trains: each command of the documentation, on the run.toml that the first one prints."""
     lines = [line for line in commands("batchnorm") if line.split()[1] in ("train", "evaluate")]
     assert len(lines) >= 6
-    example = batchnorm("train", "--example")
-    assert example.returncode == 0
-    (tmp_path / "run.toml").write_text(example.stdout)
+    example = here("train", "--example")
+    assert example.code == 0
+    (tmp_path / "run.toml").write_text(example.out)
     for line in lines:
         words = shlex.split(line.split(">")[0])[1:]
         if "--resume" in words or words[0] == "evaluate":
-            done = batchnorm(*words, "--help", cwd=tmp_path)
+            done = here(*words, "--help", cwd=tmp_path)
         else:
-            done = batchnorm(*words, *([] if "--example" in words else ["--dry-run"]), cwd=tmp_path)
-        assert done.returncode == 0, f"{line}: {done.stderr}"
+            done = here(*words, *([] if "--example" in words else ["--dry-run"]), cwd=tmp_path)
+        assert done.code == 0, f"{line}: {done.error}"
 
 
 def test_the_table_of_keys_is_that_of_the_configuration():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from batchnorm import Affine, Moments
+from tests.mutations.mutation import Mutation
 
 SHAPES = [(6, 3), (1, 3, 7), (2, 3, 4, 5), (2, 3, 2, 3, 2)]
 
@@ -346,3 +347,12 @@ def test_differentiable_twice(function):
     ]
     assert torch.autograd.gradcheck(function, arguments)
     assert torch.autograd.gradgradcheck(function, arguments)
+
+
+MUTATIONS = [
+    Mutation(
+        "mask of any shape", "moments.py",
+        "if mask.dim() != x.dim() or any(", "if False and any(",
+        "a missing channel dimension is torch's riddle of an error",
+    ),
+]  # fmt: skip

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from tests.mutations.__main__ import ROOT, importing_from, main
-from tests.mutations.mutations import MUTATIONS
+from tests.mutations.mutation import every
+
+MUTATIONS = every()
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -19,6 +21,11 @@ def test_a_mutation_can_be_applied_and_names_its_tests(mutation):
     )  # caught by a test, not by the parser
     assert mutation.tests
     assert all((ROOT / "tests" / name).exists() for name in mutation.tests)
+
+
+def test_those_beside_tests_are_found():
+    found = {mutation.name: mutation.tests for mutation in MUTATIONS}
+    assert found["a rank reads all of the batch"] == ("data/test_order.py",)
 
 
 def test_names_are_unique():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from batchnorm import BatchNorm1d, BatchNorm2d, batch_norm
+from tests.mutations.mutation import Mutation
 
 BAD = [math.inf, -math.inf, math.nan]
 SAYS = "mean or variance is inf or nan"
@@ -233,3 +234,22 @@ def test_an_empty_batch_changes_nothing(shape):
         assert layer(torch.empty(shape)).shape == shape
     assert_close(state(layer), before, rtol=0, atol=0)
     assert layer.num_batches_skipped == 0
+
+
+MUTATIONS = [
+    Mutation(
+        "a warning each time", "running/tracking.py",
+        "if torch.compiler.is_compiling() or self._warned_of_skipped or skipped.is_meta:", "if torch.compiler.is_compiling() or skipped.is_meta:",  # noqa: E501
+        "a hundred equal lines",
+    ),
+    Mutation(
+        "no warning with a change of mode", "running/tracking.py",
+        "            self._warn_of_skipped(self.num_batches_skipped)\n", "            pass\n",
+        "compiled code never warns",
+    ),
+    Mutation(
+        "compiled code reads whether it was warned", "running/tracking.py",
+        "if torch.compiler.is_compiling() or self._warned_of_skipped or", "if self._warned_of_skipped or torch.compiler.is_compiling() or",  # noqa: E501
+        "compiled again after the warning",
+    ),
+]  # fmt: skip

@@ -1,13 +1,13 @@
 """The public surface is a contract: a name or an argument that comes, goes or moves must be meant."""
 
-import subprocess
-import sys
 from inspect import Parameter, signature
 
 import pytest
 import torch
 
 import batchnorm as bn
+from tests.kernels.processes import said
+from tests.mutations.mutation import Mutation
 
 NAMES = (
     {"Affine", "Moments", "__version__", "batch_norm", "kernels", "keep_memory", "return_memory"}
@@ -38,9 +38,7 @@ from batchnorm import *
 print(*sorted(set(globals()) - before))
 assert batch_norm.__module__ == "batchnorm.functional"
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == sorted(NAMES - {"__version__"})
+    assert said(script).split() == sorted(NAMES - {"__version__"})
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -81,3 +79,12 @@ def test_a_layer_is_made_as_torch_s_and_adds_keywords(layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_s_forward_takes_a_residual_and_a_mask(layer):
     assert list(signature(layer.forward).parameters) == ["self", "input", "residual", "mask"]
+
+
+MUTATIONS = [
+    Mutation(
+        "no list of public names", "__init__.py",
+        "__all__ = [*_HOME]", "__all_names__ = [*_HOME]",
+        "from batchnorm import * gives import_module instead",
+    ),
+]  # fmt: skip

@@ -69,6 +69,7 @@ def test_a_terminal_of_80_columns_shows_every_cell_on_one_line(command):
         assert "…" not in capture.get()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["kernels", "step", "statistics", "scaling"])
 def test_the_same_results_give_the_same_picture(command):
     picture = figure.png(measured(command))

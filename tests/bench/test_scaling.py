@@ -62,10 +62,12 @@ def scaling(monkeypatch):
     return importlib.import_module("scaling")
 
 
+@pytest.mark.slow
 def test_the_page_is_what_its_script_writes(scaling):
     assert (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8") == scaling.page()
 
 
+@pytest.mark.slow
 def test_what_was_measured_comes_to_the_page(scaling, tmp_path, monkeypatch):
     results.write(measured("scaling"), tmp_path)
     monkeypatch.setattr(scaling, "MEASURED", tmp_path / "scaling.json")

@@ -12,6 +12,7 @@ from batchnorm.bench import traffic
 from batchnorm.bench.ranks import Ranks
 from batchnorm.bench.traffic import Collective
 from tests.bench import observer
+from tests.forked import quick_starts
 
 pytest.importorskip("torchvision", reason="ResNet is torchvision's")
 pytestmark = pytest.mark.skipif(
@@ -23,13 +24,18 @@ def counted(*collectives):
     return Counter(f"{each.name} {each.bytes}" for some in collectives for each in some)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def seen(request):
-    with Ranks(request.param, observer.contenders, turns=1) as ranks:
+together = pytest.mark.xdist_group("what three ranks exchange")
+
+
+@pytest.fixture(scope="module")
+def seen():
+    with quick_starts(), Ranks(3, observer.contenders, turns=1) as ranks:
         names = [f"{name} {what}" for name in observer.MODELS for what in ("without", "with", "population")]
         yield {name: ranks(name) for name in [*names, "inception alone"]}
 
 
+@pytest.mark.slow
+@together
 @pytest.mark.parametrize("name", observer.MODELS)
 def test_a_step_exchanges_what_arithmetic_says(name, seen):
     plain = observer.MODELS[name]()
@@ -41,6 +47,8 @@ def test_a_step_exchanges_what_arithmetic_says(name, seen):
     assert seen[f"{name} population"] == counted(traffic.population(plain))
 
 
+@pytest.mark.slow
+@together
 def test_in_a_group_of_one_sync_adds_nothing(seen):
     assert seen["inception alone"] == seen["inception without"]
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.data.digits import Digits
+from tests.mutations.mutation import Mutation
 from tests.passes.compare import unlike
 
 SIZES = [5, 1, 9, 3]  # a batch of one sample among them: it has positions
@@ -504,3 +505,17 @@ def test_an_activation_in_a_layer_stays_in_evaluation():
     bn.adapt(nn.Sequential(bn.BatchNorm1d(3, activation=activation)).train(), [torch.randn(8, 3)])
     assert seen == [False]
     assert activation.training
+
+
+MUTATIONS = [
+    Mutation(
+        "a reset that keeps the domain", "calibrate/adapt.py",
+        "if self.is_new and is_ours(self._layer) and self._domain is not None:", "if False:",
+        "it says 0 and 1 from then on",
+    ),
+    Mutation(
+        "left in training", "calibrate/batches.py",
+        "            module.training = mode\n", "            pass\n",
+        "the next evaluation is by the batch",
+    ),
+]  # fmt: skip

@@ -15,6 +15,7 @@ from batchnorm.data.loader import InOrder, Loader
 from batchnorm.data.order import Order
 from batchnorm.data.source import InMemory, Unreadable
 from tests.data.pictures import image_folder
+from tests.mutations.mutation import Mutation
 
 EXAMPLES = 50
 
@@ -133,6 +134,7 @@ def fails(image):
     raise ArithmeticError(f"drew {torch.rand(())}")
 
 
+@pytest.mark.slow
 def test_processes_load_the_same_bits_and_bring_the_tally(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -148,6 +150,7 @@ def test_processes_load_the_same_bits_and_bring_the_tally(monkeypatch):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_processes_bring_the_error(tmp_path):
     apart = loader(Holed({3, 4, 20}), share=0.04, processes=1)
     with pytest.raises(DataError, match=r"^3 of 50 images cannot be read: [^\n]*stop a run[^\n]*$"):
@@ -244,3 +247,12 @@ def test_a_folder_with_broken_files_trains_and_evaluates(tmp_path):
     in_order = InOrder(val, torch.Tensor.float, 4, Corrupt(0.1, len(val)))
     assert [len(labels) for _, labels in in_order] == [3, 4, 2]
     assert in_order.corrupt.names == [str(torn)]
+
+
+MUTATIONS = [
+    Mutation(
+        "distortion by the clock", "data/loader.py",
+        'torch.default_generator.manual_seed(mixed(self.seed, request.epoch, at % examples))', 'pass',
+        "a sample's distortion follows from seed and epoch",
+    ),
+]  # fmt: skip

@@ -5,6 +5,7 @@ import torch
 
 from batchnorm.data.idx import DataError
 from batchnorm.data.order import Order, mixed
+from tests.mutations.mutation import Mutation
 
 
 def epoch(order, number):
@@ -126,3 +127,17 @@ def test_mixed_seeds_differ_wherever_the_numbers_do():
     }
     assert len(seeds) == 8
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+MUTATIONS = [
+    Mutation(
+        "a rank reads all of the batch", "data/order.py",
+        "start = at * self.batch_size + rank * share", "start = at * self.batch_size",
+        "processes share a batch",
+    ),
+    Mutation(
+        "examples always in the same order", "data/order.py",
+        'if self.shuffle == "within-shards":', 'if self.shuffle == "shards":',
+        "item 6 the wrong way round",
+    ),
+]  # fmt: skip

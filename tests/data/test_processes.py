@@ -29,6 +29,7 @@ def test_without_processes_an_answer_is_found_here_when_it_is_asked_for():
         list(Processes(squared_by, [2, -1]))
 
 
+@pytest.mark.slow
 def test_processes_answer_in_order_again_and_again_and_outlive_the_signals_of_their_group():
     state = torch.get_rng_state()
     processes = Processes(squared_by, [3, 1, 2, -1], 2)
@@ -69,6 +70,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "left"])
 def test_processes_do_not_outlive_their_parent_nor_keep_it(tmp_path, end):
     (tmp_path / "script.py").write_text(SCRIPT)

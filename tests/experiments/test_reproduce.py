@@ -2,31 +2,21 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchnorm.cli import main
+from batchnorm.experiments.imagenet import imagenet_experiment
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, preset
+from batchnorm.records import RecordFile
+from tests.command import COMMAND, in_this_process
+from tests.forked import quick_starts
 from tests.interrupted import stopped_by_ctrl_c
 
-COMMAND = [sys.executable, "-m", "batchnorm.cli", "reproduce"]
+slow, of_a_run = pytest.mark.slow, pytest.mark.xdist_group("the run of imagenet")
 SMALL = ("--quick", "--steps", "50", "--data", "mnist-10k", "--width", "0.05")
 NARROW = os.environ | {"COLUMNS": "80"}
-
-
-def reproduce(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        env=NARROW,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -45,14 +35,17 @@ def networks(folder: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "imagenet"
-    done = reproduce("imagenet", *SMALL, "--out", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    with quick_starts():
+        done = in_this_process("reproduce", "imagenet", *SMALL, "--out", folder)
+    assert done.code == 0, done.error
+    return folder, done.out
 
 
 FIVE = ["inception", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid"]
 
 
+@slow
+@of_a_run
 def test_imagenet_ends_with_the_verdict_on_figure_3(imagenet):
     folder, said = imagenet
     found = records(folder)
@@ -76,6 +69,8 @@ def test_imagenet_ends_with_the_verdict_on_figure_3(imagenet):
         assert words in said
 
 
+@slow
+@of_a_run
 def test_the_terminal_keeps_to_80_columns_and_every_number_to_its_line(imagenet):
     lines = imagenet[1].splitlines()
     ours = [line for line in lines if str(imagenet[0]) not in line]
@@ -84,10 +79,12 @@ def test_the_terminal_keeps_to_80_columns_and_every_number_to_its_line(imagenet)
     assert not any(line.strip().startswith("%") for line in ours)
 
 
-def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_records(imagenet, tmp_path):
+@slow
+@of_a_run
+def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_records(here, forking, imagenet, tmp_path):
     folder = tmp_path / "stopped"
     rest, errors = stopped_by_ctrl_c(
-        *COMMAND, "imagenet", *SMALL, "--claims", "failures", "--out", folder, env=NARROW
+        *COMMAND, "reproduce", "imagenet", *SMALL, "--claims", "failures", "--out", folder, env=NARROW
     )
     assert f"batchnorm reproduce imagenet --out {folder} --resume" in " ".join(rest.split())
     assert errors == ""
@@ -98,8 +95,8 @@ def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_records(imagenet, tmp
     assert len(before) < 4
     for job, lines in before.items():
         assert lines == whole[job][: len(lines)]
-    done = reproduce("imagenet", "--out", folder, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = here("reproduce", "imagenet", "--out", folder, "--resume")
+    assert done.code == 0, done.error
     after = networks(folder)
     assert after == {job: whole[job] for job in after}
     assert len(after) == 4
@@ -108,10 +105,11 @@ def test_stopped_by_ctrl_c_and_continued_it_gives_the_same_records(imagenet, tmp
     assert verdict == expected
 
 
-def test_ensemble_ends_with_figure_4(tmp_path):
+@pytest.mark.slow
+def test_ensemble_ends_with_figure_4(here, forking, tmp_path):
     folder = tmp_path / "ensemble"
-    done = reproduce("ensemble", *SMALL, "--images", 2, "--out", folder)
-    assert done.returncode == 0, done.stderr
+    done = here("reproduce", "ensemble", *SMALL, "--images", 2, "--out", folder)
+    assert done.code == 0, done.error
     verdict = records(folder)[-1]
     assert (verdict["kind"], verdict["claim"]) == ("verdict", "ensemble")
     assert verdict["outcome"] in ("seen", "not seen here")
@@ -129,24 +127,24 @@ def test_ensemble_ends_with_figure_4(tmp_path):
         accuracy = found[f"member-{number}-144-crops"][-1]["accuracy"]
         assert row[3] == f"{100 * accuracy:.2f} %"
         assert accuracy in [0.0, 0.5, 1.0]
-    assert "144 crops" in done.stdout
+    assert "144 crops" in done.out
     assert "ensemble of all six" in (folder / "report.html").read_text()
 
 
-def here(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """The same command in this process, which has imported torch already: exit status, output and errors."""
-    monkeypatch.setattr(sys, "argv", ["batchnorm", "reproduce", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    code = ended.value.code
-    out, errors = capsys.readouterr()
-    return code if isinstance(code, int) else 0, out, errors
+def test_claims_are_listed(here):
+    done = here("reproduce", "imagenet", "--claims", "list")
+    assert done.code == 0
+    assert [line.split()[0] for line in done.out.splitlines()] == ["ablation", "failures", "figure-3"]
 
 
-def test_claims_are_listed(monkeypatch, capsys):
-    code, out, _ = here(monkeypatch, capsys, "imagenet", "--claims", "list")
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["ablation", "failures", "figure-3"]
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run of imagenet that has just begun."""
+    folder = tmp_path / "begun"
+    settings = ImagenetSettings(**preset(True, "mnist-10k"), data="mnist-10k")
+    with RecordFile(folder / "records.jsonl") as file:
+        file.append(imagenet_experiment(settings)._head(settings, "batchnorm reproduce imagenet"))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -162,11 +160,8 @@ def test_claims_are_listed(monkeypatch, capsys):
         (["ensemble", "--out", "RUN", "--resume"], "holds a run of imagenet"),
     ],
 )
-def test_errors_are_one_line_without_a_traceback(imagenet, tmp_path, monkeypatch, capsys, arguments, says):
-    monkeypatch.chdir(tmp_path)
-    filled = [str(imagenet[0]) if word == "RUN" else word for word in arguments]
-    code, out, errors = here(monkeypatch, capsys, *filled)
-    assert code == 1
-    assert says in errors
-    assert len(errors.splitlines()) == 1
-    assert "Traceback" not in out + errors
+def test_errors_are_one_line_without_a_traceback(here, begun, tmp_path, arguments, says):
+    done = here("reproduce", *[str(begun) if word == "RUN" else word for word in arguments], cwd=tmp_path)
+    assert done.code == 1
+    assert says in done.error
+    assert len(done.error.splitlines()) == 1

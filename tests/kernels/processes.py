@@ -1,9 +1,11 @@
 """A Python process of its own, for what is decided once a process or could end it."""
 
 import os
-import subprocess
-import sys
+import tempfile
 import textwrap
+from pathlib import Path
+
+from tests.forked import Forked
 
 # An installation without the compiled module.
 WITHOUT_NATIVE = """
@@ -23,7 +25,12 @@ def said(code: str, kernels: str | None = None) -> str:
     env = {name: value for name, value in os.environ.items() if name != "BATCHNORM_KERNELS"}
     if kernels is not None:
         env["BATCHNORM_KERNELS"] = kernels
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, f"ended with {run.returncode}\n{run.stderr}"
-    return run.stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        process = Forked(_execute, textwrap.dedent(code), out=Path(folder) / "said", env=env)
+        status = process.join()
+        assert status == 0, f"ended with {status}\n{process.err}"
+        return process.out.strip()
+
+
+def _execute(code: str) -> None:
+    exec(compile(code, "<a test's process>", "exec"), {"__name__": "__main__"})

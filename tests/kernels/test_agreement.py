@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.kernels import choice, dispatch
+from tests.mutations.mutation import Mutation
 
 KERNELS = choice.NAMES if choice.built() else ("torch", "reference")
 
@@ -263,3 +264,17 @@ def test_parameters_may_lie_apart(training):
 
     together = results(weight.contiguous(), bias.contiguous())
     assert_close(results(weight, bias), together, rtol=0, atol=0)
+
+
+MUTATIONS = [
+    Mutation(
+        "an activation's hooks passed over", "kernels/ops.py",
+        "        module._forward_hooks\n        or module", "        module",
+        "a fused activation calls none",
+    ),
+    Mutation(
+        "a subclass taken for ReLU", "kernels/ops.py",
+        "type(module) is nn.ReLU:", "isinstance(module, nn.ReLU):",
+        "it may do anything",
+    ),
+]  # fmt: skip

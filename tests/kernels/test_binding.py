@@ -64,6 +64,7 @@ def test_an_unknown_instruction_set_is_an_error_and_changes_nothing():
     assert _native.instruction_set() == best
 
 
+@pytest.mark.slow
 def test_the_stub_is_what_the_module_says(tmp_path):
     pytest.importorskip("nanobind")
     stub = Path(choice.__file__).with_name("_native.pyi")

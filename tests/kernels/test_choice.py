@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import batchnorm as bn
 from batchnorm.kernels import choice, native, reference
 from tests.kernels.processes import WITHOUT_NATIVE, said
+from tests.mutations.mutation import Mutation
 
 pytestmark = pytest.mark.skipif(not choice.built(), reason="installed without native kernels")
 
@@ -118,6 +119,7 @@ def test_use_of_an_unknown_name_names_the_three_and_changes_nothing(name):
     assert bn.kernels.active() == "native"
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_follows_the_choice():
     layer = torch.compile(bn.BatchNorm1d(3), backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 3)
@@ -203,3 +205,22 @@ def test_with_the_native_kernels_nothing_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choice._first() == "native"
+
+
+MUTATIONS = [
+    Mutation(
+        "BATCHNORM_KERNELS ignored", "kernels/choice.py",
+        """os.environ.get(_VARIABLE) or "native\"""", "'native'",
+        "a process starts with the native kernels whatever it was told",
+    ),
+    Mutation(
+        "a warning with each use", "kernels/choice.py",
+        "    _chosen = cast(Name, name)\n    return _chosen", "    return cast(Name, name)",
+        "once in a process is enough",
+    ),
+    Mutation(
+        "the kernels chosen before forgotten", "kernels/choice.py",
+        "        _chosen = self._before", "        _chosen = None",
+        "after a with block inside another",
+    ),
+]  # fmt: skip

@@ -93,6 +93,7 @@ def test_backward(options, given):
 # --- compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]
@@ -120,6 +121,7 @@ def test_compiled_as_one_graph_it_equals_eager(training, options, activation):
         assert layers[1].num_batches_tracked == 2
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_size_does_not_compile_again_and_again():
     counter = CompileCounterWithBackend("aot_eager")
     layer = bn.BatchNorm2d(3, activation="relu")

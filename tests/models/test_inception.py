@@ -389,6 +389,7 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
     return images, data.train_labels[:count].long()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -412,6 +413,7 @@ def test_a_few_steps_reduce_the_loss_on_digits(options):
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.slow
 def test_memory_format_does_not_change_the_numbers():
     model = randomised(small())
     images = torch.randn(2, 3, 28, 28, dtype=torch.float64)
@@ -422,6 +424,7 @@ def test_memory_format_does_not_change_the_numbers():
     )
 
 
+@pytest.mark.slow
 def test_copies_and_checkpoints_say_the_same():
     options = {"auxiliary": True, "local_response_norm": True, "per_activation": ("5b",)}
     model = small(**options)
@@ -434,6 +437,7 @@ def test_copies_and_checkpoints_say_the_same():
     assert torch.equal(copy.deepcopy(model)(images), expected)
 
 
+@pytest.mark.slow
 def test_upgrade_finds_nothing_to_do():
     model = small()
     before = [(name, type(each)) for name, each in model.named_modules()]

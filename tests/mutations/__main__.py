@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from batchnorm.kernels import choice
-from tests.mutations.mutations import MUTATIONS, Mutation
+from tests.mutations.mutation import Mutation, every
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,14 +74,14 @@ def run(tests: Sequence[str], mutation: Mutation | None, kernels: str) -> tuple[
 
 
 def main(words: list[str]) -> int:
-    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    chosen = [m for m in every() if not words or any(word in m.name for word in words)]
     if not choice.built() and any(mutation.kernels == "native" for mutation in chosen):
         print("the native kernels are not built here: what only they would notice survives")
-    every: dict[str, set[str]] = {}
+    files: dict[str, set[str]] = {}
     for mutation in chosen:
-        every.setdefault(mutation.kernels, set()).update(mutation.tests)
+        files.setdefault(mutation.kernels, set()).update(mutation.tests)
     with ThreadPoolExecutor(2) as pool:  # one a core, each with one thread
-        unmutated = [pool.submit(run, sorted(tests), None, kernels) for kernels, tests in every.items()]
+        unmutated = [pool.submit(run, sorted(tests), None, kernels) for kernels, tests in files.items()]
         runs = [(m, pool.submit(run, m.tests, m, m.kernels)) for m in chosen]
         survivors = 0
         for mutation, future in runs:
@@ -90,7 +90,7 @@ def main(words: list[str]) -> int:
             survivors += not caught
             says = f"caught by {test}" if caught else f"SURVIVED ({mutation.why}; pytest's status {status})"
             print(f"{mutation.name}: {says} ({seconds:.0f} s)", flush=True)
-        broken = [(kernels, *future.result()[:2]) for kernels, future in zip(every, unmutated, strict=True)]
+        broken = [(kernels, *future.result()[:2]) for kernels, future in zip(files, unmutated, strict=True)]
     broken = [(kernels, status, test) for kernels, status, test in broken if status != 0]
     for kernels, _, test in broken:
         print(f"without any mutation: {test} fails with {kernels} kernels, so nothing above means anything")

@@ -1,4 +1,4 @@
-"""What the tests of threads run in a process of their own: `python -m tests.native.tasks name`."""
+"""What the tests of threads run in a process of their own."""
 
 import hashlib
 import itertools
@@ -207,6 +207,6 @@ def the_same_threads_go_on() -> None:
         assert os.listdir("/proc/self/task") == before
 
 
-if __name__ == "__main__":
+def main(name: str) -> None:
     assert bn.kernels.active() == "native"
-    globals()[sys.argv[1]]()
+    globals()[name]()

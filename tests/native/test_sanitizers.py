@@ -25,7 +25,13 @@ def output_of(command: list[str | Path], seconds: float) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="session", params=["shipped", "sanitized"])
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in ("shipped", "sanitized")],
+)
 def program(request, tmp_path_factory) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if shutil.which("cmake") is None or compiler is None:

@@ -3,13 +3,13 @@
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import Forked
+from tests.native import tasks
+
 HAS_PROC = Path("/proc/self/task").exists()
 
 pytestmark = pytest.mark.skipif(
@@ -18,57 +18,54 @@ pytestmark = pytest.mark.skipif(
 on_linux = pytest.mark.skipif(not HAS_PROC, reason="needs /proc")
 
 
-def run(task: str) -> None:
+@pytest.fixture
+def run(tmp_path):
     """A process of its own, for threads once started stay; one that hangs is ended with its children."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.native.tasks", task],
-        cwd=ROOT,
-        env={**os.environ, "BATCHNORM_KERNELS": "native"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"{task} hangs: {process.communicate()[0]}")
-    assert process.returncode == 0, said
+
+    def call(task: str) -> None:
+        env = {**os.environ, "BATCHNORM_KERNELS": "native"}
+        process = Forked(tasks.main, task, out=tmp_path / task, env=env)
+        status = process.join(60)
+        if status is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"{task} hangs: {process.out}{process.err}")
+        assert status == 0, process.err
+
+    return call
 
 
-def test_results_are_the_same_for_any_number_of_threads():
+def test_results_are_the_same_for_any_number_of_threads(run):
     run("any_number_of_threads")
 
 
-def test_calls_from_several_python_threads_do_not_meet():
+def test_calls_from_several_python_threads_do_not_meet(run):
     run("python_threads")
 
 
-def test_other_python_threads_go_on_during_a_call():
+def test_other_python_threads_go_on_during_a_call(run):
     run("without_the_gil")
 
 
 @on_linux
-def test_a_forked_child_computes_the_same():
+def test_a_forked_child_computes_the_same(run):
     run("after_a_fork")
 
 
 @on_linux
-def test_a_worker_of_a_data_loader_computes_the_same():
+def test_a_worker_of_a_data_loader_computes_the_same(run):
     run("data_loader_workers")
 
 
 @on_linux
-def test_there_is_one_openmp_runtime():
+def test_there_is_one_openmp_runtime(run):
     run("one_openmp_runtime")
 
 
 @on_linux
-def test_no_more_threads_are_started_than_torch_may_use():
+def test_no_more_threads_are_started_than_torch_may_use(run):
     run("as_many_threads_as_torch")
 
 
 @on_linux
-def test_little_work_ends_no_threads():
+def test_little_work_ends_no_threads(run):
     run("the_same_threads_go_on")

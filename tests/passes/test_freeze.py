@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 
 import batchnorm as bn
 from tests.constructors import each_layer, each_setting
+from tests.mutations.mutation import Mutation
 from tests.passes.compare import unlike
 
 BATCHES = [(1 + k) * torch.randn(5, 3, generator=torch.Generator().manual_seed(k)) for k in range(4)]
@@ -74,6 +75,7 @@ def test_a_frozen_layer_in_training_is_torchs_in_evaluation(ours, torch_s, shape
         assert torch.equal(layer.eval()(x), found[0])
 
 
+@pytest.mark.slow
 def test_resnet18_is_trained_as_it_is_used():
     theirs = unlike(resnet18(num_classes=5)).double()
     frozen = bn.freeze(copy.deepcopy(theirs))[0].train()
@@ -297,3 +299,12 @@ def test_by_hand_a_layer_without_statistics_says_what_is_wrong():
     layer = bn.BatchNorm1d(3, track_running_stats=False, statistics=bn.Population())
     with pytest.raises(RuntimeError, match="this layer keeps none"):
         layer(BATCHES[0])
+
+
+MUTATIONS = [
+    Mutation(
+        "frozen twice, unfrozen once", "passes/freeze.py",
+        "if not isinstance(layer.statistics, Population):", "if True:",
+        "what a layer did before is kept, not that it was frozen",
+    ),
+]  # fmt: skip

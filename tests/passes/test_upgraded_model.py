@@ -84,6 +84,7 @@ def test_it_survives(change):
         assert (ours.norm.weight != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_it_compiles_as_one_graph(training):
     model = Net().double()
@@ -96,6 +97,7 @@ def test_it_compiles_as_one_graph(training):
         near(compiled.train(training)(X), theirs.train(training)(X))
 
 
+@pytest.mark.slow
 def test_what_was_compiled_before_is_compiled_again():
     theirs = unlike(Net().double()).eval()
     ours = copy.deepcopy(theirs)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 import batchnorm as bn
+from tests.mutations.mutation import Mutation
 from tests.passes.compare import tensors, unlike
 
 
@@ -110,6 +111,7 @@ def after_one_batch(model, x, labels):
     return model, output.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "swapped"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 def test_resnet18_in_eight_parts_is_resnet18(of_torch, dtype, tolerance, fuse):
@@ -665,6 +667,7 @@ def test_checkpointing_what_has_no_layers_is_fine():
     same(model, one)
 
 
+@pytest.mark.slow
 def test_no_graph_is_left_behind():
     model, xs = small(), images()
     looped(model, xs)
@@ -704,6 +707,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_an_interrupt_ends_it():
     script = [sys.executable, "-c", textwrap.dedent(INTERRUPTED)]
@@ -744,3 +748,27 @@ def test_a_residual_of_another_shape_is_refused_where_sizes_differ():
     micro = [torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 6)]
     with pytest.raises(ValueError, match="residual has shape"), bn.virtual_batch(Turned(), micro):
         pass
+
+
+MUTATIONS = [
+    Mutation(
+        "parts of one tensor", "passes/virtual_batch/together.py",
+        "tuple(part.clone() for part in output.split(", "tuple(part for part in output.split(",
+        "what comes next may work in place",
+    ),
+    Mutation(
+        "checkpointing let into a virtual batch", "passes/virtual_batch/micro_batches.py",
+        "            patches.enter_context(_patched(layer, _recomputed))", "            pass",
+        "what is recomputed would be normalised by one part",
+    ),
+    Mutation(
+        "threads without autocast", "passes/virtual_batch/micro_batches.py",
+        "if torch.is_autocast_enabled(device)", "if False",
+        "modes are a thread's own",
+    ),
+    Mutation(
+        "a part that left early", "passes/virtual_batch/lockstep.py",
+        "            if any(self._at):\n", "            if False:\n",
+        "the others wait at a layer for nothing",
+    ),
+]  # fmt: skip

@@ -8,6 +8,7 @@ import batchnorm as bn
 from tests.passes.compare import beside, same
 
 models = pytest.importorskip("torchvision").models
+pytestmark = pytest.mark.slow
 
 # layers, fused
 COUNTS = {

@@ -28,6 +28,7 @@ def test_writes_the_page_and_every_figure(run):
     assert names == {"records.jsonl", "report.html"} | figures
 
 
+@pytest.mark.slow
 def test_builds_the_same_files_again(run):
     report.build(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -35,6 +36,7 @@ def test_builds_the_same_files_again(run):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_keeps_the_old_page_when_the_new_one_cannot_be_written(run, monkeypatch):
     page = report.build(run)
     before = page.read_bytes()
@@ -108,6 +110,7 @@ def test_says_what_is_missing(tmp_path):
         report.build(tmp_path / "records.jsonl")
 
 
+@pytest.mark.slow
 def test_builds_without_torch_and_without_pyplot(run):
     script = (
         "import sys; from pathlib import Path; from batchnorm import report; report.build(Path(sys.argv[1]));"

@@ -29,6 +29,7 @@ def paths_of_lines(svg):
     return re.findall(r'<path d="([^"]*)"[^>]*fill: none; stroke[^>]*stroke-width: 1.8', svg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.name)
 def test_the_same_record_gives_the_same_bytes(chart):
     assert figures.png(chart) == figures.png(chart)
@@ -97,6 +98,7 @@ def test_missing_values_are_gaps_and_a_point_between_gaps_is_seen():
     )
 
 
+@pytest.mark.slow
 def test_a_log_axis_passes_over_what_it_cannot_show():
     svg = inline(chart(Line(label="a", role="bn", x=[0, 1, 10, 100], y=[5, 1, 2, 3]), x_log=True))
     (path,) = paths_of_lines(svg)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from tests.constructors import each_layer, each_setting
+from tests.mutations.mutation import Mutation
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 OWN = list(nn.BatchNorm1d(3).state_dict())
@@ -341,6 +342,7 @@ def test_every_activation_of_its_own():
     assert layer.domains["a"].running_mean.shape == (3, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_changes_domains():
     layer = visited("a", "b", None)
     eager = copy.deepcopy(layer)
@@ -372,3 +374,17 @@ def test_a_frozen_layer_has_nothing_to_take_in_a_new_domain():
     layer = bn.BatchNorm1d(3, statistics=bn.Population())
     with bn.domain("new"), pytest.raises(RuntimeError, match="domain 'new'"):
         layer(torch.randn(4, 3))
+
+
+MUTATIONS = [
+    Mutation(
+        "an inner domain forgets the outer", "running/domain.py",
+        "        _active = before", "        _active = None",
+        "contexts nest",
+    ),
+    Mutation(
+        "a set of every domain left as it was", "running/tracking.py",
+        "            statistics.reset()\n", "            pass\n",
+        "reset_running_stats is for all of them",
+    ),
+]  # fmt: skip

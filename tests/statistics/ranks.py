@@ -1,4 +1,4 @@
-"""What ranks do together in the tests of Sync, each a process that runs `python -m tests.statistics.ranks task ...`.
+"""What ranks do together in the tests of Sync, each a process that runs `main`.
 
 A task fails on a rank; all ranks' tasks are the same and most compare with what one process makes of all the data.
 """
@@ -10,7 +10,6 @@ import itertools
 import os
 import pickle
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -573,17 +572,17 @@ for way, where in itertools.product(("dies", "hangs"), ("forward", "backward")):
     TASKS[3][f"a_rank_{way}_{where}"] = partial(lost, way, where)
 
 
-def main(names: list[str]) -> None:
+def main(rank: int, count: int, store: str, names: list[str]) -> None:
+    """Tasks of one of `count` ranks, which meet in the file `store`."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(100, exit=True)
     warnings.simplefilter("error")
-    store = os.environ.get("STORE")
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}" if store else None,
+        init_method=f"file://{store}",
         timeout=timedelta(seconds=60),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        rank=int(os.environ["RANK"]),
+        world_size=count,
+        rank=rank,
     )
     for name in names:
         TASKS[dist.get_world_size()][name]()
@@ -591,7 +590,3 @@ def main(names: list[str]) -> None:
         if dist.get_rank() == 0:
             print(f"{name}: done", flush=True)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

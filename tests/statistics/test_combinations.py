@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import itertools
-import multiprocessing
 import re
 import traceback
 import warnings
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import batchnorm as bn
+from tests.forked import CONTEXT
 from tests.statistics.columns import COLUMNS
 from tests.statistics.formulas import Kind
 
@@ -91,10 +91,9 @@ def on_ranks(tmp_path_factory):
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("stores")
     stores = (str(folder / str(n)) for n in itertools.count())
-    context = multiprocessing.get_context("spawn")  # torch does not survive a fork with its threads
     with contextlib.ExitStack() as stack:
         pools = [
-            stack.enter_context(ProcessPoolExecutor(1, context, initializer=begin_rank)) for _ in range(2)
+            stack.enter_context(ProcessPoolExecutor(1, CONTEXT, initializer=begin_rank)) for _ in range(2)
         ]
 
         def failures(*cell):
@@ -116,17 +115,27 @@ def test_the_page_says_what_each_column_asks():
     assert re.findall(r"\*\*(.+?)\*\*", below) == NAMES
 
 
+def on_two_ranks(row, column):
+    return row == "Sync" or column == "DDP"
+
+
+def marks(row, column):
+    ranks = [pytest.mark.xdist_group("combinations on ranks")] * on_two_ranks(row, column)
+    return [*ranks, *[pytest.mark.slow] * (column == "compile")]
+
+
 @pytest.mark.parametrize(
     ("row", "column", "claim"),
     [
-        pytest.param(row, column, claim, id=f"{row}: {column}")
+        pytest.param(row, column, claim, id=f"{row}: {column}", marks=marks(row, column))
         for row, cells in CELLS.items()
         for column, claim in zip(NAMES, cells, strict=False)  # that there are as many is tested above
     ],
 )
 def test_a_cell_is_what_it_says(row, column, claim, request):
-    ranks = row == "Sync" or column == "DDP"
-    attempt = request.getfixturevalue("on_ranks") if ranks else lambda *cell: [failure(*cell)]
+    attempt = (
+        request.getfixturevalue("on_ranks") if on_two_ranks(row, column) else lambda *cell: [failure(*cell)]
+    )
     assert claim == "yes" or claim.startswith("no: "), claim
     for part in range(len(COLUMNS[column])):
         for found in attempt(row, column, part):

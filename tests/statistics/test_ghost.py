@@ -320,6 +320,7 @@ def test_the_operators_pass_torch_s_checks(group, dtype, affine):
     torch.library.opcheck(backward, (dy, x, y, weight, bias, stats, False, 1e-3, 1, 0.0, group))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_compiled_as_one_graph_it_equals_eager(activation):
     torch._dynamo.reset()

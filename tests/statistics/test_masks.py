@@ -370,6 +370,7 @@ def test_stacked_models_with_vmap_are_each_of_them(statistics):
             assert_close(buffers[name][i], model.get_buffer(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statistics", "lengths"),
     [(None, False), (None, True), (bn.Ghost(2), False), (bn.Renorm(), False)],

@@ -246,6 +246,7 @@ def test_stacked_models_with_vmap_are_each_of_them():
         assert_close(buffers["running_var"][i], model.running_var)
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph_it_equals_eager():
     torch._dynamo.reset()
     layer = randomised(bn.BatchNorm2d((3, 2, 4), activation="relu"))

@@ -305,6 +305,7 @@ def test_stacked_models_with_vmap_are_each_of_them():
             assert_close(buffers[name][i], model.get_buffer(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rmax", [1.2, Ramp(1, 1.5, 0, 4)], ids=["number", "ramp"])
 def test_compiled_as_one_graph_it_equals_eager(rmax):
     torch._dynamo.reset()
@@ -384,6 +385,7 @@ def test_a_recomputation_would_see_other_statistics_and_is_refused(reentrant):
         y.sum().backward()
 
 
+@pytest.mark.slow
 def test_inductor_keeps_the_correction_for_the_backward_pass():
     torch._dynamo.reset()
     x, dy = random(13, 3, 5), random(13, 3, 5)

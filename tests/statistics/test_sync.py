@@ -5,8 +5,7 @@ import os
 import pickle
 import re
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +15,63 @@ import torch.distributed as dist
 from torch import nn
 
 import batchnorm as bn
+from tests.forked import Forked
+from tests.mutations.mutation import Mutation
 from tests.statistics import ranks
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
 )
 
 
-def started(command: list[str], **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def started(folder: Path, count: int, tasks: list[str], **env: str) -> list[Forked]:
+    """So many ranks at work on tasks; a file to meet in, for it does not die with a rank."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return [
+        Forked(ranks.main, rank, count, str(folder / "store"), tasks, out=folder / f"rank-{rank}", env=env)
+        for rank in range(count)
+    ]
 
 
-def ended(process: subprocess.Popen[str], seconds: float) -> str:
-    """What it said; past its time it is asked to end its ranks, which are sessions of their own, and then killed."""
-    for patience, number in ((seconds, signal.SIGTERM), (10, signal.SIGKILL)):
-        try:
-            return process.communicate(timeout=patience)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, number)
-    return f"{process.communicate()[0]}\nkilled after {seconds} s"
-
-
-def failures(count: int) -> dict[str, str]:
+def failures(folder: Path, count: int) -> dict[str, str]:
     """Why tasks of so many ranks fail; all in one launch, but for a new one after each of the first that fail."""
     found: dict[str, str] = {}
     left = list(ranks.TASKS[count])
-    launch = ["torch.distributed.run", f"--nproc-per-node={count}", "--standalone", "-m", ranks.__name__]
-    for _ in range(3):
-        said = ended(started([*launch, *left]), 120)
-        done = [name for name in left if f"{name}: done" in said]
+    for launch in range(3):
+        (folder / f"{launch}").mkdir()
+        processes = started(folder / f"{launch}", count, left)
+        until = time.monotonic() + 200
+        while time.monotonic() < until and any(each.running for each in processes):
+            if any(each.join(0.02) for each in processes):  # the others would wait for one that has failed
+                break
+        for each in processes:
+            if each.running and each.join(1) is None:
+                os.killpg(each.pid, signal.SIGKILL)
+        done = [name for name in left if f"{name}: done" in processes[0].out]
         left = left[len(done) :]
         if not left:
             return found
-        found[left.pop(0)] = said
+        found[left.pop(0)] = "\n".join(f"{each.join()}: {each.out}{each.err}" for each in processes)
     return found | dict.fromkeys(left, "not reached, for others failed")
 
 
 @pytest.fixture(scope="module")
-def of_two() -> dict[str, str]:
-    return failures(2)
+def of_two(tmp_path_factory) -> dict[str, str]:
+    return failures(tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
-def of_four() -> dict[str, str]:
-    return failures(4)
+def of_four(tmp_path_factory) -> dict[str, str]:
+    return failures(tmp_path_factory.mktemp("four"), 4)
 
 
+@pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize("task", ranks.TASKS[2])
 def test_two_ranks(task, of_two):
     assert task not in of_two, of_two[task]
 
 
+@pytest.mark.xdist_group("four ranks")
 @pytest.mark.parametrize("task", ranks.TASKS[4])
 def test_four_ranks(task, of_four):
     assert task not in of_four, of_four[task]
@@ -84,16 +79,15 @@ def test_four_ranks(task, of_four):
 
 def survivors(task: str, tmp_path: Path, **env: str) -> list[str]:
     """What the first and the last of three ranks say, which end by themselves, and with an error."""
-    # no launcher, for that would end them; a file to meet in, for it does not die with a rank
-    env = {"WORLD_SIZE": "3", "STORE": str(tmp_path / "store"), **env}
-    processes = [started([ranks.__name__, task], RANK=str(rank), **env) for rank in range(3)]
+    processes = started(tmp_path, 3, [task], **env)
     try:
-        said = [ended(processes[rank], 45) for rank in (0, 2)]
+        statuses = [processes[rank].join(45) for rank in (0, 2)]
     finally:
-        os.killpg(processes[1].pid, signal.SIGKILL)
-        processes[1].communicate()
-    for rank, its in zip((0, 2), said, strict=True):
-        assert processes[rank].returncode == 1, its
+        for each in processes:
+            if each.running:
+                os.killpg(each.pid, signal.SIGKILL)
+    said = [processes[rank].out + processes[rank].err for rank in (0, 2)]
+    assert statuses == [1, 1], said
     return said
 
 
@@ -227,3 +221,17 @@ def test_what_cannot_become_sync_is_named_and_nothing_changes(last, why):
         bn.convert_sync(model)
     assert repr(model) == before
     assert [type(layer) for layer in model] == kinds
+
+
+MUTATIONS = [
+    Mutation(
+        "a frozen layer thawed by synchronising", "passes/convert_sync.py",
+        "Population(sync) if isinstance(layer.statistics, Population) else sync", "sync",
+        "it stays frozen until unfreeze",
+    ),
+    Mutation(
+        "SyncBatchNorm's own group lost", "passes/convert_sync.py",
+        "groups = [process_group or _group(layer) for", "groups = [process_group for",
+        "statistics of ranks that the model's author kept apart",
+    ),
+]  # fmt: skip

@@ -66,6 +66,7 @@ def test_a_seed_gives_the_same_record_and_another_seed_another():
     assert records[0] != records[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 17, 20, 39, 40])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_continues_from_any_step_to_the_same_numbers(tmp_path, stop, batch_norm):

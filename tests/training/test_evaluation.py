@@ -124,6 +124,7 @@ def same(one, other):
     return torch.equal(one.probabilities, other.probabilities) and torch.equal(one.labels, other.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaders", [0, 1])
 def test_one_crop_is_seen_as_the_network_sees_it(loaders):
     network, source = linear(), noise()
@@ -206,6 +207,7 @@ def test_an_ensemble_leaves_out_what_one_network_could_not_read():
         assert Predictions.mean(several).score.images == 9
 
 
+@pytest.mark.slow
 def test_a_runs_networks_are_as_good_as_its_records_say(run, evaluate):
     records = list(read(run / "records.jsonl"))
     result = records[-1]
@@ -233,6 +235,7 @@ def test_of_a_folder_best_is_taken_unless_final_is_asked_for(tmp_path, evaluate)
     assert " 2,222 " in evaluate(tmp_path, "--images", 2, "--final")[1]
 
 
+@pytest.mark.slow
 def test_it_says_what_was_looked_at(run, evaluate, monkeypatch):
     monkeypatch.chdir(run.parent)
     code, out, _ = evaluate("digits", "--images", 40)
@@ -248,6 +251,7 @@ def test_it_says_what_was_looked_at(run, evaluate, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_several_networks_are_an_ensemble(run, evaluate, monkeypatch):
     monkeypatch.chdir(run.parent)
     code, out, _ = evaluate("digits", "digits/checkpoints/final.pt", "--crops", 144, "--images", 2)

@@ -32,6 +32,8 @@ CONFIG = toml.parse(
 )
 ASKED = Prediction(network="member-1", config=CONFIG, images=IMAGES)
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("predictions of one network")]
+
 
 @pytest.fixture(autouse=True)
 def _precision_may_change():

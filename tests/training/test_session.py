@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +34,14 @@ from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError, Checkpoints
 from batchnorm.training.interruption import Interruption
 from batchnorm.training.network import build
+from tests.command import COMMAND, Done, Here
 from tests.data.pictures import image_folder
+from tests.forked import Forked
+from tests.mutations.mutation import Mutation
 
-COMMAND = [sys.executable, "-m", "batchnorm.cli", "train"]
+pytestmark = pytest.mark.slow
+with_whole = pytest.mark.xdist_group("a whole run of train")
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 RUN = """
 [model]
@@ -87,12 +92,6 @@ QUICK = (  # for what is the same however long it trains
 STARTED: "list[subprocess.Popen[str]]" = []
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    error: str
-
-
 @pytest.fixture(autouse=True)
 def _no_process_outlives_its_test():
     yield
@@ -117,21 +116,12 @@ def run_toml(tmp_path_factory):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys, run_toml):
+def train(here: Here):
     """The command in this process, to be called with its arguments."""
 
     def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["batchnorm", "train", *map(str, arguments)])
         AcceleratorState._reset_state(True)
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return Done(code, captured.out, captured.err)
+        return here("train", *arguments)
 
     return call
 
@@ -142,7 +132,7 @@ def changed(*changes: str) -> list[str]:
 
 def start(*arguments: object, launcher: tuple[object, ...] = ()) -> "subprocess.Popen[str]":
     """The command in processes of its own, a group of theirs."""
-    command = [*COMMAND, *map(str, arguments)]
+    command = [*COMMAND, "train", *map(str, arguments)]
     if launcher:
         command = [sys.executable, "-m", "torch.distributed.run", *map(str, launcher), *command[1:]]
     process = subprocess.Popen(
@@ -155,6 +145,16 @@ def start(*arguments: object, launcher: tuple[object, ...] = ()) -> "subprocess.
     )
     STARTED.append(process)
     return process
+
+
+def train_in_process(*arguments: str) -> None:
+    sys.argv = ["batchnorm", "train", *arguments]
+    cli.main()
+
+
+def fork(told: Path, *arguments: object) -> Forked:
+    """The command in a process of its own that starts in no time; what it says goes to the file `told`."""
+    return Forked(train_in_process, *map(str, arguments), out=told, env=ENVIRONMENT)
 
 
 def children(process: "subprocess.Popen[str]") -> list[int]:
@@ -239,8 +239,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 def whole(tmp_path_factory, run_toml):
     """A run that nobody disturbed, and that saved less often."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = end(start(run_toml, "--out", folder, "--set", "checkpoints.every_seconds=1"))
-    assert done.code == 0, done.error
+    process = fork(
+        folder.with_suffix(".out"), run_toml, "--out", folder, "--set", "checkpoints.every_seconds=1"
+    )
+    assert process.join() == 0, process.err
     return folder
 
 
@@ -268,30 +270,31 @@ def train_and_kill(folder: Path, run_toml: Path, whole: Path, kills: int, seed: 
     """Train to the end, killed so many times on the way; a run that ends sooner is followed by another."""
     chance, killed = random.Random(seed), 0
     while killed < kills:
-        process = start(run_toml, "--out", folder, "--resume")  # begins where nothing has begun
-        if killed % 2 == 0:  # at any moment, most of which are in the start
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0, 4))
+        told = folder.with_suffix(f".{len(list(folder.parent.glob('*.err')))}")
+        process = fork(told, run_toml, "--out", folder, "--resume")  # begins where nothing has begun
+        if killed % 2 == 0:  # at any moment, many of which are in the start
+            process.join(chance.uniform(0, 2))
         else:  # in training, evaluating or saving
-            wait_for(process, "parameters")
+            process.wait_for("parameters")
             time.sleep(chance.uniform(0, 0.4))
         process.kill()
-        done = end(process)
-        assert done.error == ""
+        code = process.join()
+        assert process.err == ""
         for path in (folder / "checkpoints").glob("*.pt"):
             state(path)  # whole
-        if done.code == 0:
+        if code == 0:
             assert_same_run(folder, whole)
             shutil.rmtree(folder)
         else:
-            assert done.code == -signal.SIGKILL
+            assert code == -signal.SIGKILL
             killed += 1
-    done = end(start(run_toml, "--out", folder, "--resume"))
-    assert done.code == 0, done.error
+    process = fork(folder.with_suffix(".last"), run_toml, "--out", folder, "--resume")
+    assert process.join() == 0, process.err
     assert_same_run(folder, whole)
     assert list((folder / "checkpoints").glob("step-*.unfinished")) == []
 
 
+@with_whole
 def test_killed_20_times_at_random_moments_it_ends_with_the_same_bits(whole, run_toml, tmp_path):
     with ThreadPoolExecutor(2) as lanes:  # two runs, as a start takes seconds
         jobs = [
@@ -336,25 +339,22 @@ def test_the_newest_are_kept_and_a_killed_run_s_remains_are_not(tmp_path):
 # ---- stopped
 
 
+@with_whole
 def test_stopped_twice_it_goes_on_with_the_same_bits(train, whole, run_toml, tmp_path):
     folder = tmp_path / "stopped"
-    process = start(run_toml, "--out", folder)
-    wait_for(process, "parameters")
+    process = fork(tmp_path / "first", run_toml, "--out", folder)
+    process.wait_for("parameters")
     time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    done = end(process)
-    assert (done.code, done.error) == (75, "")
-    assert f"batchnorm train --out {folder} --resume" in done.out
+    os.kill(process.pid, signal.SIGTERM)
+    assert (process.join(), process.err) == (75, "")
+    assert f"batchnorm train --out {folder} --resume" in process.out
     stopped = state(newest(folder))
     assert 0 < stopped["step"] < 24
-    process = start("--out", folder, "--resume")
-    met = re.compile(rf"going on from {re.escape(str(folder))}/checkpoints/step-")
-    assert process.stdout is not None
-    assert any(met.search(line) for line in process.stdout)
-    wait_for(process, "accuracy")
+    process = fork(tmp_path / "second", "--out", folder, "--resume")
+    process.wait_for(f"{folder}/checkpoints/step-")
+    process.wait_for("accuracy")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    done = end(process)
-    assert (done.code, done.error) == (130, "")
+    assert (process.join(), process.err) == (130, "")
     later = state(newest(folder))
     assert stopped["step"] < later["step"] < 24
     done = train("--out", folder, "--resume", "--set", "machine.keep_memory=false")
@@ -424,6 +424,7 @@ def test_a_second_signal_is_rude_and_an_echo_is_not(monkeypatch):
 # ---- what is in the folder
 
 
+@with_whole
 def test_records_events_checkpoints_and_a_page(whole):
     kinds = [line["kind"] for line in lines(whole)]
     assert kinds == ["run", *["evaluation"] * 4, "result"]
@@ -453,6 +454,7 @@ def accuracy(saved: dict[str, Any], statistics: str) -> float:
     return float((found == torch.tensor([label for _, label in chosen])).double().mean())
 
 
+@with_whole
 def test_best_is_the_network_of_the_best_evaluation_and_final_that_of_the_end(whole):
     evaluations = [line for line in lines(whole) if line["kind"] == "evaluation"]
     best, final = (state(whole / "checkpoints" / f"{name}.pt") for name in ("best", "final"))
@@ -833,3 +835,22 @@ def test_two_ranks_then_two_machines_train_as_one_process_would(train, run_toml,
     finals = [state(each / "checkpoints" / "final.pt") for each in (folder, alone)]
     for name, value in finals[1]["population"].items():
         torch.testing.assert_close(finals[0]["population"][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+MUTATIONS = [
+    Mutation(
+        "a checkpoint written in place", "training/checkpoint.py",
+        "        unfinished.replace(path)", "        path.write_bytes(unfinished.read_bytes())",
+        "whoever is killed while it is written leaves half of one",
+    ),
+    Mutation(
+        "checksums not looked at", "training/checkpoint.py",
+        "whole = archive.testzip() is None", "whole = True",
+        "a flipped bit would be trained on",
+    ),
+    Mutation(
+        "the diverged network may be best", "training/session.py",
+        "if record.accuracy > best and not trainer.diverged:", "if record.accuracy > best:",
+        "of weights that are no numbers",
+    ),
+]  # fmt: skip

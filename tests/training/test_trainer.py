@@ -23,6 +23,7 @@ from batchnorm.training.score import Score
 from batchnorm.training.toml import ConfigError
 from batchnorm.training.trainer import Trainer
 from tests.data.pictures import image_folder
+from tests.mutations.mutation import Mutation
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"width": 0.05, "stem": "small", "dropout": 0.0},
@@ -105,6 +106,7 @@ RICH = (
 )
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_run_and_another_seed_another():
     ends = []
     for seed in (1, 1, 2):
@@ -126,6 +128,7 @@ def timeless(state: dict[str, Any]) -> dict[str, Any]:
 
 
 # moments between the yields of the run: after a step, in the middle of either evaluation, at the very end
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [2, 5, 8, 18])
 def test_continues_from_any_moment_bit_for_bit(tmp_path, whole, moment):
     changes, expected, end = whole
@@ -144,6 +147,7 @@ def test_continues_from_any_moment_bit_for_bit(tmp_path, whole, moment):
     assert same(timeless(second.state_dict()), end)
 
 
+@pytest.mark.slow
 def test_loaders_change_no_bit():
     """Of which a training that goes on from one without them is the proof."""
     changes = (*RICH, "training.steps=99", "evaluation.every=99")
@@ -156,6 +160,7 @@ def test_loaders_change_no_bit():
     assert same(timeless(loaded.state_dict())["model"], whole.network.state_dict())
 
 
+@pytest.mark.slow
 def test_the_moments_above_are_in_training_in_evaluations_and_at_the_end():
     each = trainer(*RICH, "evaluation.batch_size=20")
     kinds = [
@@ -166,6 +171,7 @@ def test_the_moments_above_are_in_training_in_evaluations_and_at_the_end():
     assert kinds == ["step", "step", *parts, "Evaluation"] * 2 + ["part"] * 2 + ["Result"]
 
 
+@pytest.mark.slow
 def test_a_completed_run_that_is_continued_says_its_result_again():
     whole = trainer()
     *_, result = records(whole)
@@ -174,6 +180,7 @@ def test_a_completed_run_that_is_continued_says_its_result_again():
     assert records(again) == [result]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [("training.seed=3",), ("model.width=0.1",), ("optimizer.rate=0.04",), ("evaluation.every=2",)],
@@ -189,6 +196,7 @@ def test_the_machine_and_the_checkpoints_may_be_others():
     trainer("machine.channels_last=false", "checkpoints.keep=9").load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_what_is_no_state_of_a_trainer_is_refused():
     whole = trainer().state_dict()
     for broken in (
@@ -237,6 +245,7 @@ def accuracy(each: Trainer, network: nn.Module) -> float:
     return score.accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [8, 3])
 def test_accuracies_are_those_of_algorithm_2_of_the_moving_averages_and_of_the_averaged_weights(micro):
     each = trainer(
@@ -264,6 +273,7 @@ def test_accuracies_are_those_of_algorithm_2_of_the_moving_averages_and_of_the_a
     assert len({evaluation.accuracy, evaluation.accuracy_average, result.accuracy_moving}) == 3
 
 
+@pytest.mark.slow
 def test_evaluating_changes_nothing_of_the_training():
     ends = []
     for every in (1, 3):
@@ -359,6 +369,7 @@ def test_the_auxiliary_head_s_loss_is_added_with_its_weight(precision):
     assert isinstance(gradient, torch.Tensor) and gradient.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32_and_not_the_same():
     losses = {}
     for precision in ("float32", "bfloat16"):
@@ -441,6 +452,7 @@ def test_patience_ends_a_run_after_so_many_evaluations_without_a_new_best(monkey
     assert not result.diverged
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*saw a batch whose mean or variance is inf or nan")
 def test_a_loss_that_is_no_number_ends_the_run_and_is_never_sound():
     each = trainer("optimizer.rate=1e30", "training.steps=500", "evaluation.every=200")
@@ -468,6 +480,7 @@ def test_a_state_with_a_number_lost_is_not_sound(broken):
     assert not each.sound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "googlenet"])
 def test_a_model_of_torchvision_trains_on_a_folder_of_images(tmp_path, name):
     image_folder(tmp_path)
@@ -541,3 +554,22 @@ def test_set_changes_keys_and_leaves_the_rest():
         "training.sync",
     ]
     assert toml.differences(config(), config("machine.threads=2", "checkpoints.keep=1")) == []
+
+
+MUTATIONS = [
+    Mutation(
+        "dropout's generator forgotten", "training/trainer.py",
+        '            self._set_random_states(random[rank])', '            pass',
+        "a continued run drops other units",
+    ),
+    Mutation(
+        "momentum forgotten", "training/trainer.py",
+        '        self.optimizer.load_state_dict(state["optimizer"])\n', '',
+        "SGD would start from rest",
+    ),
+    Mutation(
+        "patience off by one", "training/trainer.py",
+        "_first_best(accuracies) >= patience", "_first_best(accuracies) > patience",
+        "so many evaluations, and no more",
+    ),
+]  # fmt: skip

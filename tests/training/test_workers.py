@@ -11,6 +11,8 @@ from batchnorm.records import Result
 from batchnorm.training.digits_trainer import Training, digits_trainer
 from batchnorm.training.workers import Outcome, Progress, WorkerDied, Workers
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forking")]
+
 MAKE = partial(digits_trainer, "mnist-10k")
 JOBS = {
     f"{'bn' if bn else 'plain'}-{steps}": Training(batch_norm=bn, rate=0.1, steps=steps, seed=0)
