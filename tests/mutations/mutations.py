@@ -758,12 +758,12 @@ MUTATIONS = [
     ),
     Mutation(
         "a micro-batch's loss unweighted", "training/trainer.py",
-        ' * (len(its_labels) / total)', ' * (micro_weight := 1.0)',
+        ' * (len(part_labels) / total)', ' * (micro_weight := 1.0)',
         "the whole batch's loss is a mean over its images", TRAINER,
     ),
     Mutation(
         "patience off by one", "training/trainer.py",
-        "_first_best(accuracies) >= patience", "_first_best(accuracies) > patience",
+        "_argmax(accuracies) >= patience", "_argmax(accuracies) > patience",
         "so many evaluations, and no more", TRAINER,
     ),
     Mutation(

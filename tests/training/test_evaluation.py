@@ -117,7 +117,7 @@ class Holed:
 
 
 def said(network, source, **options):
-    return Predictions.joined(predict(network, source, SIZE, **options))
+    return Predictions.concatenate(predict(network, source, SIZE, **options))
 
 
 def same(one, other):
@@ -150,7 +150,7 @@ def test_after_each_part_it_can_be_stopped_and_continued_bit_for_bit(crops, size
     parts = list(predict(network, source, SIZE, crops=crops, batch_size=4))
     assert list(map(len, parts)) == sizes
     rest = said(network, source, crops=crops, batch_size=4, indices=range(sizes[0], 10))
-    assert same(rest, Predictions.joined(parts[1:]))
+    assert same(rest, Predictions.concatenate(parts[1:]))
 
 
 def test_it_goes_through_the_indices_in_their_order():
@@ -255,7 +255,7 @@ def test_several_networks_are_an_ensemble(run, evaluate, monkeypatch):
     *_, first, second, ensemble = out.splitlines()
     saved = [load_network(network_file(run, name)) for name in ("best.pt", "final.pt")]
     some = Subset(load("mnist-10k", "val"), 2)
-    every = [Predictions.joined(predict(each.network, some, 28, crops=144)) for each in saved]
+    every = [Predictions.concatenate(predict(each.network, some, 28, crops=144)) for each in saved]
     accuracies = [each.score.accuracy for each in [*every, Predictions.mean(every)]]
     assert first.split()[0] == "digits"
     assert second.split()[0] == "digits/checkpoints/final.pt"
@@ -284,7 +284,7 @@ def test_of_many_classes_the_five_likeliest_count_too_and_unreadable_images_are_
     assert "left out    2 of 22 images cannot be read: val/a/00.jpg" in out.replace(f"{pictures.parent}/", "")
     saved = load_network(pictures)
     source = load(str(pictures.parent), "val")
-    score = Predictions.joined(predict(saved.network, source, 16, corrupt=Corrupt(1, 22))).score
+    score = Predictions.concatenate(predict(saved.network, source, 16, corrupt=Corrupt(1, 22))).score
     assert score.images == 20
     first, five = score.accuracy, score.accuracy_top5
     shares = [f"{share:.2%}" for share in (first, 1 - first, five, 1 - five)]

@@ -348,7 +348,7 @@ def test_stopped_twice_it_goes_on_with_the_same_bits(train, whole, run_toml, tmp
     stopped = state(newest(folder))
     assert 0 < stopped["step"] < 24
     process = start("--out", folder, "--resume")
-    met = re.compile(rf"going on from {re.escape(str(folder))}/checkpoints/step-")
+    met = re.compile(rf"resuming from {re.escape(str(folder))}/checkpoints/step-")
     assert process.stdout is not None
     assert any(met.search(line) for line in process.stdout)
     wait_for(process, "accuracy")
@@ -406,15 +406,15 @@ def test_stopped_while_it_starts_it_leaves_with_the_same_codes(run_toml, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_signal_is_rude_and_an_echo_is_not(monkeypatch):
-    told: list[signal.Signals] = []
-    with Interruption(told.append) as asked:
+def test_a_second_signal_raises_and_a_duplicate_does_not(monkeypatch):
+    signals: list[signal.Signals] = []
+    with Interruption(signals.append) as interruption:
         try:
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
         except KeyboardInterrupt:
             pytest.fail("what torchrun says again is no second request")
-        assert (asked.seen, told) == (signal.SIGTERM, [signal.SIGTERM])
+        assert (interruption.received, signals) == (signal.SIGTERM, [signal.SIGTERM])
         now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now + 2)
         with pytest.raises(KeyboardInterrupt):

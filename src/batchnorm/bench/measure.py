@@ -40,7 +40,7 @@ _OTHERS: dict[Command, tuple[str, ...]] = {
 _VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "BATCHNORM_", "KERAS_")
 
 
-class Watcher(Protocol):
+class Callback(Protocol):
     """Who is told how it goes; the command line shows a progress bar."""
 
     def planned(self, command: Command, cases: int) -> None:
@@ -53,7 +53,7 @@ class Watcher(Protocol):
         """It has ended."""
 
 
-def measure(command: Command, options: Options, line: str, watcher: Watcher) -> Measured:
+def measure(command: Command, options: Options, line: str, callback: Callback) -> Measured:
     """Measure all cases of `command` with the threads torch has now; stopped by Ctrl-C, those before it.
 
     line: the command line, for the record.
@@ -66,13 +66,13 @@ def measure(command: Command, options: Options, line: str, watcher: Watcher) -> 
     finished = False
     try:
         cases = _CASES[command](options)
-        watcher.planned(command, len(cases))
+        callback.planned(command, len(cases))
         for case in cases:
-            watcher.began(case.title)
+            callback.began(case.title)
             measured, said = case.measure(options.seconds, options.least)
             rows += measured
             notes += said
-            watcher.ended(measured)
+            callback.ended(measured)
         finished = True
     except KeyboardInterrupt:
         pass

@@ -166,7 +166,7 @@ def _scores(
             ):
                 parts.append(part)
                 advance(len(part))
-            every.append(Predictions.joined(parts))
+            every.append(Predictions.concatenate(parts))
     ensemble = [Predictions.mean(every)] if len(every) > 1 else []
     return [predictions.score for predictions in every + ensemble]
 

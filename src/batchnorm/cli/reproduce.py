@@ -263,7 +263,7 @@ def ensemble(
 
 def _write_plan(wanted: ImagenetSettings, folder: Path) -> None:
     from batchnorm.experiments.imagenet import imagenet_experiment
-    from batchnorm.training.toml import written
+    from batchnorm.training.toml import to_toml
 
     if len(wanted.rates) > 1:
         raise Failure(
@@ -275,7 +275,7 @@ def _write_plan(wanted: ImagenetSettings, folder: Path) -> None:
     with in_one_line(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         for name, config in jobs.items():
-            (folder / f"{name}.toml").write_text(written(config), encoding="utf-8")
+            (folder / f"{name}.toml").write_text(to_toml(config), encoding="utf-8")
     for name in jobs:
         typer.echo(f"torchrun ... -m batchnorm.cli train {folder / name}.toml --out runs/{name}")
 

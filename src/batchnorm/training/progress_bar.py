@@ -1,4 +1,4 @@
-"""How the training of one network looks in a terminal: a bar with images/s and the time left, a line an evaluation."""
+"""The terminal output of `batchnorm train`: a progress bar with images/s and remaining time, a line per evaluation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from batchnorm.records import Evaluation
 from batchnorm.training.trainer import Trainer
 
 _REFRESH = 0.2  # seconds
-_SPEED_OVER = 10.0  # seconds that images/s is a mean of
+_SPEED_WINDOW = 10.0  # seconds over which images/s is averaged
 
 
 class Bar:
-    """A progress bar on `console`, a context manager; where that is no terminal, only the lines of evaluations."""
+    """A progress bar on `console`, a context manager; without a terminal it prints only the lines of evaluations."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -35,7 +35,7 @@ class Bar:
         )
         self._shown = 0.0
         self._marks: list[tuple[float, int]] = []  # (seconds in training, step)
-        self._named: dict[Corrupt, int] = {}  # how many images of each were named
+        self._reported: dict[Corrupt, int] = {}  # the number of unreadable images reported so far
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -47,17 +47,17 @@ class Bar:
         self._bar.stop()
 
     def started(self, trainer: Trainer, source: Path | None) -> None:
-        """Say what is trained, on what, and from where."""
+        """Print the model, the data and the checkpoint, and add the bar."""
         config = trainer.config
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-        processes = trainer.processes
+        processes = trainer.accelerator
         self._say(
             f"{config.model.name}, {parameters:,} parameters, on {len(trainer.source):,} images of "
             f"{config.data.source}; {processes.num_processes} process{'es' * (processes.num_processes > 1)} "
             f"on {processes.device}"
         )
         if source is not None:
-            self._say(f"going on from {source}")
+            self._say(f"resuming from {source}")
         self._task = self._bar.add_task("", total=config.training.steps, completed=trainer.step, speed="")
 
     def step(self, trainer: Trainer) -> None:
@@ -67,7 +67,7 @@ class Bar:
         if now - self._shown < _REFRESH:
             return
         self._shown = now
-        self._marks = [mark for mark in self._marks if trainer.seconds - mark[0] < _SPEED_OVER]
+        self._marks = [mark for mark in self._marks if trainer.seconds - mark[0] < _SPEED_WINDOW]
         self._marks.append((trainer.seconds, trainer.step))
         seconds, steps = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
         speed = steps * trainer.config.training.batch_size / seconds if seconds else 0.0
@@ -93,15 +93,15 @@ class Bar:
         )
 
     def stopping(self) -> None:
-        """Say that Ctrl-C was heard."""
-        self._say("stopping: writing a checkpoint (Ctrl-C again to give it up)")
+        """Confirm Ctrl-C."""
+        self._say("stopping: writing a checkpoint (Ctrl-C again to quit without it)")
 
     def _name_corrupt(self, trainer: Trainer) -> None:
         for corrupt in trainer.corrupt.values():
-            if len(corrupt) > (named := self._named.get(corrupt, 0)):
-                for name, why in list(corrupt.found.items())[named:]:
+            if len(corrupt) > (reported := self._reported.get(corrupt, 0)):
+                for name, why in list(corrupt.found.items())[reported:]:
                     self._say(f"skipped an image that cannot be read, {name}: {why}")
-                self._named[corrupt] = len(corrupt)
+                self._reported[corrupt] = len(corrupt)
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

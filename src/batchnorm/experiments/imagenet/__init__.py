@@ -44,7 +44,9 @@ def imagenet_experiment(settings: ImagenetSettings) -> Experiment[ImagenetSettin
     train, validation = load(settings.data, "train"), load(settings.data, "val")
     every: list[Claim[ImagenetSettings, Config]] = [Ablation(), Failures(train.classes), Figure3(len(train))]
     claims = [claim for claim in every if claim.name in settings.claims]
-    return Experiment("imagenet", _title(settings), claims, _described(settings, train, validation), _make)
+    return Experiment(
+        "imagenet", _title(settings), claims, _describe_data(settings, train, validation), _make_trainer
+    )
 
 
 def ensemble_experiment(
@@ -56,8 +58,8 @@ def ensemble_experiment(
         "ensemble",
         f"An ensemble of six: {_title(settings)}",
         [Ensemble(len(validation))],
-        _described(settings, train, validation),
-        _make,
+        _describe_data(settings, train, validation),
+        _make_trainer,
     )
 
 
@@ -65,12 +67,12 @@ def _title(settings: InceptionSettings) -> str:
     return _SCALES[settings.scale].format(data=settings.data)
 
 
-def _described(settings: InceptionSettings, train: Source, validation: Source) -> str:
+def _describe_data(settings: InceptionSettings, train: Source, validation: Source) -> str:
     return (
         f"{settings.data}: {len(train):,} training and {len(validation):,} validation images in {train.classes} "
         f"classes, at {settings.image_size} pixels"
     )
 
 
-def _make(config: Config | Prediction, job: str, folder: Path) -> Trainer | Predictor:
+def _make_trainer(config: Config | Prediction, job: str, folder: Path) -> Trainer | Predictor:
     return Predictor(config, job, folder) if isinstance(config, Prediction) else Trainer(config, job)

@@ -20,7 +20,7 @@ from batchnorm.experiments.imagenet.inception_settings import InceptionSettings
 from batchnorm.records import Chart, Table
 from batchnorm.training.config import Config
 from batchnorm.training.evaluation import Crops, Predictions
-from batchnorm.training.prediction import CROPS, Prediction, predicted
+from batchnorm.training.prediction import CROPS, Prediction, load_predictions
 
 # "Each was based on BN-x30, modified via some of": larger initial weights in the convolutions, Dropout of 5 or 10 %,
 # per-activation BN in the last hidden layers. Which network had which the paper does not say.
@@ -115,7 +115,7 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         for number in range(1, len(MEMBERS) + 1):
             path = curves[_prediction(number)].checkpoint
             assert path is not None
-            networks.append(predicted(path))
+            networks.append(load_predictions(path))
         together = {crops: Predictions.mean([said[crops] for said in networks]) for crops in networks[0]}
         rows = [[f"network {number}", *_accuracies(said)] for number, said in enumerate(networks, 1)]
         rows.append(["ensemble of all six", *_accuracies(together)])
