@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from batchnorm.bench.link import BARE
+from batchnorm.bench.link import COLLECTIVES
 from batchnorm.bench.rows import COMMANDS, read
 from tests.test_cli import COMMAND, batchnorm
 
@@ -29,7 +29,7 @@ def test_all_of_it_on_one_page(tmp_path):
         *(f"{command}.{kind}" for command in COMMANDS for kind in ("json", "png")),
     }
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "tiny shapes: no measurement" in page
+    assert "tiny shapes: not a measurement" in page
     assert "OMP_NUM_THREADS=1" in page
     assert "BN+ReLU against torch, channels-last, bfloat16" in done.stdout
     steps = read(tmp_path / "step.json")
@@ -54,7 +54,7 @@ def test_all_of_it_on_one_page(tmp_path):
     }
     ranks = read(tmp_path / "scaling.json")
     assert [row.processes.count for row in ranks.rows if row.processes] == [1, 2]
-    assert all(set(row.times) == {"ours", "plain", *BARE} for row in ranks.rows)
+    assert all(set(row.times) == {"ours", "plain", *COLLECTIVES} for row in ranks.rows)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_terminal_of_80_columns_shows_every_cell_on_one_line(command):
     console = Console(width=80, force_terminal=False)
     for shown in table.grids(measured(command)):
         with console.capture() as capture:
-            console.print(table.drawn(shown))
+            console.print(table.render(shown))
         lines = capture.get().splitlines()
         assert len(lines) == 2 + len(shown.rows)
         assert "…" not in capture.get()

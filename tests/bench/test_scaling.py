@@ -52,7 +52,7 @@ def test_tables_of_several_processes():
 def test_the_page_of_results_explains_its_words(tmp_path):
     text = results.write(measured("scaling"), tmp_path).read_text()
     assert text.index("## Several processes") < text.index("**A step of BNInception/4, 32×1×28×28 a rank")
-    assert "core ms is the time of a core that one rank's step took" in text
+    assert "core ms is the core time of one rank's step" in text
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def counted(*collectives):
 
 @pytest.fixture(scope="module", params=[2, 3])
 def seen(request):
-    with Ranks(request.param, observer.contenders, turns=1) as ranks:
+    with Ranks(request.param, observer.candidates, turns=1) as ranks:
         names = [f"{name} {what}" for name in observer.MODELS for what in ("without", "with", "population")]
         yield {name: ranks(name) for name in [*names, "inception alone"]}
 

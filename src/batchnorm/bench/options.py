@@ -1,4 +1,4 @@
-"""What a measurement can be asked for."""
+"""The options of a measurement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Options(BaseModel):
-    """The choices of one command; those that it has no use for do nothing."""
+    """The options of all commands; each uses those that apply to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -68,7 +68,7 @@ def kernels(
 ) -> None:
     """BN+ReLU in training, forward and backward, in milliseconds and in copies of the input.
 
-    Inputs are cold: they come from more than 300 MB of buffers. Contenders
+    Inputs are cold: they come from more than 300 MB of buffers. Candidates
     take turns in every round, so a ratio compares times of the same moment.
     Writes tables, a picture and the numbers into a folder; Ctrl-C keeps what
     was measured.

@@ -40,7 +40,7 @@ def take(
             measured = measure(command, options, command_line(), display)
             written = results.write(measured, folder)
             for grid in table.grids(measured):
-                console.print(table.drawn(grid), "")
+                console.print(table.render(grid), "")
             for note in measured.notes:
                 show(console, note)
             if not measured.finished:

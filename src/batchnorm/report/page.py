@@ -60,7 +60,7 @@ def render(records: Iterable[Record]) -> str:
         run=contents.run,
         light=Markup(LIGHT.css()),
         dark=Markup(DARK.css()),
-        started=tables.moment(contents.run.started),
+        started=tables.format_time(contents.run.started),
         headline=gathered.headline(contents),
         judged=contents.judged,
         finished=contents.finished,

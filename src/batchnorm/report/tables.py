@@ -80,7 +80,7 @@ def configurations(contents: Contents) -> Grid | None:
     return Grid("Where the networks’ settings differ", ["network", *differing], rows)
 
 
-def moment(iso: str) -> str:
+def format_time(iso: str) -> str:
     """A time in ISO 8601 for people; as it stands when it is none."""
     try:
         time = datetime.fromisoformat(iso)
