@@ -793,7 +793,7 @@ MUTATIONS = [
     ),
     Mutation(
         "steps counted from another seed's target", "experiments/imagenet/figure_3.py",
-        'for c, t in zip(of[name], targets, strict=True)]', 'for c, t in zip(of[name], reversed(targets), strict=True)]',
+        'for c, t in zip(by_name[name], targets, strict=True)]', 'for c, t in zip(by_name[name], reversed(targets), strict=True)]',
         "seed by seed", FIGURE_3,
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""The ImageNet experiments: the claims of the first by name, and the ensemble."""
+"""The ImageNet experiments: figure 3 with its claims, and the ensemble."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SCALES = {
     "quick": "BN-Inception, scaled down to {data}, in a hurry",
     "paper": "BN-Inception on {data}",
 }
-# Figure 3 comes last: its verdict is the headline, and the last record.
+# In the order of their verdicts. The last one is the headline of the report.
 _CLAIMS = (Ablation, Failures, Figure3)
 
 
@@ -32,7 +32,7 @@ def claim_names() -> tuple[str, ...]:
 
 
 def claim_title(name: str) -> str:
-    """What the claim of that name says, in one sentence."""
+    """The claim `name` in one sentence."""
     return next(claim.title for claim in _CLAIMS if claim.name == name)
 
 

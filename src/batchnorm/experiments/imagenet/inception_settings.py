@@ -1,4 +1,4 @@
-"""What a user may choose of the ImageNet experiments, and what each of the three scales chooses."""
+"""The settings of the ImageNet experiments, and their presets for the three scales."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.models.inception import Stem
 
 
 class InceptionSettings(Settings):
-    """What every experiment with Inception lets a user choose. The defaults are those of the scaled run."""
+    """The settings of every experiment with Inception. The defaults are those of the scaled run."""
 
     data: str = "fashion-mnist"
     scale: Literal["scaled", "quick", "paper"] = "scaled"
@@ -23,14 +23,14 @@ class InceptionSettings(Settings):
     width: float = Field(0.25, gt=0, description="multiplies every number of channels")
     image_size: int = Field(28, ge=8)
     stem: Stem = "small"
-    # A few epochs leave nothing to regularise, and crops make every network slower: whole images.
+    # Whole images: within a few epochs there is nothing to regularise, and crops slow all networks down.
     crop_area: tuple[float, float] = (1.0, 1.0)
     batch_size: int = Field(32, ge=2)
     images: int | None = Field(None, ge=1, description="of the validation set; unless given, all")
 
 
 class ImagenetSettings(InceptionSettings):
-    """What a user may choose; with the data it decides every number."""
+    """The settings of figure 3 and its claims. Together with the data they determine every number of the run."""
 
     claims: tuple[str, ...] = ("failures", "figure-3")
     rates: tuple[float, ...] = Field(
@@ -39,7 +39,7 @@ class ImagenetSettings(InceptionSettings):
     sweep_steps: int = Field(2_000, ge=50, description="that each rate is tried for")
 
 
-# A look at the same claims in ten minutes on two cores.
+# A quick version of the same claims: ten minutes on two cores.
 QUICK: dict[str, Any] = {
     "scale": "quick",
     "steps": 1_600,
@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
     "rates": (0.02,),
     "images": 2_000,
 }
-# What the paper did, for a cluster. It gives the rate; the rest of what it leaves open is GoogLeNet's.
+# The paper's scale, for a cluster. The paper gives the rate; what it leaves open is as in GoogLeNet.
 PAPER_RATE = 0.0015
 PAPER_SCALE: dict[str, Any] = {
     "scale": "paper",
@@ -62,12 +62,12 @@ PAPER: dict[str, Any] = PAPER_SCALE | {"rates": (PAPER_RATE,)}
 
 
 def preset(quick: bool, data: str | None) -> dict[str, Any]:
-    """What is chosen unless the user says otherwise; a folder of colour images or shards is taken for ImageNet."""
+    """The defaults for this scale, which the user's options override; a folder of images or shards means ImageNet's."""
     if quick:
         return QUICK
     return PAPER if at_the_papers_scale(data) else {}
 
 
 def at_the_papers_scale(data: str | None) -> bool:
-    """Whether the data ask for it: whatever is not known by name, or as files of MNIST's kind."""
+    """Whether `data` is a folder of images or shards, and not one of the named data sets or of IDX files."""
     return not (data is None or data in NAMES or any(Path(data).expanduser().glob("*-ubyte*")))

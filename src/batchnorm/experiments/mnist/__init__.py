@@ -15,7 +15,7 @@ from batchnorm.experiments.mnist.saturation import Saturation
 from batchnorm.experiments.run import Experiment
 from batchnorm.training.digits_trainer import Training, digits_trainer
 
-# Figure 1 comes last: its verdict is the headline, and the last record.
+# In the order of their verdicts. The last one is the headline of the report.
 _CLAIMS: dict[str, type[Claim[DigitsSettings, Training]]] = {
     claim.name: claim for claim in (HigherRates, InitialWeights, Saturation, Regularization, Figure1)
 }
@@ -28,7 +28,7 @@ def claim_names() -> tuple[str, ...]:
 
 
 def claim_title(name: str) -> str:
-    """What the claim of that name says, in one sentence."""
+    """The claim `name` in one sentence."""
     return _CLAIMS[name].title
 
 

@@ -1,4 +1,4 @@
-"""What a user may choose of the MNIST experiment."""
+"""The settings of the MNIST experiment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchnorm.experiments.claim import Settings
 
 
 class DigitsSettings(Settings):
-    """What a user may choose; with the data it decides every number."""
+    """The settings. Together with the data they determine every number of the run."""
 
     data: str = SHIPPED
     steps: int = Field(50_000, ge=1, description="of the longest run; no run is longer")
