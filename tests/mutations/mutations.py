@@ -788,7 +788,7 @@ MUTATIONS = [
     ),
     Mutation(
         "distortion by the clock", "data/loader.py",
-        'torch.default_generator.manual_seed(mixed(self.seed, request.epoch, at % examples))', 'pass',
+        'torch.default_generator.manual_seed(derive_seed(self.seed, request.epoch, at % examples))', 'pass',
         "a sample's distortion follows from seed and epoch", LOADER,
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Data sets by name or place: which of the sources it is."""
+"""Data sets by name or path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(source: str, split: Split) -> Source:
         val/CLASS/*.jpg), with WebDataset shards (train-*.tar and val-*.tar) or with IDX files; or a pattern
         of shards that are named otherwise, e.g. "FOLDER/imagenet1k-{train,validation}-*.tar".
 
-    Raises: DataError for what is missing, torn or inconsistent.
+    Raises: DataError for data that is missing, truncated or inconsistent.
     """
     if source in _DIGITS:
         return _digits(source, split)
@@ -78,7 +78,7 @@ def _cifar_10(split: Split) -> InMemory:
 
 
 def _files(path: Path, split: Split) -> Source:
-    try:  # here, not above: the digits do without torchvision and Pillow
+    try:  # imported here, as the digits need neither torchvision nor Pillow
         from batchnorm.data.folder import ImageFolder
         from batchnorm.data.shards import Shards
     except ImportError:

@@ -28,7 +28,7 @@ from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import single_crop
 from batchnorm.data.distortion import training_transform
 from batchnorm.data.idx import DataError
-from batchnorm.data.loader import Batch, InOrder, Loader
+from batchnorm.data.loader import Batch, Loader, SequentialLoader
 from batchnorm.data.order import Order
 from batchnorm.data.source import Source
 from batchnorm.data.subset import Subset
@@ -89,7 +89,7 @@ class Trainer:
             data.image_size, crop_area=data.crop_area, mirror=data.mirror, distortion=data.distortion
         )
         self.loader = Loader(self.source, transform, self.order, corrupt=self.corrupt["train"], **sharding)
-        self.validation = InOrder(
+        self.validation = SequentialLoader(
             self.validation_source,
             single_crop(data.image_size),
             config.evaluation.batch_size,

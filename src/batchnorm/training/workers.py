@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
-from batchnorm.children import STOP_SIGNALS, leave_with_parent, signals_blocked
+from batchnorm.children import STOP_SIGNALS, exit_with_parent, signals_blocked
 from batchnorm.memory import keep_memory
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint
@@ -165,7 +165,7 @@ def _initialize(make_trainer: TrainerFactory[Any], messages: Any, stop: Event) -
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole process group; the parent handles it
     signal.signal(signal.SIGTERM, _on_sigterm)
-    leave_with_parent()  # safe at any moment: checkpoints are written atomically
+    exit_with_parent()  # safe at any moment: checkpoints are written atomically
     keep_memory()
     torch.set_num_threads(1)  # the networks are small; and results do not depend on the number of cores
     _WorkerState.make_trainer, _WorkerState.messages, _WorkerState.stop = make_trainer, messages, stop
