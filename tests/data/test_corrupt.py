@@ -18,7 +18,7 @@ def test_distinct_names_count_once_in_the_order_they_were_met():
 
 
 @pytest.mark.parametrize(
-    ("share", "images", "most"), [(0.01, 1000, 10), (0.01, 99, 0), (0.29, 100, 29), (1.0, 7, 7)]
+    ("share", "images", "limit"), [(0.01, 1000, 10), (0.01, 99, 0), (0.29, 100, 29), (1.0, 7, 7)]
 )
 def test_the_share_may_be_reached_but_not_passed(share, images, limit):
     corrupt = Corrupt(share, images)

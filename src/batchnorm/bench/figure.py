@@ -16,10 +16,10 @@ from batchnorm.bench import table
 from batchnorm.bench.case import sizes
 from batchnorm.bench.rows import Measured, Row
 from batchnorm.report.figures import settings
-from batchnorm.report.ink import LIGHT
-from batchnorm.report.lettering import width, write
-from batchnorm.report.panel import dress
-from batchnorm.report.scale import human
+from batchnorm.report.labels import width, write
+from batchnorm.report.palette import LIGHT
+from batchnorm.report.panel import style_axes
+from batchnorm.report.scale import format_number
 
 # Colour, marker and name of each candidate, in drawing order.
 _STYLES = {
@@ -203,7 +203,7 @@ def _draw(axes: Axes, panel: Dots, *, named: bool) -> None:
     axes.axvline(1, color=LIGHT.muted, linewidth=0.8, zorder=0)
     axes.set_ylim(places[-1] - 0.6, 0.6)
     axes.set_yticks(places, panel.labels if named else [""] * len(places))
-    dress(axes, LIGHT, rules="x")
+    style_axes(axes, LIGHT, rules="x")
 
 
 def _scale_x(axes: Axes, values: list[float]) -> None:
@@ -218,7 +218,7 @@ def _scale_x(axes: Axes, values: list[float]) -> None:
         low, high = min(low, 0.9), max(high, 1.1)  # so that differences of 1 %, which are noise, look small
         axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
 def _legend(figure: Figure, y: float, present: set[str]) -> None:
