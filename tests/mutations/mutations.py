@@ -707,7 +707,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of the first part alone", "passes/virtual_batch/micro_batches.py",
-        "for call in calls for true, cut in call.cuts", "for call in calls[:1] for true, cut in call.cuts",
+        "for call in calls for attached, leaf in call.detached", "for call in calls[:1] for attached, leaf in call.detached",
         "every loss has its say", VIRTUAL_BATCH,
     ),
     Mutation(
@@ -722,7 +722,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a part that left early", "passes/virtual_batch/lockstep.py",
-        "            if any(self._at):\n", "            if False:\n",
+        "            if any(self._arrivals):\n", "            if False:\n",
         "the others wait at a layer for nothing", VIRTUAL_BATCH,
     ),
     Mutation(

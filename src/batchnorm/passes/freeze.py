@@ -9,7 +9,7 @@ from torch import nn
 from batchnorm.graph.modules import is_ours, layers_of
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
-from batchnorm.passes.swap import become_ours
+from batchnorm.passes.swap import convert_layers
 from batchnorm.statistics.population import Population, thawed
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,7 +52,7 @@ def freeze(model: M, stats: bool = True, affine: bool = False) -> tuple[M, Repor
             "(track_running_stats=False); affine=True with stats=False freezes weight and bias alone"
         )
     with unchanged_on_failure(model):
-        for layer in become_ours(layers) if stats else ():
+        for layer in convert_layers(layers) if stats else ():
             if not isinstance(layer.statistics, Population):
                 layer.statistics = Population(layer.statistics)
         if affine:
