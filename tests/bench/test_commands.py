@@ -90,7 +90,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
             break
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130
-    assert f"Stopped. What there is:  {tmp_path / 'RESULTS.md'}" in rest
+    assert f"Stopped. Results so far:  {tmp_path / 'RESULTS.md'}" in rest
     measured = read(tmp_path / "kernels.json")
     assert not measured.finished
     assert [row.part for row in measured.rows] == ["forward", "backward", "both"]

@@ -297,7 +297,7 @@ def test_where_no_image_can_be_read_it_says_so(pictures, evaluate, tmp_path):
         path.write_bytes(b"")
     code, _, error = evaluate(pictures, "--data", root)
     assert code == 1
-    assert error.startswith("error: no image is left to look at: 11 of 11 images cannot be read")
+    assert error.startswith("error: no image can be read: 11 of 11 images cannot be read")
 
 
 def test_nothing_is_written(run, evaluate):

@@ -808,7 +808,7 @@ def test_two_ranks_then_two_machines_train_as_one_process_would(train, run_toml,
     stopped = time.monotonic()
     done = end(process)
     assert time.monotonic() - stopped < 25  # the launcher would kill them after 30
-    assert "Go on with" in done.out, done
+    assert "Resume with" in done.out, done
     assert list((folder / "checkpoints").glob("*.unfinished")) == []
     assert 4 <= state(newest(folder))["step"] < 16
     machines = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench.case import FORMATS
+from batchnorm.bench.options import NETWORKS as NETWORKS
 
 
 def build(name: str) -> nn.Module:
@@ -23,17 +24,6 @@ def build(name: str) -> nn.Module:
 
     extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     return cast(nn.Module, getattr(models, name)(weights=None, **extra))
-
-
-# The number of steps in a sample, by network: enough to make timer and call overhead negligible.
-NETWORKS = {
-    "mlp": 50,
-    "resnet18": 1,
-    "resnet50": 1,
-    "googlenet": 1,
-    "densenet121": 1,
-    "mobilenet_v2": 1,
-}
 
 
 def shape(name: str, size: int, images: int) -> tuple[int, ...]:

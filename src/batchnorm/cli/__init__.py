@@ -1,10 +1,10 @@
-"""The command line; thin. What a command needs is imported when it runs: `--help` must not wait for torch.
+"""The command line. Commands import torch when they run, so that `--help` is fast.
 
-train                   a run.toml -> a network, its records and checkpoints
-evaluate                networks -> how often they are right, one by one and together
-reproduce  settings     a new experiment, or one that was stopped   options -> an experiment's run -> report
-bench      measurement  everything of one command, or of all        options -> rows -> tables, figure, page
-terminal   what they share: options by name, and failing in one line
+train       run.toml -> a trained network, its records and checkpoints
+evaluate    networks -> accuracy of each and of their ensemble
+reproduce   options -> settings (run_settings) -> an experiment's run -> report
+bench       options -> results (measurement) -> tables, figure, page
+terminal and model_options are shared: error messages, and options from the fields of settings
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli import bench, evaluate, reproduce, train
-from batchnorm.cli.terminal import Failure, in_one_line
+from batchnorm.cli.terminal import Failure, as_failure
 
 app = typer.Typer(
     help="Batch Normalization for PyTorch: see the paper's claims hold, each by one command.",
@@ -37,11 +37,11 @@ app.command("evaluate", epilog=evaluate.EPILOG, no_args_is_help=True)(evaluate.e
 def report_command(
     run: Annotated[Path, typer.Argument(help="A run's folder, with its records.jsonl.")],
 ) -> None:
-    """Draw a run's figures and its report.html again from records.jsonl; needs no torch."""
+    """Rebuild a run's figures and report.html from records.jsonl; does not need torch."""
     from batchnorm import report
     from batchnorm.records import RecordError
 
-    with in_one_line(RecordError, OSError):
+    with as_failure(RecordError, OSError):
         typer.echo(report.build(run))
 
 
@@ -58,7 +58,7 @@ def _root(
 
 def main() -> None:
     """The `batchnorm` command."""
-    for stream in (sys.stdout, sys.stderr):  # a locale that has no × shall not end a run
+    for stream in (sys.stdout, sys.stderr):  # a locale without × must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

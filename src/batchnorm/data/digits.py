@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from batchnorm.data import idx
+from batchnorm.data.data_sets import SHIPPED
 from batchnorm.data.idx import DataError
 
-SHIPPED = "mnist-10k"
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 _DOWNLOADS = Path("~/.cache/batchnorm")
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}

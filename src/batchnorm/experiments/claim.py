@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from batchnorm.records import Chart, Evaluation, Result, Table, Verdict
 
+CLAIMS = "claims to test, separated by commas, or 'all'; 'list' shows them"
+
 
 class Settings(BaseModel):
     """The settings of an experiment. Together with the data they determine every number of its run."""
@@ -20,8 +22,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str
-    seeds: int = Field(3, ge=1, description="networks are trained from seeds 0, 1, ...")
-    claims: tuple[str, ...]
+    seeds: int = Field(3, ge=1, description="number of seeds, 0, 1, ..., over which the verdict averages")
+    claims: tuple[str, ...] = Field(description=CLAIMS)
 
 
 class Job(Protocol):

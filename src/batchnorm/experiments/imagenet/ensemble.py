@@ -11,12 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
 from batchnorm.experiments.claim import Claim, Curves, Finding, percent
-from batchnorm.experiments.imagenet import inception_settings as scales
 from batchnorm.experiments.imagenet import variants
-from batchnorm.experiments.imagenet.inception_settings import InceptionSettings
+from batchnorm.experiments.imagenet.ensemble_settings import EnsembleSettings
 from batchnorm.records import Chart, Table
 from batchnorm.training.config import Config
 from batchnorm.training.evaluation import Crops, Predictions
@@ -35,27 +32,6 @@ MEMBERS: tuple[dict[str, Any], ...] = (
 )
 # Figure 4: top-1 and top-5 accuracy, 100 % less the errors.
 PAPER_SINGLE, PAPER_CROPS, PAPER_ENSEMBLE = (0.748, 0.9218), (0.7801, 0.9418), (0.799, 0.951)
-
-
-class EnsembleSettings(InceptionSettings):
-    """The settings of the ensemble. Together with the data they determine every number of its run."""
-
-    claims: tuple[str, ...] = ("ensemble",)
-    seeds: int = Field(1, ge=1, le=1, description="the six networks have seeds 0 to 5")
-    # Thirty times Inception's best rate in the scaled run is too high for training of so few epochs.
-    rate: float = Field(0.005, gt=0, description="Inception's; that of the networks is 30 times as high")
-    images: int | None = Field(2_000, ge=1, description="of the validation set, in 144 crops each")
-
-
-QUICK: dict[str, Any] = {"scale": "quick", "steps": 2_000, "images": 300}
-PAPER: dict[str, Any] = scales.PAPER_SCALE | {"rate": scales.PAPER_RATE, "images": None}
-
-
-def preset(quick: bool, data: str | None) -> dict[str, Any]:
-    """The defaults for this scale, which the user's options override."""
-    if quick:
-        return QUICK
-    return PAPER if scales.at_the_papers_scale(data) else {}
 
 
 class Ensemble(Claim[EnsembleSettings, Config | Prediction]):

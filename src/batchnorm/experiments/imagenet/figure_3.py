@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.data.catalogue import NAMES as DATA_SETS
+from batchnorm.data.data_sets import NAMES as DATA_SETS
 from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, percent, seeds_note, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.inception_settings import PAPER as PAPER_SCALE

@@ -7,22 +7,25 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from batchnorm.data.catalogue import NAMES
-from batchnorm.experiments.claim import Settings
-from batchnorm.models.inception import Stem
+from batchnorm.data.data_sets import NAMES
+from batchnorm.experiments.claim import CLAIMS, Settings
 
 
 class InceptionSettings(Settings):
     """The settings of every experiment with Inception. The defaults are those of the scaled run."""
 
-    data: str = "fashion-mnist"
+    data: str = Field(
+        "fashion-mnist",
+        description="a name (fashion-mnist, mnist, cifar-10, mnist-10k) for the scaled run; or a folder in ImageNet's "
+        "layout or with WebDataset shards, for the paper's",
+    )
     scale: Literal["scaled", "quick", "paper"] = "scaled"
     steps: int = Field(
-        8_000, ge=50, description="that Inception and BN-Baseline are trained for; BN-x5 and on, a fifth"
+        8_000, ge=50, description="of Inception and BN-Baseline; the others take a fifth of it"
     )
     width: float = Field(0.25, gt=0, description="multiplies every number of channels")
     image_size: int = Field(28, ge=8)
-    stem: Stem = "small"
+    stem: Literal["imagenet", "small"] = "small"
     # Whole images: within a few epochs there is nothing to regularise, and crops slow all networks down.
     crop_area: tuple[float, float] = (1.0, 1.0)
     batch_size: int = Field(32, ge=2)
@@ -32,11 +35,11 @@ class InceptionSettings(Settings):
 class ImagenetSettings(InceptionSettings):
     """The settings of figure 3 and its claims. Together with the data they determine every number of the run."""
 
-    claims: tuple[str, ...] = ("failures", "figure-3")
+    claims: tuple[str, ...] = Field(("failures", "figure-3"), description=CLAIMS)
     rates: tuple[float, ...] = Field(
-        (0.01, 0.02, 0.04, 0.08), min_length=1, description="of which Inception gets the best"
+        (0.01, 0.02, 0.04, 0.08), min_length=1, description="learning rates to try for Inception"
     )
-    sweep_steps: int = Field(2_000, ge=50, description="that each rate is tried for")
+    sweep_steps: int = Field(2_000, ge=50, description="training steps for each of the rates")
 
 
 # A quick version of the same claims: ten minutes on two cores.
