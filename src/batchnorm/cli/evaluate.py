@@ -24,7 +24,7 @@ EPILOG = (
     "batchnorm evaluate runs/NAME                       the best network of a run\n\n"
     "batchnorm evaluate runs/NAME --crops 144           as GoogLeNet was tested\n\n"
     "batchnorm evaluate runs/A runs/B                   each, and their ensemble\n\n"
-    "batchnorm evaluate runs/NAME --statistics moving   with PyTorch's running statistics\n\n"
+    "batchnorm evaluate runs/NAME --statistics moving   by the moving averages\n\n"
     "batchnorm evaluate best.pt --data FOLDER           on other images\n\n"
     "batchnorm evaluate runs/NAME --images 1000         a quick look"
 )
@@ -67,7 +67,7 @@ def evaluate(
         bool, typer.Option("--final", help="From a run's folder take final.pt, not best.pt.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads on a CPU.", show_default="torch's default")
+        int | None, typer.Option(min=1, help="Threads on a CPU.", show_default="torch's")
     ] = None,
 ) -> None:
     """Measure the accuracy of trained networks on a validation set, and of their ensemble if there are several.
@@ -178,7 +178,7 @@ def _scores(
 
 @contextmanager
 def _bar(console: Console, images: int, networks: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with images/s and remaining time, hidden without a terminal; yields the function that advances it."""
+    """A progress bar with images/s and remaining time; yields its advance function. Hidden without a terminal."""
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
