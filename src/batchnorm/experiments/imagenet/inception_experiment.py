@@ -20,7 +20,7 @@ from batchnorm.training.trainer import Trainer
 
 _SCALES = {
     "scaled": "BN-Inception, scaled down to {data}",
-    "quick": "BN-Inception, scaled down to {data}, in a hurry",
+    "quick": "BN-Inception, scaled down to {data}, quick run",
     "paper": "BN-Inception on {data}",
 }
 # In the order of their verdicts. The last one is the headline of the report.
