@@ -96,8 +96,8 @@ time that Sync adds is predicted from the collectives:
     added = Σ over Sync's collectives of (latency(p) + bytes that a rank receives / bandwidth(p))
 
 Latency and bandwidth are those of an all_gather or all_reduce of 8 bytes and of 1 MiB, each after a millisecond of
-computation, as in a step: back to back they take a half or a third of that time, since no rank sleeps and has to be woken. The
-prediction does not include load imbalance between ranks, and the additional passes over memory.
+computation, as in a step: back to back they take a half or a third of that time, since no rank sleeps and has to be woken.
+The prediction includes neither load imbalance between ranks nor the additional passes over memory.
 
 {measured}
 
