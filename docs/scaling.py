@@ -96,8 +96,8 @@ time that Sync adds is predicted from the collectives:
     added = Σ over Sync's collectives of (latency(p) + bytes that a rank receives / bandwidth(p))
 
 Latency and bandwidth are those of an all_gather or all_reduce of 8 bytes and of 1 MiB, each after a millisecond of
-computation, as in a step: back to back they take a half or a third of that time, since no rank sleeps and has to be woken.
-The prediction includes neither load imbalance between ranks nor the additional passes over memory.
+computation, as in a step: back to back they take a half or a third of that time, since no rank sleeps and is woken. The
+prediction includes neither load imbalance between ranks nor the additional passes over memory.
 
 {measured}
 
@@ -149,7 +149,10 @@ def grid(name: str, model: nn.Module) -> Grid:
         cells = [f"{ranks:,}"]
         for collectives in (kind(model) for kind in kinds.values()):
             alone = ranks == 1  # DDP calls them all the same, and nothing moves
-            cells += [str(0 if alone else len(collectives)), megabytes(traffic.received(collectives, ranks))]
+            cells += [
+                str(0 if alone else len(collectives)),
+                megabytes(traffic.received_bytes(collectives, ranks)),
+            ]
         rows.append(cells)
     columns = ["ranks", *(cell for kind in kinds for cell in (kind, "MB"))]
     return Grid(f"{name}: {len(layers)} BN layers, {channels:,} channels", columns, rows)
@@ -158,7 +161,7 @@ def grid(name: str, model: nn.Module) -> Grid:
 def crossing(model: nn.Module) -> int:
     """The number of ranks from which on Sync brings a rank more bytes than the gradients."""
     sync, gradients = traffic.exchanges(model), traffic.gradients(model)
-    return next(p for p in count(2) if traffic.received(sync, p) > traffic.received(gradients, p))
+    return next(p for p in count(2) if traffic.received_bytes(sync, p) > traffic.received_bytes(gradients, p))
 
 
 def at_most(collectives: list[Collective]) -> str:

@@ -6,11 +6,11 @@ from batchnorm.bench.rounds import times
 from batchnorm.bench.rows import Command, Measured, Processes, Row
 
 
-def layer(shape, layout, dtype, ours, torch, copy, compiled=None):
+def layer(shape, layout, dtype, ours, torch, copy, compile_static=None):
     """Rows of one layer, forward and backward: seconds of each candidate, the backward at twice the forward."""
     one = {who: {"forward": s, "backward": 2 * s} for who, s in (("ours", ours), ("torch", torch))}
-    if compiled:
-        one["compile"] = {"forward": compiled, "backward": 2 * compiled}
+    if compile_static:
+        one["compile"] = {"forward": compile_static, "backward": 2 * compile_static}
     one["copy"] = {"copy": copy}
     return [
         Row(
@@ -67,8 +67,8 @@ def step_of_ranks(count, plain, ours, gather, reduce, cores=2):
     )  # fmt: skip
 
 
-def measured(command: Command = "kernels", *, finished: bool = True, compiled: bool = True) -> Measured:
-    with_compile = 0.25 if compiled else None
+def measured(command: Command = "kernels", *, finished: bool = True, compile_static: bool = True) -> Measured:
+    with_compile = 0.25 if compile_static else None
     rows = (
         [
             row

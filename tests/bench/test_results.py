@@ -81,7 +81,7 @@ def test_a_folder_collects_the_commands_and_the_latest_of_each_counts(tmp_path):
     results.write(measured("step"), folder)
     results.write(measured("kernels", finished=False), folder)
     assert "Stopped before the end" in (folder / "RESULTS.md").read_text()
-    written = results.write(measured("kernels", compiled=False), folder)
+    written = results.write(measured("kernels", compile_static=False), folder)
     text = written.read_text()
     assert "Stopped" not in text
     assert "against torch.compile" not in text

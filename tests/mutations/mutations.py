@@ -712,7 +712,7 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpointing let into a virtual batch", "passes/virtual_batch/micro_batches.py",
-        "            patches.enter_context(_patched(layer, _recomputed))", "            pass",
+        "            patches.enter_context(_patch_forward(layer, _raise_on_recomputation))", "            pass",
         "what is recomputed would be normalised by one part", VIRTUAL_BATCH,
     ),
     Mutation(

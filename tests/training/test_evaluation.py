@@ -42,12 +42,12 @@ SIZE = 8
 
 
 class Silent:
-    def started(self, *_):
+    def on_start(self, *_):
         pass
 
-    step = evaluated = started
+    on_step = on_evaluation = on_start
 
-    def stopping(self):
+    def on_stop_request(self):
         pass
 
 

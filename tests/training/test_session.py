@@ -369,15 +369,15 @@ def test_stopped_in_an_evaluation_the_checkpoint_is_from_before_it(
     from batchnorm.training.progress_bar import Bar
 
     parts: list[int] = []
-    step = Bar.step
+    on_step = Bar.on_step
 
-    def told(bar: Any, trainer: Any) -> None:
-        step(bar, trainer)
+    def send_signal(bar: Any, trainer: Any) -> None:
+        on_step(bar, trainer)
         parts.append(trainer.step)
         if parts.count(2) == 4:  # the step, and then parts of its evaluation
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Bar, "step", told)
+    monkeypatch.setattr(Bar, "on_step", send_signal)
     quick = changed(*QUICK, "evaluation.every=2", "evaluation.batch_size=2", "training.steps=4")
     done = train(run_toml, "--out", tmp_path / "run", *quick)
     assert done.code == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]

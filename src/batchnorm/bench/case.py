@@ -24,7 +24,7 @@ class Comparison:
     candidates: dict[str, Candidate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def admit_compiled(self, candidate: Candidate) -> None:
+    def add_compiled(self, candidate: Candidate) -> None:
         """Add the candidate "compile", or a note if torch.compile fails, which depends on the toolchain."""
         try:
             candidate()
@@ -72,7 +72,7 @@ class Case:
         return rows, [f"{self.title}: {note}" for note in comparison.notes]
 
 
-def timed(part: str, call: Callable[[], object], calls: int) -> Candidate:
+def time_calls(part: str, call: Callable[[], object], calls: int) -> Candidate:
     """A candidate whose sample is the mean time of `calls` calls."""
 
     def sample() -> Sample:
@@ -84,7 +84,7 @@ def timed(part: str, call: Callable[[], object], calls: int) -> Candidate:
     return sample
 
 
-def compiled(call: Any) -> Any:
+def compile_static(call: Any) -> Any:
     """`call`, a module or a function, compiled by torch.compile for static shapes."""
     torch._dynamo.reset()  # otherwise it reaches its recompile limit
     return torch.compile(call, dynamic=False)

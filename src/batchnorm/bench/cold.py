@@ -37,9 +37,9 @@ class Ring:
         self._tensors, self._count = deque(tensors), count
 
     def take(self) -> list[Tensor]:
-        taken = [self._tensors[number] for number in range(self._count)]
+        batch_inputs = [self._tensors[number] for number in range(self._count)]
         self._tensors.rotate(-self._count)
-        return taken
+        return batch_inputs
 
 
 def passes(
@@ -53,8 +53,10 @@ def passes(
     parameters = [values for values in layer.parameters() if values.requires_grad]
 
     def sample() -> Sample:
-        taken = inputs.take()
-        arguments = list(zip(taken, residuals, strict=True)) if residuals else [(x,) for x in taken]
+        batch_inputs = inputs.take()
+        arguments = (
+            list(zip(batch_inputs, residuals, strict=True)) if residuals else [(x,) for x in batch_inputs]
+        )
         start = time.perf_counter()
         outputs = deque(operation(*tensors) for tensors in arguments)
         middle = time.perf_counter()
@@ -71,13 +73,13 @@ def evaluations(operation: Operation, inputs: Ring) -> Candidate:
     """A candidate that calls `operation` in inference mode."""
 
     def sample() -> Sample:
-        taken = inputs.take()
+        batch_inputs = inputs.take()
         with torch.inference_mode():
             start = time.perf_counter()
-            outputs = [operation(x) for x in taken]
+            outputs = [operation(x) for x in batch_inputs]
             end = time.perf_counter()
         del outputs  # only now: memory freed between calls would be warm
-        return {"evaluation": (end - start) / len(taken)}
+        return {"evaluation": (end - start) / len(batch_inputs)}
 
     return sample
 
@@ -86,12 +88,12 @@ def copies(inputs: Ring, targets: Sequence[Tensor]) -> Candidate:
     """The candidate "copy": y.copy_(x)."""
 
     def sample() -> Sample:
-        taken = inputs.take()
+        batch_inputs = inputs.take()
         with torch.no_grad():
             start = time.perf_counter()
-            for x, y in zip(taken, targets, strict=True):
+            for x, y in zip(batch_inputs, targets, strict=True):
                 y.copy_(x)
             end = time.perf_counter()
-        return {"copy": (end - start) / len(taken)}
+        return {"copy": (end - start) / len(batch_inputs)}
 
     return sample

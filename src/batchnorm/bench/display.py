@@ -38,19 +38,19 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def planned(self, command: Command, cases: int) -> None:
+    def on_start(self, command: Command, cases: int) -> None:
         """Start the bar of `command`."""
         if self._bar is not None:
             self._bars.remove_task(self._bar)
         self._bar = self._bars.add_task("", total=cases, command=command)
 
-    def began(self, case: str) -> None:
+    def on_case(self, case: str) -> None:
         """Show the name of the case."""
         assert self._bar is not None
         self._case = case
         self._bars.update(self._bar, description=case)
 
-    def ended(self, rows: list[Row]) -> None:
+    def on_rows(self, rows: list[Row]) -> None:
         """Advance the bar."""
         assert self._bar is not None
         self._bars.advance(self._bar)

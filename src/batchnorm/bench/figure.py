@@ -162,7 +162,7 @@ def _relative(part: str, rows: Sequence[Row]) -> Dots:
 def _processes_panel(rows: Sequence[Row]) -> Dots:
     """The time of a step without Sync, and with Sync as predicted, relative to the measured time with Sync."""
     plain = [row.times["plain"].over_ours for row in rows]
-    predicted = [(row.times["plain"].ms + table.predicted(row)) / row.times["ours"].ms for row in rows]
+    predicted = [(row.times["plain"].ms + table.predict_ms(row)) / row.times["ours"].ms for row in rows]
     return Dots(
         "A step",
         "time / time with Sync",

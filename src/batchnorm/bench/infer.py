@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench import kernels, networks
-from batchnorm.bench.case import Case, Comparison, compiled, timed
+from batchnorm.bench.case import Case, Comparison, compile_static, time_calls
 from batchnorm.bench.options import Options
 from batchnorm.passes.upgrade import upgrade
 
@@ -40,12 +40,12 @@ def _networks(name: str, layout: str, options: Options) -> Iterator[Comparison]:
     ours, _ = upgrade(deepcopy(model))
     comparison = Comparison(networks.NETWORKS[name])
     for candidate, network_model in {"ours": ours, "torch": model}.items():
-        comparison.candidates[candidate] = timed(
+        comparison.candidates[candidate] = time_calls(
             "evaluation", _evaluation(network_model.eval(), x), comparison.calls
         )
     if options.compile:
-        call = _evaluation(compiled(deepcopy(model)), x)
-        comparison.admit_compiled(timed("evaluation", call, comparison.calls))
+        call = _evaluation(compile_static(deepcopy(model)), x)
+        comparison.add_compiled(time_calls("evaluation", call, comparison.calls))
     yield comparison
 
 

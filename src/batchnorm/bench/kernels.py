@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm.bench.case import FORMATS, Case, Comparison, compiled
+from batchnorm.bench.case import FORMATS, Case, Comparison, compile_static
 from batchnorm.bench.cold import Operation, Ring, copies, counts, evaluations, passes
 from batchnorm.bench.options import Dtype, Options
 from batchnorm.bench.rounds import Candidate
@@ -95,7 +95,9 @@ class _LayerComparison:
         comparison.candidates["ours"] = candidate(ours, ours)
         comparison.candidates["torch"] = candidate(_PLAIN[self._name](torch_layer), torch_layer)
         if self._options.compile:
-            comparison.admit_compiled(candidate(compiled(_PLAIN[self._name](compiled_layer)), compiled_layer))
+            comparison.add_compiled(
+                candidate(compile_static(_PLAIN[self._name](compiled_layer)), compiled_layer)
+            )
         comparison.candidates["copy"] = copies(inputs, targets)
         yield comparison
 

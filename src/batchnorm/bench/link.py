@@ -31,9 +31,9 @@ class Link(NamedTuple):
     latency: float  # milliseconds
     bandwidth: float  # bytes that a rank receives per millisecond
 
-    def ms(self, received: float) -> float:
+    def ms(self, received_bytes: float) -> float:
         """The time in ms of a collective in which a rank receives this many bytes."""
-        return self.latency + received / self.bandwidth
+        return self.latency + received_bytes / self.bandwidth
 
 
 def links(row: Row) -> dict[Name, Link]:
@@ -43,7 +43,7 @@ def links(row: Row) -> dict[Name, Link]:
     links_by_kind: dict[Name, Link] = {}
     for kind in _KINDS:
         (small_bytes, small_time), (large_bytes, large_time) = (
-            (each.received(ranks), row.times[name].ms)
+            (each.received_bytes(ranks), row.times[name].ms)
             for name, each in COLLECTIVES.items()
             if each.name == kind
         )
@@ -53,11 +53,11 @@ def links(row: Row) -> dict[Name, Link]:
     return links_by_kind
 
 
-def predicted(row: Row, exchanges: Iterable[Collective]) -> float:
+def predict_ms(row: Row, exchanges: Iterable[Collective]) -> float:
     """The milliseconds that these `exchanges` of Sync add to a step of the row; 0 for a single rank."""
     assert row.processes is not None
     ranks = row.processes.count
     if ranks == 1:
         return 0.0
     by_name = links(row)
-    return sum(by_name[exchange.name].ms(exchange.received(ranks)) for exchange in exchanges)
+    return sum(by_name[exchange.name].ms(exchange.received_bytes(ranks)) for exchange in exchanges)

@@ -43,13 +43,13 @@ _VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "BATC
 class Callback(Protocol):
     """Called on the events of a measurement; the command line shows a progress bar."""
 
-    def planned(self, command: Command, cases: int) -> None:
+    def on_start(self, command: Command, cases: int) -> None:
         """The measurement of `cases` cases begins."""
 
-    def began(self, case: str) -> None:
+    def on_case(self, case: str) -> None:
         """A case has begun."""
 
-    def ended(self, rows: list[Row]) -> None:
+    def on_rows(self, rows: list[Row]) -> None:
         """A case has ended with these rows."""
 
 
@@ -66,13 +66,13 @@ def measure(command: Command, options: Options, line: str, callback: Callback) -
     finished = False
     try:
         cases = _CASES[command](options)
-        callback.planned(command, len(cases))
+        callback.on_start(command, len(cases))
         for case in cases:
-            callback.began(case.title)
+            callback.on_case(case.title)
             measured, case_notes = case.measure(options.seconds, options.least)
             rows += measured
             notes += case_notes
-            callback.ended(measured)
+            callback.on_rows(measured)
         finished = True
     except KeyboardInterrupt:
         pass

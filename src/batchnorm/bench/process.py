@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 from batchnorm.bench import networks
-from batchnorm.bench.case import timed
+from batchnorm.bench.case import time_calls
 from batchnorm.bench.rounds import Sample
 from batchnorm.children import signals_blocked
 from batchnorm.memory import keep_memory
@@ -59,7 +59,7 @@ def _serve(pipe: Connection, name: str, size: int, batch: int, tuned: bool, thre
         keep_memory()
         model, _ = upgrade(model)
         model, x = networks.to_layout(model, x, "channels-last")
-    sample = timed("step", networks.step(model, x), networks.NETWORKS[name])
+    sample = time_calls("step", networks.step(model, x), networks.NETWORKS[name])
     gc.disable()  # as for the candidates in the parent
     with suppress(EOFError, OSError):  # the parent has closed its end, or has died
         while True:

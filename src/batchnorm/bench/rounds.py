@@ -50,8 +50,11 @@ def _round(candidates: Mapping[str, Candidate], number: int) -> Round:
 
 def times(rounds: Sequence[Round], part: str) -> dict[str, Time]:
     """The time of each candidate for `part`, or for all its parts together if it has no part of that name."""
-    taken = {name: [_seconds(round[name], part) for round in rounds] for name in rounds[0]}
-    return {name: _time(seconds, taken.get("copy"), taken.get("ours")) for name, seconds in taken.items()}
+    seconds_by_name = {name: [_seconds(round[name], part) for round in rounds] for name in rounds[0]}
+    return {
+        name: _time(seconds, seconds_by_name.get("copy"), seconds_by_name.get("ours"))
+        for name, seconds in seconds_by_name.items()
+    }
 
 
 def _seconds(sample: Sample, part: str) -> float:

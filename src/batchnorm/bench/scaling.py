@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.bench import networks
-from batchnorm.bench.case import Case, Comparison, timed
+from batchnorm.bench.case import Case, Comparison, time_calls
 from batchnorm.bench.link import COLLECTIVES
 from batchnorm.bench.options import Options
 from batchnorm.bench.ranks import Ranks
@@ -81,7 +81,7 @@ def candidates(shape: tuple[int, ...]) -> Mapping[str, Candidate]:
     model = network()
     models = {"ours": convert_sync(deepcopy(model))[0], "plain": model}
     found = {
-        name: timed("step", networks.step(DistributedDataParallel(each), x), 1)
+        name: time_calls("step", networks.step(DistributedDataParallel(each), x), 1)
         for name, each in models.items()
     }
     found |= {name: partial(_alone, collective) for name, collective in COLLECTIVES.items()}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench import exchange, networks
-from batchnorm.bench.case import FORMATS, Case, Comparison, timed
+from batchnorm.bench.case import FORMATS, Case, Comparison, time_calls
 from batchnorm.bench.cold import Operation, Ring, copies, counts, passes
 from batchnorm.bench.options import Options
 from batchnorm.bench.ranks import Ranks
@@ -128,7 +128,7 @@ def _ghost(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
     loop = nn.BatchNorm2d(seed.size(1))
     baselines = _ours(_layer(tuple(seed.shape), statistics=Ghost(size)))
     baselines["loop"] = (lambda x: torch.cat([loop(part) for part in x.split(size)]), loop)
-    if _installed("timm", notes):
+    if _is_installed("timm", notes):
         split = import_module("timm.layers").SplitBatchNorm2d(seed.size(1), num_splits=seed.size(0) // size)
         baselines["timm"] = (split, split)
     return baselines
@@ -136,7 +136,7 @@ def _ghost(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
 
 def _renorm(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
     baselines = _ours(_layer(tuple(seed.shape), statistics=Renorm()))
-    if _installed("keras", notes):
+    if _is_installed("keras", notes):
         baselines["Keras"] = _keras(
             seed, renorm=True, renorm_clipping={"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
         )
@@ -160,7 +160,7 @@ def _mask(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
         "ours": (lambda x: ours(x, mask=mask), ours),
         "by hand": (partial(_masked_by_hand, by_hand, mask), by_hand),
     }
-    if _installed("keras", notes):
+    if _is_installed("keras", notes):
         # its mask needs the channels in the last dimension; a view is enough
         operation, layer = _keras(seed.movedim(1, -1), axis=-1)
         baselines["Keras"] = (
@@ -191,7 +191,7 @@ def _each_activation(seed: Tensor, options: Options, notes: list[str]) -> Baseli
     }
 
 
-def _installed(name: str, notes: list[str]) -> bool:
+def _is_installed(name: str, notes: list[str]) -> bool:
     if find_spec(name) is not None:
         return True
     notes.append(f"{name} is not installed")
@@ -236,5 +236,5 @@ def _virtual(shape: tuple[int, ...]) -> Iterator[Comparison]:
 
     comparison = Comparison(1)
     for name, run in {"ours": virtual, "one batch": one_batch, "accumulation": accumulated}.items():
-        comparison.candidates[name] = timed("step", partial(run, deepcopy(model)), 1)
+        comparison.candidates[name] = time_calls("step", partial(run, deepcopy(model)), 1)
     yield comparison

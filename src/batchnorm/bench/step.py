@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from batchnorm.bench import networks
-from batchnorm.bench.case import Case, Comparison, compiled, timed
+from batchnorm.bench.case import Case, Comparison, compile_static, time_calls
 from batchnorm.bench.options import Options
 from batchnorm.bench.process import Process
 from batchnorm.passes.upgrade import upgrade
@@ -46,10 +46,12 @@ def _layers(name: str, layout: str, options: Options) -> Iterator[Comparison]:
     models = {"ours": ours, "torch": model, "without BN": networks.without_norm(model, x)}
     comparison = Comparison(networks.NETWORKS[name])
     for candidate, network_model in models.items():
-        comparison.candidates[candidate] = timed("step", networks.step(network_model, x), comparison.calls)
+        comparison.candidates[candidate] = time_calls(
+            "step", networks.step(network_model, x), comparison.calls
+        )
     if options.compile:
-        call = networks.step(compiled(deepcopy(model)), x)
-        comparison.admit_compiled(timed("step", call, comparison.calls))
+        call = networks.step(compile_static(deepcopy(model)), x)
+        comparison.add_compiled(time_calls("step", call, comparison.calls))
     yield comparison
 
 

@@ -156,11 +156,11 @@ def _statistics(rows: Sequence[Row]) -> Grid:
     return Grid(f"{first.name}, {first.layout}, {first.dtype}", columns, body)
 
 
-def predicted(row: Row) -> float:
+def predict_ms(row: Row) -> float:
     """The predicted milliseconds that Sync adds to a step, of a row about several processes."""
     with torch.device("meta"):
         model = scaling.network()
-    return link.predicted(row, traffic.exchanges(model))
+    return link.predict_ms(row, traffic.exchanges(model))
 
 
 def _steps_of_ranks(rows: Sequence[Row]) -> Grid:
@@ -172,7 +172,7 @@ def _steps_of_ranks(rows: Sequence[Row]) -> Grid:
         cells = [str(row.processes.count)]
         for time in (plain, ours):
             cells += [*_cells(time)[:2], _ms(time.ms * row.processes.share)]
-        body.append([*cells, _difference(ours.ms - plain.ms), _difference(predicted(row))])
+        body.append([*cells, _difference(ours.ms - plain.ms), _difference(predict_ms(row))])
     (name,) = {row.name.split(",")[0] for row in rows}
     return Grid(f"A step of {name}, {sizes(rows[0].shape)} a rank, {rows[0].dtype}", columns, body)
 

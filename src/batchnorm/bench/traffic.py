@@ -29,7 +29,7 @@ class Collective(NamedTuple):
     name: Name
     bytes: int  # of each rank's input tensor
 
-    def received(self, ranks: int) -> float:
+    def received_bytes(self, ranks: int) -> float:
         """The bytes that a rank receives; for a broadcast, a rank other than the root.
 
         In a ring, which gloo uses, and NCCL for large tensors; this is the minimum (Patarasuk & Yuan 2009,
@@ -40,9 +40,9 @@ class Collective(NamedTuple):
         return times[self.name] * self.bytes
 
 
-def received(collectives: Iterable[Collective], ranks: int) -> float:
+def received_bytes(collectives: Iterable[Collective], ranks: int) -> float:
     """The bytes that a rank receives in all `collectives`."""
-    return sum(collective.received(ranks) for collective in collectives)
+    return sum(collective.received_bytes(ranks) for collective in collectives)
 
 
 def exchanges(model: nn.Module) -> list[Collective]:

@@ -84,7 +84,7 @@ def mnist(
 
     if _print_claims(claims, claim_names(), claim_title):
         return
-    chosen = _given(
+    chosen = _without_none(
         data=data,
         steps=steps,
         seeds=seeds,
@@ -154,7 +154,9 @@ def imagenet(
 
     if _print_claims(claims, claim_names(), claim_title):
         return
-    chosen = _given(data=data, steps=steps, seeds=seeds, width=width, claims=_claims(claims, claim_names()))
+    chosen = _without_none(
+        data=data, steps=steps, seeds=seeds, width=width, claims=_claims(claims, claim_names())
+    )
     if not resume:
         chosen = inception_settings.preset(quick, data) | chosen
     elif quick:
@@ -202,7 +204,7 @@ def ensemble(
     """
     from batchnorm.experiments.imagenet.inception_experiment import ensemble_experiment
 
-    chosen = _given(data=data, steps=steps, rate=rate, images=images, width=width)
+    chosen = _without_none(data=data, steps=steps, rate=rate, images=images, width=width)
     if not resume:
         chosen = ensemble_settings.preset(quick, data) | chosen
     elif quick:
@@ -244,7 +246,7 @@ def _claims(claims: str | None, names: tuple[str, ...]) -> tuple[str, ...] | Non
     return names if claims == "all" else words(claims)
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _without_none(**options: Any) -> dict[str, Any]:
     """The options that the user gave: those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
@@ -273,9 +275,9 @@ def _run(
     resume_command = f"batchnorm reproduce {kind} --out {shlex.quote(str(folder))} --resume"
     with as_failure(DataError, RecordError, CheckpointError):
         if resume:
-            settings = run_settings.read_from(folder, kind, model, chosen)
+            settings = run_settings.resumed_run_settings(folder, kind, model, chosen)
         else:
-            settings = run_settings.chosen_for(folder, model, claim_names, chosen)
+            settings = run_settings.new_run_settings(folder, model, claim_names, chosen)
         experiment = make(settings)
         with as_failure(OSError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound=Settings)
 
 
-def chosen_for(folder: Path, kind: type[S], claim_names: Collection[str], chosen: dict[str, Any]) -> S:
+def new_run_settings(folder: Path, kind: type[S], claim_names: Collection[str], chosen: dict[str, Any]) -> S:
     """The settings of a new run in `folder`, with the `chosen` values and defaults for the rest."""
     if (folder / "records.jsonl").exists():
         raise Failure(f"{folder} holds a run already: add --resume to resume it, or choose another --out")
@@ -25,7 +25,7 @@ def chosen_for(folder: Path, kind: type[S], claim_names: Collection[str], chosen
     return from_options(kind, chosen)
 
 
-def read_from(folder: Path, experiment: str, kind: type[S], chosen: dict[str, Any]) -> S:
+def resumed_run_settings(folder: Path, experiment: str, kind: type[S], chosen: dict[str, Any]) -> S:
     """The settings of the run of an experiment in `folder`; `chosen` values must be equal to them."""
     from pydantic import ValidationError
 

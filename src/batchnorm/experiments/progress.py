@@ -51,12 +51,12 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def planned(self, jobs: Mapping[str, Job]) -> None:
+    def on_jobs(self, jobs: Mapping[str, Job]) -> None:
         """Extend the total by these networks."""
         self._jobs |= jobs
         self._refresh()
 
-    def progress(self, progress: Step) -> None:
+    def on_progress(self, progress: Step) -> None:
         """Advance the bar of one network, and that of the whole."""
         job = progress.job
         if job not in self._running:
@@ -69,7 +69,7 @@ class Display:
         self._steps[job] = progress.step
         self._refresh()
 
-    def ended(self, job: str, result: Result) -> None:
+    def on_result(self, job: str, result: Result) -> None:
         """Remove the bar of one network and print its result."""
         if job in self._running:
             self._bars.remove_task(self._running.pop(job))
@@ -79,7 +79,7 @@ class Display:
         self._console.print(f"  {job:28} {result.steps:>6,} steps  {outcome}", highlight=False)
         self._refresh()
 
-    def stopping(self) -> None:
+    def on_stop_request(self) -> None:
         """Confirm Ctrl-C."""
         self._console.print("stopping: writing checkpoints (Ctrl-C again to quit without them)")
 

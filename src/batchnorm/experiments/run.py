@@ -25,16 +25,16 @@ class Stopped(Exception):
 class Callback(Protocol):
     """Called on the events of a run; the command line shows a progress bar."""
 
-    def planned(self, jobs: Mapping[str, Job]) -> None:
+    def on_jobs(self, jobs: Mapping[str, Job]) -> None:
         """`jobs` are about to be trained, in addition to earlier ones."""
 
-    def progress(self, progress: Progress) -> None:
+    def on_progress(self, progress: Progress) -> None:
         """A network has made progress."""
 
-    def ended(self, job: str, result: Result) -> None:
+    def on_result(self, job: str, result: Result) -> None:
         """The training of a network has ended."""
 
-    def stopping(self) -> None:
+    def on_stop_request(self) -> None:
         """The user asked to stop; checkpoints are being written."""
 
 
@@ -78,7 +78,7 @@ class Experiment(Generic[S, J]):
             def stop(_: signal.Signals) -> None:
                 for pool in pools:
                     pool.stop()
-                callback.stopping()
+                callback.on_stop_request()
 
             interrupted = stack.enter_context(Interruption(stop))
             records = stack.enter_context(RecordFile(folder / "records.jsonl"))
@@ -92,7 +92,7 @@ class Experiment(Generic[S, J]):
                 jobs = self._jobs(settings, curves)
                 if not jobs:
                     break
-                callback.planned(jobs)
+                callback.on_jobs(jobs)
                 try:
                     self._train(jobs, curves, pool, records, events, callback)
                 except WorkerDied:  # the signal that stopped this process may have killed the workers
@@ -135,13 +135,13 @@ class Experiment(Generic[S, J]):
         waiting = list(jobs)
         for message in pool.train(jobs):
             if isinstance(message, Progress):
-                callback.progress(message)
+                callback.on_progress(message)
                 if message.evaluation is not None:
                     events.add(message.evaluation)
                 continue
             outcomes[message.job] = message
             if message.finished:
-                callback.ended(message.job, _result(message))
+                callback.on_result(message.job, _result(message))
             while waiting and waiting[0] in outcomes:
                 outcome = outcomes[waiting.pop(0)]
                 for record in outcome.records:

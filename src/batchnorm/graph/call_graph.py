@@ -105,11 +105,11 @@ def _attributes_of_tail(module: nn.Module, tails: Tails) -> dict[str, Any] | Non
     if is_sequential(module):
         last = next((each for each in reversed(list(module.children())) if not is_plain_identity(each)), None)
         return {} if last is not None and _ends_in_layer(last, tails) else None
-    known = parameters(module)
-    if is_patched(module) or known is None or type(module).forward is nn.Module.forward:
+    parameters_by_name = parameters(module)
+    if is_patched(module) or parameters_by_name is None or type(module).forward is nn.Module.forward:
         return None
     try:
-        training, evaluation = (trace(module, _required(known), mode) for mode in MODES)
+        training, evaluation = (trace(module, _required_inputs(parameters_by_name), mode) for mode in MODES)
     except Untraceable:
         return None
     # it can be inlined in its caller's forward if it is the same in both modes; if it has more layers to fuse, it is
@@ -139,11 +139,11 @@ def _trace_module(module: nn.Module, callers: Mapping[nn.Module, Traced], tails:
 
 def _inputs_of(module: nn.Module, callers: Mapping[nn.Module, Traced]) -> Inputs:
     """The arguments that the callers of `module` pass, if they all agree; else its required arguments."""
-    known = parameters(module)
-    if known is None:
+    parameters_by_name = parameters(module)
+    if parameters_by_name is None:
         raise Untraceable("it takes *args or **kwargs")
-    required = _required(known)
-    given = [_passed_arguments(node, known) for node in _nodes_calling(module, callers)]
+    required = _required_inputs(parameters_by_name)
+    given = [_passed_arguments(node, parameters_by_name) for node in _nodes_calling(module, callers)]
     if not given or any(each != given[0] for each in given) or not required.keys() <= given[0].keys():
         return required
     return given[0]
@@ -198,14 +198,14 @@ def _output(graph: fx.Graph, module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _required(known: dict[str, Parameter]) -> Inputs:
-    return {name: Tensor for name, each in known.items() if each.default is each.empty}
+def _required_inputs(parameters_by_name: dict[str, Parameter]) -> Inputs:
+    return {name: Tensor for name, each in parameters_by_name.items() if each.default is each.empty}
 
 
-def _passed_arguments(node: fx.Node, known: dict[str, Parameter]) -> dict[str, type]:
-    values = {**dict(zip(known, node.args, strict=False)), **node.kwargs}
+def _passed_arguments(node: fx.Node, parameters_by_name: dict[str, Parameter]) -> dict[str, type]:
+    values = {**dict(zip(parameters_by_name, node.args, strict=False)), **node.kwargs}
     return {
         name: list if isinstance(value, list | tuple) else Tensor
         for name, value in values.items()
-        if name not in known or known[name].default is not value
+        if name not in parameters_by_name or parameters_by_name[name].default is not value
     }

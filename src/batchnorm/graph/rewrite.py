@@ -132,7 +132,9 @@ def check_writable(module: nn.Module) -> None:
         raise Unwritable(f"{kind.__name__} defines its own __reduce__")
 
 
-def children_of(module: nn.Module, inlined: dict[str, nn.Module]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def guarded_children(
+    module: nn.Module, inlined: dict[str, nn.Module]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return (("", _children(module)), *((path, _children(each)) for path, each in inlined.items()))
 
 
@@ -171,8 +173,8 @@ def _children(module: nn.Module | None) -> tuple[str, ...]:
 def _subclass(base: Any, rewriting: Rewriting) -> type[nn.Module]:
     functions = {True: rewriting.training.function(), False: rewriting.evaluation.function()}
     old: Callable[..., Any] = base.forward
-    _, *known = inspect.signature(old).parameters.values()
-    defaults = {each.name: each.default for each in known}
+    _, *signature = inspect.signature(old).parameters.values()
+    defaults = {each.name: each.default for each in signature}
 
     @functools.wraps(old)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -184,8 +186,8 @@ def _subclass(base: Any, rewriting: Rewriting) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
-        made, (kind, *rest), *state = reduced
-        assert made is copyreg.__newobj__ and kind is type(self)  # type: ignore[attr-defined]
+        constructor, (kind, *rest), *state = reduced
+        assert constructor is copyreg.__newobj__ and kind is type(self)  # type: ignore[attr-defined]
         return _reconstruct, (base, rewriting, *rest), *state
 
     names = {

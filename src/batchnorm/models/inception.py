@@ -211,13 +211,15 @@ class _UnitFactory:
         """`convolution`, BN and the nonlinearity."""
         if not self.batch_norm:
             nonlinearity = _NONLINEARITIES[self.activation]()
-            return _named(convolution=convolution, nonlinearity=nonlinearity)
+            return _sequential(convolution=convolution, nonlinearity=nonlinearity)
         width = convolution.out_channels
         features = width if self.spatial is None else (width, *self.spatial)
-        return _named(convolution=convolution, norm=BatchNorm2d(features, _EPS, activation=self.activation))
+        return _sequential(
+            convolution=convolution, norm=BatchNorm2d(features, _EPS, activation=self.activation)
+        )
 
 
-def _named(**modules: nn.Module) -> nn.Sequential:
+def _sequential(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -229,13 +231,15 @@ def _imagenet_stem(factory: _UnitFactory, in_channels: int, separable: bool, lrn
         first = {"depthwise": depthwise, "first": pointwise}
     else:
         first = {"first": factory.convolution_bn(nn.Conv2d(in_channels, width, 7, 2, 3, bias=bias))}
-    return _named(
+    return _sequential(
         **first, pool=nn.MaxPool2d(3, 2, 1), **_second(factory, lrn), second_pool=nn.MaxPool2d(3, 2, 1)
     )
 
 
 def _small_stem(factory: _UnitFactory, in_channels: int, lrn: bool) -> nn.Sequential:
-    return _named(first=factory.unit(in_channels, 64, 3), pool=nn.MaxPool2d(3, 2, 1), **_second(factory, lrn))
+    return _sequential(
+        first=factory.unit(in_channels, 64, 3), pool=nn.MaxPool2d(3, 2, 1), **_second(factory, lrn)
+    )
 
 
 def _second(factory: _UnitFactory, lrn: bool) -> dict[str, nn.Module]:

@@ -201,7 +201,7 @@ def _rewriting(owner: nn.Module, traced: Traced, tails: Tails, fused: tuple[str,
         rewrite.Source.of(evaluation.graph),
         tuple((name, kind.__name__) for name, kind in traced.inputs.items()),
         tuple((path, name, value) for path, each in read.items() for name, value in sorted(each.items())),
-        rewrite.children_of(owner, inlined),
+        rewrite.guarded_children(owner, inlined),
         fused,
     )
 

@@ -193,7 +193,7 @@ class Config(_Section):
     checkpoints: Checkpoints = Checkpoints()
     machine: Machine = Machine()
 
-    def changed(self, section: str, **values: object) -> Self:
+    def with_values(self, section: str, **values: object) -> Self:
         """A copy with new `values` for keys of `section`. They are not validated."""
         part = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: part})

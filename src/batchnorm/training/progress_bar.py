@@ -33,8 +33,8 @@ class Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self._shown = 0.0
-        self._marks: list[tuple[float, int]] = []  # (seconds in training, step)
+        self._refreshed_at = 0.0
+        self._speed_samples: list[tuple[float, int]] = []  # (seconds in training, step)
         self._reported: dict[Corrupt, int] = {}  # the number of unreadable images reported so far
 
     def __enter__(self) -> Self:
@@ -46,30 +46,34 @@ class Bar:
     ) -> None:
         self._bar.stop()
 
-    def started(self, trainer: Trainer, source: Path | None) -> None:
+    def on_start(self, trainer: Trainer, source: Path | None) -> None:
         """Print the model, the data and the checkpoint, and add the bar."""
         config = trainer.config
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
         processes = trainer.accelerator
-        self._say(
+        self._print(
             f"{config.model.name}, {parameters:,} parameters, on {len(trainer.source):,} images of "
             f"{config.data.source}; {processes.num_processes} process{'es' * (processes.num_processes > 1)} "
             f"on {processes.device}"
         )
         if source is not None:
-            self._say(f"resuming from {source}")
+            self._print(f"resuming from {source}")
         self._task = self._bar.add_task("", total=config.training.steps, completed=trainer.step, speed="")
 
-    def step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: Trainer) -> None:
         """Move the bar."""
         self._name_corrupt(trainer)
         now = time.monotonic()
-        if now - self._shown < _REFRESH:
+        if now - self._refreshed_at < _REFRESH:
             return
-        self._shown = now
-        self._marks = [mark for mark in self._marks if trainer.seconds - mark[0] < _SPEED_WINDOW]
-        self._marks.append((trainer.seconds, trainer.step))
-        seconds, steps = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
+        self._refreshed_at = now
+        self._speed_samples = [
+            sample for sample in self._speed_samples if trainer.seconds - sample[0] < _SPEED_WINDOW
+        ]
+        self._speed_samples.append((trainer.seconds, trainer.step))
+        seconds, steps = (
+            last - first for first, last in zip(self._speed_samples[0], self._speed_samples[-1], strict=True)
+        )
         speed = steps * trainer.config.training.batch_size / seconds if seconds else 0.0
         self._bar.update(
             self._task,
@@ -78,7 +82,7 @@ class Bar:
             speed=f"{speed:,.0f} images/s" if speed else "",
         )
 
-    def evaluated(self, evaluation: Evaluation) -> None:
+    def on_evaluation(self, evaluation: Evaluation) -> None:
         """Print a line."""
         extra = "".join(
             f"  {name} {value:.2%}"
@@ -88,20 +92,20 @@ class Bar:
             )
             if value is not None
         )
-        self._say(
+        self._print(
             f"step {evaluation.step:>9,}  loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}{extra}"
         )
 
-    def stopping(self) -> None:
+    def on_stop_request(self) -> None:
         """Confirm Ctrl-C."""
-        self._say("stopping: writing a checkpoint (Ctrl-C again to quit without it)")
+        self._print("stopping: writing a checkpoint (Ctrl-C again to quit without it)")
 
     def _name_corrupt(self, trainer: Trainer) -> None:
         for corrupt in trainer.corrupt.values():
             if len(corrupt) > (reported := self._reported.get(corrupt, 0)):
                 for name, why in list(corrupt.found.items())[reported:]:
-                    self._say(f"skipped an image that cannot be read, {name}: {why}")
+                    self._print(f"skipped an image that cannot be read, {name}: {why}")
                 self._reported[corrupt] = len(corrupt)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

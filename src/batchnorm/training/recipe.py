@@ -176,7 +176,7 @@ def _change(config: Config, what: str, key: str, value: Any) -> tuple[Config, Ap
         model = config.model.name
         note = f"{key} is not set, {model} keeps its own" if hasattr(part, name) else f"{model} has no {name}"
         return config, Applied(what, key, before, before, note)
-    return config.changed(section, **{name: value}), Applied(what, key, before, value)
+    return config.with_values(section, **{name: value}), Applied(what, key, before, value)
 
 
 def _unless_none(current: Any, value: Any) -> Any:

@@ -48,16 +48,16 @@ class Diverged(Exception):
 class Callback(Protocol):
     """Called on the events of a run, in the main process only; the command line shows a progress bar."""
 
-    def started(self, trainer: Trainer, source: Path | None) -> None:
+    def on_start(self, trainer: Trainer, source: Path | None) -> None:
         """Training begins, or resumes from the checkpoint `source`."""
 
-    def step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: Trainer) -> None:
         """A training step or a batch of an evaluation was computed."""
 
-    def evaluated(self, evaluation: Evaluation) -> None:
+    def on_evaluation(self, evaluation: Evaluation) -> None:
         """The network was evaluated."""
 
-    def stopping(self) -> None:
+    def on_stop_request(self) -> None:
         """The user asked to stop; a checkpoint is being written."""
 
 
@@ -80,7 +80,7 @@ class Session:
             good checkpoint is left as it was.
         """
         with ExitStack() as stack:
-            interruption = stack.enter_context(Interruption(lambda _: self.callback.stopping()))
+            interruption = stack.enter_context(Interruption(lambda _: self.callback.on_stop_request()))
             trainer = Trainer(self.config, JOB)
             source = self._newest_checkpoint()
             if source is not None and (state := checkpoint.load(source)) is not None:
@@ -92,7 +92,7 @@ class Session:
             if trainer.accelerator.is_main_process:  # only this one writes records and reports progress
                 writer = stack.enter_context(RunWriter(self.folder))
                 writer.write_head(self._run_record(trainer), trainer.evaluations)
-                self.callback.started(trainer, source)
+                self.callback.on_start(trainer, source)
             try:
                 result = self._train(trainer, interruption, writer)
             except (Stopped, Diverged):
@@ -119,11 +119,11 @@ class Session:
                     self._finish(trainer, record, writer)
                 return record
             if writer is not None:
-                self.callback.step(trainer)
+                self.callback.on_step(trainer)
             if record is not None:
                 if writer is not None:
                     writer.write(record)
-                    self.callback.evaluated(record)
+                    self.callback.on_evaluation(record)
                 if record.accuracy > best and not trainer.diverged:
                     best = record.accuracy
                     self._save_networks(trainer, "best.pt")

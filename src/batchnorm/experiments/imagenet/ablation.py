@@ -52,7 +52,7 @@ class Ablation(Claim[ImagenetSettings, Config]):
                 without = () if number is None else (number,)
                 config = variants.variant(settings, _RECIPE, rate, seed, without)
                 if number == _LRN:
-                    config = config.changed("model", local_response_norm=True)
+                    config = config.with_values("model", local_response_norm=True)
                 jobs[_job(number, seed)] = config
         return jobs
 

@@ -76,7 +76,7 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         jobs: dict[str, Config | Prediction] = {}
         for number, changes in enumerate(MEMBERS, 1):
             config = variants.variant(settings, "bn-x30", settings.rate, number - 1)
-            config = config.changed("model", **changes)
+            config = config.with_values("model", **changes)
             jobs[_network(number)] = config
             if _network(number) in curves and curves[_network(number)].result is not None:
                 images = min(settings.images or self._validation, self._validation)

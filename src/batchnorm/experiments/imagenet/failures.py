@@ -56,8 +56,8 @@ class Failures(Claim[ImagenetSettings, Config]):
         length = variants.steps(settings, "bn-x5")
         for seed in range(settings.seeds):
             plain = variants.truncate(variants.inception(settings, rate, seed, settings.steps), length)
-            jobs[job(FASTER, seed)] = plain.changed("optimizer", rate=5 * rate)
-            jobs[job(SIGMOID, seed)] = plain.changed("model", activation="sigmoid")
+            jobs[job(FASTER, seed)] = plain.with_values("optimizer", rate=5 * rate)
+            jobs[job(SIGMOID, seed)] = plain.with_values("model", activation="sigmoid")
             for name in _WITH.values():
                 jobs[job(name, seed)] = variants.variant(settings, name, rate, seed)
         return jobs
@@ -71,8 +71,8 @@ class Failures(Claim[ImagenetSettings, Config]):
         seeds = range(settings.seeds)
         without = {name: [curves[job(name, seed)] for seed in seeds] for name in _WITHOUT}
         with_bn = {name: [curves[job(other, seed)] for seed in seeds] for name, other in _WITH.items()}
-        failed = [self._failed(curve) for found in without.values() for curve in found]
-        learned = [not self._failed(curve) for found in with_bn.values() for curve in found]
+        failed = [self._has_failed(curve) for found in without.values() for curve in found]
+        learned = [not self._has_failed(curve) for found in with_bn.values() for curve in found]
         rows = [
             [
                 _WITHOUT[name],
@@ -98,7 +98,7 @@ class Failures(Claim[ImagenetSettings, Config]):
             },
         )
 
-    def _failed(self, curve: Curve[Config]) -> bool:
+    def _has_failed(self, curve: Curve[Config]) -> bool:
         """Whether it diverged or ended near chance."""
         assert curve.result is not None
         return curve.result.diverged or curve.result.accuracy <= NEAR_CHANCE * self._chance

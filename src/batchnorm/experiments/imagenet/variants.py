@@ -66,7 +66,7 @@ def variant(
 
 def truncate(config: Config, length: int) -> Config:
     """`config`, trained for `length` steps of its schedule."""
-    return config.changed("training", steps=length)
+    return config.with_values("training", steps=length)
 
 
 def sweep(settings: ImagenetSettings) -> dict[str, Config]:
@@ -75,7 +75,7 @@ def sweep(settings: ImagenetSettings) -> dict[str, Config]:
         return {}
     length = min(settings.sweep_steps, settings.steps)
     return {
-        _sweep_job(rate): inception(settings, rate, SWEEP_SEED, length).changed(
+        _sweep_job(rate): inception(settings, rate, SWEEP_SEED, length).with_values(
             "evaluation", first=max(1, length // 2)
         )
         for rate in settings.rates

@@ -80,19 +80,19 @@ def virtual_batch(
     lockstep = Lockstep(len(batches))
     with ExitStack() as patches:
         for layer in our_layers:
-            patches.enter_context(_patched(layer, _gather(layer, layer.forward, lockstep)))
-        patches.enter_context(_patched(model, _record(model.forward, calls, lockstep)))
+            patches.enter_context(_patch_forward(layer, _gather(layer, layer.forward, lockstep)))
+        patches.enter_context(_patch_forward(model, _record(model.forward, calls, lockstep)))
         lockstep.run([_task(model, batch, forward or call_model, offload) for batch in batches])
     for call in calls:
         call.detach()
-    with _patched(model, _replay(calls)):
+    with _patch_forward(model, _replay(calls)):
         yield [call.detached_output for call in calls]
     gradients = [
         (attached, leaf.grad) for call in calls for attached, leaf in call.detached if leaf.grad is not None
     ]
     with ExitStack() as patches:
         for layer in our_layers:
-            patches.enter_context(_patched(layer, _recomputed))
+            patches.enter_context(_patch_forward(layer, _raise_on_recomputation))
         if gradients:
             torch.autograd.backward(
                 [attached for attached, _ in gradients], [gradient for _, gradient in gradients]
@@ -100,7 +100,7 @@ def virtual_batch(
 
 
 @contextmanager
-def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _patch_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -175,7 +175,7 @@ def _replay(calls: list[_Call]) -> Callable[..., Any]:
     return replay
 
 
-def _recomputed(*_: Any, **__: Any) -> Tensor:
+def _raise_on_recomputation(*_: Any, **__: Any) -> Tensor:
     raise RuntimeError(
         "a layer of a virtual batch was called in the backward pass, which activation checkpointing does: "
         "it would see one micro-batch alone; instead of checkpointing use virtual_batch(..., offload=True)"

@@ -65,5 +65,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _cat(values: list[Tensor | None]) -> Tensor | None:
-    there = [value for value in values if value is not None]
-    return torch.cat(there) if there else None
+    present = [value for value in values if value is not None]
+    return torch.cat(present) if present else None
