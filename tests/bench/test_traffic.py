@@ -46,7 +46,7 @@ def test_in_a_group_of_one_sync_adds_nothing(seen):
 
 
 @pytest.mark.parametrize(
-    ("name", "received"),
+    ("name", "received_bytes"),
     [("all_gather", [0, 10, 70]), ("all_reduce", [0, 10, 17.5]), ("broadcast", [0, 10, 10])],
 )
 def test_what_reaches_a_rank_of_one_two_and_eight(name, received_bytes):
