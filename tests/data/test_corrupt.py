@@ -30,7 +30,7 @@ def test_the_share_may_be_reached_but_not_passed(share, images, limit):
 
 def test_the_error_names_the_first_few():
     with pytest.raises(
-        DataError, match=r"0: torn, 1: torn, 2: torn, and 2 more; more than 1 stop a run: mend"
+        DataError, match=r"0: torn, 1: torn, 2: torn, and 2 more; more than 1 stop a run: repair"
     ):
         Corrupt(0.01, 100).add({str(number): "torn" for number in range(5)})
 
