@@ -17,50 +17,51 @@ MEASURED = DOCS / "measured"
 
 INTRODUCTION = """# Experiments
 
-What the paper claims, what was expected, and what was measured here. A verdict may be "not seen here". This page is
-written by `docs/experiments.py` from the records of the runs named below, in `docs/measured/`. On the same machine the
-same command gives the same numbers.
+The claims of the paper, the expected results, and the results measured here. A verdict may be "not seen here". This
+page is written by `docs/experiments.py` from the records of the runs named below, in `docs/measured/`. On the same
+machine the same command gives the same numbers.
 """
 
 # By the name of the file in docs/measured.
 PARTS = {
     "mnist": "Digits: section 4.1",
     "imagenet": "Inception: section 4.2",
-    "imagenet-quick": "Inception in a hurry",
+    "imagenet-quick": "Inception, quick run",
     "ablation": "Which of the changes matters: section 4.2.1",
     "ensemble": "The ensemble: section 4.2.3",
-    "ensemble-quick": "The ensemble in a hurry",
+    "ensemble-quick": "The ensemble, quick run",
 }
 SCALED = (
     "A scaled run, not ImageNet: {width:g} times the channels, {steps:,} steps of Inception where the paper has 31 "
     "million. `--data DIR` is for the paper's own scale."
 )
-# What the records suggest beyond the verdict, by part and claim.
+# Explanations of verdicts, by part and claim.
 WHY = {
     ("imagenet", "figure-3"): (
-        "Why BN-x5 does not get there, as far as these records tell. Its fifth of Inception's steps is less than one "
-        "pass over the images, where the paper's is a hundred and fifty: it runs out of images and, its rate decaying "
-        "six times faster, of learning rate. And the plain network has less of a handicap than the paper's: its rate "
-        "is the best of several and its initial weights are scaled for ReLUs (He et al. 2015), so five times that "
-        "rate is about as much as helps, and thirty times is too much. What does not hang on the rate is as in the "
-        "paper: BN-Baseline, which differs from Inception by nothing but BN, is ahead from the first steps to the last."
+        "Likely reasons why BN-x5 does not reach the target, from these records: a fifth of Inception's steps is less "
+        "than one pass over the images, where in the paper it is a hundred and fifty; and the learning rate, which "
+        "decays six times faster, is too small at the end. The plain network has less of a handicap than in the "
+        "paper: its rate is the best of several and its initial weights are scaled for ReLUs (He et al. 2015), so "
+        "five times that rate is about the largest that helps, and thirty times is too much. Results that do not "
+        "depend on the rate are as in the paper: BN-Baseline, which differs from Inception only by BN, is ahead from "
+        "the first steps to the last."
     ),
     ("ensemble", "ensemble"): (
-        "By one crop the ensemble is better than the best of its networks, by 144, as the paper has it, it is not. The "
-        "crops cost accuracy here, where on ImageNet they add some: clothes fill their frame of 28 pixels, crops cut "
-        "pieces off, and the networks have been trained on whole images."
+        "By one crop the ensemble is better than the best of its networks; by 144 crops, as in the paper, it is not. "
+        "The crops reduce accuracy here, while on ImageNet they increase it: clothes fill their frame of 28 pixels, so "
+        "crops cut parts off, and the networks were trained on whole images."
     ),
 }
-# The pictures of a claim, where they are not named after it.
+# The figures of claims whose files have other names.
 PICTURES = {"figure-1": ("figure-1a", "figure-1bc"), "figure-3": ("figure-2",)}
 
 
 def take(run: Path) -> None:
-    """Copy the run's head, its last verdict of every claim and their pictures."""
+    """Copy the run record, the last verdict of every claim and their figures."""
     records = list(read(run / "records.jsonl"))
     verdicts = {record.claim: record for record in records if isinstance(record, Verdict)}
     (head,) = (record for record in records if isinstance(record, Run))
-    # where it was written to is nobody's business
+    # without the output folder
     command = re.sub(r" --(?:out(?:=| )(?:'[^']*'|\S+)|resume)", "", head.command)
     head = head.model_copy(update={"command": command})
     part = _part(head, verdicts)

@@ -23,17 +23,17 @@ DOCS = Path(__file__).parent
 MEASURED = DOCS.parent / "benchmarks" / "scaling.json"
 RANKS = (1, 8, 64, 1024)
 
-PAGE = """# Scaling: what batch normalization costs over many processes
+PAGE = """# Scaling: the cost of batch normalization over many processes
 
 This page is written by `docs/scaling.py`. Bytes and collectives are counted by `batchnorm/bench/traffic.py`, which
-`tests/bench/test_traffic.py` holds against every collective that 2 and 3 real processes make.
+`tests/bench/test_traffic.py` compares with the collectives of 2 and 3 real processes.
 
 ## Bytes and collectives of a step
 
 A rank trains with DistributedDataParallel (DDP), which by default all-reduces the gradients and broadcasts the
-buffers of rank 0. Batch normalization adds nothing to that but its buffers, unless its layers have
-`statistics=bn.Sync()`: then each of them gathers count, mean and m2 forward and sums 2·C numbers backward, all
-float64 ([Sync](statistics.md)). MB are 10⁶ bytes that a rank receives:
+buffers of rank 0. Batch normalization adds only its buffers to that, unless its layers have
+`statistics=bn.Sync()`: then each layer gathers count, mean and m2 in the forward pass and sums 2·C numbers in the
+backward pass, all in float64 ([Sync](statistics.md)). MB are 10⁶ bytes that a rank receives:
 
     all_gather    (p - 1)·n          n bytes of each of p ranks, in a ring
     all_reduce    2·(p - 1)/p·n      in a ring
@@ -41,33 +41,33 @@ float64 ([Sync](statistics.md)). MB are 10⁶ bytes that a rank receives:
 
 {tables}
 
-**Sync is latency.** Its {exchanges} collectives (BN-Inception) come one after the other, each waited for; the
-{gradients} of gradients go while the backward pass computes.
+**Sync is dominated by latency.** Its {exchanges} collectives (BN-Inception) are sequential and blocking; the
+{gradients} all_reduces of gradients overlap with the backward pass.
 
-**Over very many ranks it is bytes too.** What all_gather brings grows with p, what all_reduce brings does not: from
+**Over very many ranks bandwidth matters too.** The bytes of all_gather grow with p, those of all_reduce do not: from
 {crossing} ranks on (ResNet-50: {resnet_crossing}) a rank receives more for Sync than for its gradients. In groups of
-8, Sync costs what the line of 8 ranks says, however many groups there are.
+8, the cost of Sync is that of 8 ranks, for any number of groups.
 
-**Buffers need not be sent.** With Sync over all ranks they are equal anyway, and
+**Buffers need not be broadcast.** With Sync over all ranks they are equal anyway, and
 `DistributedDataParallel(model, broadcast_buffers=False)` saves the broadcasts. A network in
 evaluation mode exchanges nothing.
 
-**Population statistics are one all_reduce**, whenever they are taken; `batchnorm train` does at each evaluation. Every
-rank takes the moments of batches of its own (algorithm 2 of the paper), and for their mean over the ranks each receives
+**Population statistics take one all_reduce**, in `batchnorm train` at each evaluation. Every
+rank computes the moments of its own batches (algorithm 2 of the paper), and for their mean over the ranks each receives
 at most {population} MB (BN-Inception) or {resnet_population} MB (ResNet-50).
 
 ## When to synchronise
 
-- **From 16 to 32 images a rank on: no.** Goyal et al. (2017), "Accurate, Large Minibatch SGD", section 2.3: 256 GPUs
-  with 32 images each take the statistics of their own images. These 32 are part of the loss that is minimised; were
-  they all images of the step, each number of GPUs would minimise another one. Wu & Johnson (2021), "Rethinking
-  'Batch' in BatchNorm", section 4 (normalization batch size): all else the same, moments of some tens of samples
-  generalise best. Those of fewer are noise, and those of very many have none, which regularises.
-- **With fewer, as in detection and segmentation: yes.** Peng et al. (2018), "MegDet", trains a detector so, with two
-  images a GPU.
-- **With fewer, over hundreds of ranks: in groups** that have 16 to 32 images together.
+- **With 16 to 32 images per rank or more: no.** Goyal et al. (2017), "Accurate, Large Minibatch SGD", section 2.3: 256
+  GPUs with 32 images each use the statistics of their own images. The number 32 is part of the loss function; with
+  statistics over all images of the step, the loss would depend on the number of GPUs. Wu & Johnson (2021), "Rethinking
+  'Batch' in BatchNorm", section 4 (normalization batch size): all else equal, moments of some tens of samples
+  generalise best. Moments of fewer samples are too noisy; those of very many lack the noise, which regularises.
+- **With fewer, as in detection and segmentation: yes.** Peng et al. (2018), "MegDet", trains a detector with two
+  images per GPU this way.
+- **With fewer, over hundreds of ranks: in groups** of 16 to 32 images.
 
-Groups are made in every process, before DDP gets the model:
+Create the groups in every process, before wrapping the model in DDP:
 
 ```python
 import torch.distributed as dist
@@ -80,8 +80,8 @@ def synchronised(model, size):
     return bn.convert_sync(model, group)[0]
 ```
 
-The ranks of a machine are neighbours under torchrun, so groups as large as a machine never use the network. Each
-group has running statistics of its own; DDP's broadcast gives all of them those of rank 0.
+Under torchrun the ranks of a machine are consecutive, so groups of the size of a machine do not use the network. Each
+group has its own running statistics; DDP's broadcast replaces all of them by those of rank 0.
 
 ## Measured
 
@@ -89,21 +89,21 @@ group has running statistics of its own; DDP's broadcast gives all of them those
 batchnorm bench scaling
 ```
 
-It times a step of BN-Inception of quarter width with 28 pixels, 32 images a rank and SGD, in 1, 2 and 4 processes of
-one thread each, joined by gloo; without Sync, with it and single collectives take turns. What Sync adds is
-predicted from the last alone:
+It measures a training step (SGD) of BN-Inception of quarter width at 28 pixels with 32 images per rank, in 1, 2 and 4
+processes of one thread each in a gloo group; steps without Sync, with Sync, and single collectives are interleaved. The
+time that Sync adds is predicted from the collectives:
 
     added = Σ over Sync's collectives of (latency(p) + bytes that a rank receives / bandwidth(p))
 
-latency and bandwidth being those of an all_gather or all_reduce of 8 bytes and of 1 MiB, each after a millisecond of
-computation, as in a step: back to back they take a half or a third of it, for no rank sleeps and has to be woken. Ranks
-that come late because layers differ, and the passes over memory that the exchange divides, come on top.
+Latency and bandwidth are those of an all_gather or all_reduce of 8 bytes and of 1 MiB, each after a millisecond of
+computation, as in a step: back to back they take a half or a third of that time, since no rank sleeps and is woken. The
+prediction includes neither load imbalance between ranks nor the additional passes over memory.
 
 {measured}
 
 ## Over several machines
 
-The same command on each of, say, 4 machines with 8 processes each; HOST is one of them:
+Run the same command on each machine, here 4 machines with 8 processes each; HOST is one of them:
 
 ```
 torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
@@ -149,7 +149,10 @@ def grid(name: str, model: nn.Module) -> Grid:
         cells = [f"{ranks:,}"]
         for collectives in (kind(model) for kind in kinds.values()):
             alone = ranks == 1  # DDP calls them all the same, and nothing moves
-            cells += [str(0 if alone else len(collectives)), megabytes(traffic.received(collectives, ranks))]
+            cells += [
+                str(0 if alone else len(collectives)),
+                megabytes(traffic.received_bytes(collectives, ranks)),
+            ]
         rows.append(cells)
     columns = ["ranks", *(cell for kind in kinds for cell in (kind, "MB"))]
     return Grid(f"{name}: {len(layers)} BN layers, {channels:,} channels", columns, rows)
@@ -158,7 +161,7 @@ def grid(name: str, model: nn.Module) -> Grid:
 def crossing(model: nn.Module) -> int:
     """The number of ranks from which on Sync brings a rank more bytes than the gradients."""
     sync, gradients = traffic.exchanges(model), traffic.gradients(model)
-    return next(p for p in count(2) if traffic.received(sync, p) > traffic.received(gradients, p))
+    return next(p for p in count(2) if traffic.received_bytes(sync, p) > traffic.received_bytes(gradients, p))
 
 
 def at_most(collectives: list[Collective]) -> str:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from batchnorm.data.digits import Digits
-from batchnorm.experiments.mnist import mnist_experiment
+from batchnorm.experiments.mnist.digits_experiment import mnist_experiment
 from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Run, Verdict, read
 from batchnorm.training.config import Config, InceptionModel

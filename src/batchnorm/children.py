@@ -1,4 +1,4 @@
-"""Processes that this one starts: none dies of a Ctrl-C that is meant for it, and none outlives it."""
+"""Child processes: they ignore a Ctrl-C that the parent handles, and they end with the parent."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from threading import Thread
 
-# Ctrl-C, and often SIGTERM, reach the whole group of processes; what they mean the parent decides.
+# Ctrl-C, and often SIGTERM, reach the whole process group; the parent handles them.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def signals_blocked(*signals: signal.Signals) -> Iterator[None]:
-    """Block `signals`, by default both, in processes that are started meanwhile: these inherit the mask."""
-    resource_tracker.ensure_running()  # the first process would bring it up, and its start unblocks them
+    """Block `signals`, by default both, in processes started within the block, which inherit the mask."""
+    resource_tracker.ensure_running()  # starting it with the first process would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals or STOP_SIGNALS)
     try:
         yield
@@ -25,8 +25,8 @@ def signals_blocked(*signals: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_with_parent() -> None:
-    """In a child: from now on, end at once when the parent has ended, however it did."""
+def exit_with_parent() -> None:
+    """In a child: exit as soon as the parent has ended, even if it was killed."""
     Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""The path of a layer in its model, for messages: a layer does not know its name, but the modules that called it do."""
+"""The path of a layer in its model, for error messages; found on the call stack, among the modules that call it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
-_KNOWN = "_name_for_messages"
+_CACHED_NAME = "_name_for_messages"
 
 
 def forget_name(state: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a layer without its name: a copy may be called otherwise."""
-    return {name: value for name, value in state.items() if name != _KNOWN}
+    """The attributes of a layer without its cached name, as a copy may have another name."""
+    return {name: value for name, value in state.items() if name != _CACHED_NAME}
 
 
 def name_of(layer: nn.Module) -> str:
-    """As qualified_name; looked for once, unless the layer stands alone."""
+    """`qualified_name`, cached if the layer is part of a module."""
     if torch.compiler.is_compiling():
         return type(layer).__name__
-    known: str | None = vars(layer).get(_KNOWN)
+    known: str | None = vars(layer).get(_CACHED_NAME)
     if known is None:
         known = qualified_name(layer)
         if known.startswith("'"):
-            vars(layer)[_KNOWN] = known
+            vars(layer)[_CACHED_NAME] = known
     return known
 
 
 def qualified_name(layer: nn.Module) -> str:
-    """The path of `layer` in the outermost module that is running now, and its repr; for messages only.
-
-    A layer does not know its name, but the modules that called it stand on the call stack.
-    """
+    """The path of `layer` in the outermost module on the call stack, and its repr; for messages only."""
     path = ""
     frame: FrameType | None = sys._getframe()
     while frame is not None:

@@ -1,13 +1,13 @@
-"""What a run writes and a report reads: one typed JSON object a line, only ever appended.
+"""The records of a run: an append-only JSONL file with one typed object per line.
 
     run         once, first: the command, the full configuration, the seeds, the versions, the machine
-    evaluation  one network, part-way: loss, accuracy, the distribution seen by a sigmoid
-    result      one network, at its end
-    chart       a figure as data: whoever draws it needs nothing else
+    evaluation  of one network during training: loss, accuracy, percentiles of the input to a sigmoid
+    result      of one network at its end
+    chart       the data of a figure
     verdict     a claim of the paper, what was measured, and whether it was seen
 
-A chart or verdict that is written again, after a run was continued, replaces the earlier one of its name.
-Knows nothing of torch: a page can be rebuilt from these lines years later.
+A chart or verdict that is written again by a resumed run replaces the earlier one of the same name.
+Does not import torch, so that a report can be rebuilt from the file years later.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Role = Literal["bn", "plain", "other"]
 
 
 class RecordError(Exception):
-    """A record file that is missing or cannot be understood; the message says which line and why."""
+    """A record file that is missing or invalid; the message says which line and why."""
 
 
 class _Record(BaseModel):
-    # JSON has no inf or nan: they travel as the strings "Infinity" and "NaN"
+    # JSON has no inf or nan: they are written as the strings "Infinity" and "NaN"
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Run(_Record):
-    """The head of the file: everything that is needed to run it again."""
+    """The first record of the file: everything needed to repeat the run."""
 
     kind: Literal["run"] = "run"
     schema_version: int = SCHEMA
@@ -45,17 +45,17 @@ class Run(_Record):
     seeds: list[int]
     versions: dict[str, str]
     machine: str
-    data: str = Field("", description="the data set in words: name, numbers and sizes of its images")
+    data: str = Field("", description="the data set: name, numbers and sizes of its images")
     started: str = Field(description="ISO 8601, UTC")
 
 
 class Evaluation(_Record):
-    """One network after `step` training steps."""
+    """The evaluation of one network after `step` training steps."""
 
     kind: Literal["evaluation"] = "evaluation"
     job: str = Field(description="the network's name within the run")
     step: int
-    loss: float = Field(description="training loss, nats, mean since the evaluation before")
+    loss: float = Field(description="training loss, nats, mean since the previous evaluation")
     accuracy: float = Field(
         description="on the test set, 0 to 1; with BN by Algorithm 2's population statistics"
     )
@@ -78,20 +78,20 @@ class Evaluation(_Record):
 
 
 class Result(_Record):
-    """One network at its end."""
+    """The final result of one network."""
 
     kind: Literal["result"] = "result"
     job: str
     config: dict[str, JsonValue]
     steps: int = Field(
-        description="steps taken; fewer than asked for when it diverged or ran out of patience"
+        description="steps taken; fewer than configured if it diverged or was stopped early by `patience`"
     )
     diverged: bool = Field(description="the loss became inf or nan")
     loss: float
     accuracy: float
     accuracy_moving: float | None = None
     train_accuracy: float | None = None
-    unreadable: int = Field(0, description="images of either set that could not be read")
+    unreadable: int = Field(0, description="images of both sets that could not be read")
     seconds: float
 
 
@@ -128,13 +128,13 @@ class Panel(_Record):
 
 
 class Chart(_Record):
-    """A figure as data; panels stand side by side."""
+    """The data of a figure; its panels are drawn side by side."""
 
     kind: Literal["chart"] = "chart"
     claim: str
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="the file name of the picture, without its ending",
+        description="the file name of the figure, without its extension",
     )
     title: str
     caption: str
@@ -159,7 +159,7 @@ class Verdict(_Record):
     expected: str = Field(description="the band that counts as seen")
     measured: str = Field(description="what was measured, one or two sentences")
     outcome: Literal["seen", "not seen here", "incomplete"]
-    choices: list[str] = Field(default=[], description="what the paper leaves open and we chose")
+    choices: list[str] = Field(default=[], description="our choices where the paper leaves them open")
     tables: dict[str, Table] = Field(default={}, description="by title")
     steps_ratio: dict[str, float] | None = Field(
         None,
@@ -173,10 +173,10 @@ _RECORD: TypeAdapter[Run | Evaluation | Result | Chart | Verdict] = TypeAdapter(
 
 
 class RecordFile:
-    """A record file open for appending, a context manager. A line cut off by a crash is dropped on opening.
+    """A record file open for appending, a context manager. An incomplete last line is dropped on opening.
 
-    An evaluation or result that is in the file already is not written again, so a network may be
-    replayed from a checkpoint that is older than its last line; nor is a chart that is the same.
+    An evaluation or result that is in the file already is not written again, so a network may resume
+    from a checkpoint that is older than its last line. An identical chart is not written again either.
     """
 
     def __init__(self, path: Path) -> None:
@@ -215,7 +215,7 @@ class RecordFile:
             os.fsync(self._file.fileno())
 
     def _lock(self) -> None:
-        """Two processes that write one file would write everything twice. Released when the file is closed."""
+        """Lock the file, so that no two processes write it. The lock is released when the file is closed."""
         if sys.platform == "win32":
             return
         import fcntl
@@ -234,9 +234,9 @@ class RecordFile:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a file, in order. A last line without its end, cut off by a crash, is passed over.
+    """The records of a file, in order. An incomplete last line is ignored.
 
-    Raises: RecordError when there is no such file or a line is not a record.
+    Raises: RecordError when the file cannot be read or a line is not a record.
     """
     try:
         content = path.read_bytes()
@@ -259,7 +259,7 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def _identity(record: Record) -> tuple[object, ...]:
-    """What a record is about; of two that are about the same, the later one counts."""
+    """The key of a record; of two records with the same key the later one counts."""
     match record:
         case Run():
             return ("run",)

@@ -1,4 +1,4 @@
-"""What a rank really exchanges in a training step: contenders for `Ranks` whose samples are counts, not seconds."""
+"""What a rank really exchanges in a training step: candidates for `Ranks` whose samples are counts, not seconds."""
 
 import math
 from collections import Counter
@@ -49,7 +49,7 @@ def _seen() -> Iterator[Sample]:
     found |= dict(counts)
 
 
-def contenders() -> dict[str, Callable[[], Sample]]:
+def candidates() -> dict[str, Callable[[], Sample]]:
     """For each model, a step "without" Sync and "with" it, and "population" statistics; of one, Sync in groups of 1."""
     found: dict[str, Callable[[], Sample]] = {}
     for name, make in MODELS.items():

@@ -1,16 +1,16 @@
 """Results as a run leaves them, with numbers made up so that each can be recognised."""
 
-from batchnorm.bench.link import BARE, SMALL
+from batchnorm.bench.link import COLLECTIVES, SMALL
 from batchnorm.bench.options import Options
 from batchnorm.bench.rounds import times
 from batchnorm.bench.rows import Command, Measured, Processes, Row
 
 
-def layer(shape, layout, dtype, ours, torch, copy, compiled=None):
-    """Rows of one layer, forward and backward: seconds of each contender, the backward at twice the forward."""
+def layer(shape, layout, dtype, ours, torch, copy, compile_static=None):
+    """Rows of one layer, forward and backward: seconds of each candidate, the backward at twice the forward."""
     one = {who: {"forward": s, "backward": 2 * s} for who, s in (("ours", ours), ("torch", torch))}
-    if compiled:
-        one["compile"] = {"forward": compiled, "backward": 2 * compiled}
+    if compile_static:
+        one["compile"] = {"forward": compile_static, "backward": 2 * compile_static}
     one["copy"] = {"copy": copy}
     return [
         Row(
@@ -59,7 +59,7 @@ def step_of_ranks(count, plain, ours, gather, reduce, cores=2):
             "step": {"all_gather": gather, "all_reduce": reduce}[each.name]
             * (1 if each.bytes == SMALL else 2)
         }
-        for who, each in BARE.items()
+        for who, each in COLLECTIVES.items()
     }
     return Row(
         name=f"BNInception/4, {count} ranks", shape=(32, 1, 28, 28), layout="NCHW", dtype="float32", part="step",
@@ -67,8 +67,8 @@ def step_of_ranks(count, plain, ours, gather, reduce, cores=2):
     )  # fmt: skip
 
 
-def measured(command: Command = "kernels", *, finished: bool = True, compiled: bool = True) -> Measured:
-    with_compile = 0.25 if compiled else None
+def measured(command: Command = "kernels", *, finished: bool = True, compile_static: bool = True) -> Measured:
+    with_compile = 0.25 if compile_static else None
     rows = (
         [
             row

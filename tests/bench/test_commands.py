@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm.bench.link import BARE
+from batchnorm.bench.link import COLLECTIVES
 from batchnorm.bench.rows import COMMANDS, read
 from tests.command import COMMAND
 
@@ -43,7 +43,7 @@ def test_all_of_it_on_one_page(bench, tmp_path):
         *(f"{command}.{kind}" for command in COMMANDS for kind in ("json", "png")),
     }
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "tiny shapes: no measurement" in page
+    assert "tiny shapes: not a measurement" in page
     assert "OMP_NUM_THREADS=1" in page
     assert "BN+ReLU against torch, channels-last, bfloat16" in done.out
     steps = read(tmp_path / "step.json")
@@ -68,7 +68,7 @@ def test_all_of_it_on_one_page(bench, tmp_path):
     }
     ranks = read(tmp_path / "scaling.json")
     assert [row.processes.count for row in ranks.rows if row.processes] == [1, 2]
-    assert all(set(row.times) == {"ours", "plain", *BARE} for row in ranks.rows)
+    assert all(set(row.times) == {"ours", "plain", *COLLECTIVES} for row in ranks.rows)
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
             break
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130
-    assert f"Stopped. What there is:  {tmp_path / 'RESULTS.md'}" in rest
+    assert f"Stopped. Results so far:  {tmp_path / 'RESULTS.md'}" in rest
     measured = read(tmp_path / "kernels.json")
     assert not measured.finished
     assert [row.part for row in measured.rows] == ["forward", "backward", "both"]

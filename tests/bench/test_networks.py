@@ -13,22 +13,22 @@ def test_without_norm_every_layer_s_output_is_of_order_one():
     model = networks.build("mlp")
     x = torch.rand(networks.shape("mlp", 64, 32))
     weights = deepcopy(model.state_dict())
-    bare = networks.without_norm(model, x)
+    without_bn = networks.without_norm(model, x)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in bare.modules())
-    assert len(list(bare.modules())) == len(list(model.modules()))
-    for module in bare.modules():
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in without_bn.modules())
+    assert len(list(without_bn.modules())) == len(list(model.modules()))
+    for module in without_bn.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda _, __, output: scales.append(output.std().item()))
     scales: list[float] = []
-    bare(x)
+    without_bn(x)
     assert scales == pytest.approx([1, 1, 1, 1], rel=1e-4)
 
 
-def test_settled_statistics_are_the_batch_s():
+def test_running_statistics_are_set_to_the_batch_s():
     model = networks.build("mlp")
     x = torch.rand(networks.shape("mlp", 64, 32))
-    networks.settle(model, x)
+    networks.set_running_statistics(model, x)
     linear, norm = list(model.children())[:2]
     assert isinstance(norm, nn.BatchNorm1d)
     torch.testing.assert_close(norm.running_mean, linear(x).mean(0))

@@ -63,7 +63,7 @@ def test_a_terminal_of_80_columns_shows_every_cell_on_one_line(command):
     console = Console(width=80, force_terminal=False)
     for shown in table.grids(measured(command)):
         with console.capture() as capture:
-            console.print(table.drawn(shown))
+            console.print(table.render(shown))
         lines = capture.get().splitlines()
         assert len(lines) == 2 + len(shown.rows)
         assert "…" not in capture.get()
@@ -82,7 +82,7 @@ def test_a_folder_collects_the_commands_and_the_latest_of_each_counts(tmp_path):
     results.write(measured("step"), folder)
     results.write(measured("kernels", finished=False), folder)
     assert "Stopped before the end" in (folder / "RESULTS.md").read_text()
-    written = results.write(measured("kernels", compiled=False), folder)
+    written = results.write(measured("kernels", compile_static=False), folder)
     text = written.read_text()
     assert "Stopped" not in text
     assert "against torch.compile" not in text

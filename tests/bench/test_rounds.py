@@ -1,4 +1,4 @@
-"""The order of the turns, and the arithmetic of what they took, with contenders that only say a number."""
+"""The order of the turns, and the arithmetic of what they took, with candidates that only say a number."""
 
 import gc
 from itertools import count
@@ -8,7 +8,7 @@ import pytest
 from batchnorm.bench.rounds import interleave, quartiles, times
 
 
-def contender(name, calls, seconds=1.0):
+def candidate(name, calls, seconds=1.0):
     def sample():
         calls.append(name)
         return {"step": seconds}
@@ -18,7 +18,7 @@ def contender(name, calls, seconds=1.0):
 
 def test_each_round_begins_with_another_and_none_is_left_out():
     calls: list[str] = []
-    rounds = interleave({name: contender(name, calls) for name in "abc"}, seconds=0, least=4)
+    rounds = interleave({name: candidate(name, calls) for name in "abc"}, seconds=0, least=4)
     in_rounds = ["".join(calls[start : start + 3]) for start in range(0, len(calls), 3)]
     assert in_rounds == ["abc", "bca", "abc", "bca", "cab", "abc"]  # the first two are warm-up
     assert len(rounds) == 4
@@ -26,7 +26,7 @@ def test_each_round_begins_with_another_and_none_is_left_out():
 
 def test_rounds_go_on_until_the_time_is_up():
     clock = count().__next__  # a second at each look
-    rounds = interleave({"a": contender("a", [])}, seconds=5, least=2, clock=lambda: float(clock()))
+    rounds = interleave({"a": candidate("a", [])}, seconds=5, least=2, clock=lambda: float(clock()))
     assert (
         len(rounds) == 2 + 4
     )  # it is looked at after the first two: at 1, 2, 3 and 4 there is time for another

@@ -22,12 +22,12 @@ def test_a_link_is_a_latency_and_a_bandwidth():
     expected: tuple[tuple[Name, float], ...] = (("all_gather", 2.0), ("all_reduce", 1.0))
     for kind, ms in expected:
         small, large = Collective(kind, 8), Collective(kind, 2**20)
-        assert links[kind].ms(small.received(4)) == pytest.approx(ms)
-        assert link.predicted(row, [small, large, large]) == pytest.approx(5 * ms)
+        assert links[kind].ms(small.received_bytes(4)) == pytest.approx(ms)
+        assert link.predict_ms(row, [small, large, large]) == pytest.approx(5 * ms)
 
 
 def test_alone_sync_is_predicted_to_cost_nothing():
-    assert link.predicted(step_of_ranks(1, 0.1, 0.1, 1e-3, 1e-3), [Collective("all_gather", 8)]) == 0
+    assert link.predict_ms(step_of_ranks(1, 0.1, 0.1, 1e-3, 1e-3), [Collective("all_gather", 8)]) == 0
 
 
 def test_noise_is_no_bandwidth_below_zero():
@@ -52,7 +52,7 @@ def test_tables_of_several_processes():
 def test_the_page_of_results_explains_its_words(tmp_path):
     text = results.write(measured("scaling"), tmp_path).read_text()
     assert text.index("## Several processes") < text.index("**A step of BNInception/4, 32×1×28×28 a rank")
-    assert "core ms is the time of a core that one rank's step took" in text
+    assert "core ms is the core time of one rank's step" in text
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ together = pytest.mark.xdist_group("what three ranks exchange")
 
 @pytest.fixture(scope="module")
 def seen():
-    with quick_starts(), Ranks(3, observer.contenders, turns=1) as ranks:
+    with quick_starts(), Ranks(3, observer.candidates, turns=1) as ranks:
         names = [f"{name} {what}" for name in observer.MODELS for what in ("without", "with", "population")]
         yield {name: ranks(name) for name in [*names, "inception alone"]}
 
@@ -54,12 +54,12 @@ def test_in_a_group_of_one_sync_adds_nothing(seen):
 
 
 @pytest.mark.parametrize(
-    ("name", "received"),
+    ("name", "received_bytes"),
     [("all_gather", [0, 10, 70]), ("all_reduce", [0, 10, 17.5]), ("broadcast", [0, 10, 10])],
 )
-def test_what_reaches_a_rank_of_one_two_and_eight(name, received):
-    assert [Collective(name, 10).received(ranks) for ranks in (1, 2, 8)] == received
-    assert traffic.received([Collective(name, 10)] * 3, 8) == 3 * received[-1]
+def test_what_reaches_a_rank_of_one_two_and_eight(name, received_bytes):
+    assert [Collective(name, 10).received_bytes(ranks) for ranks in (1, 2, 8)] == received_bytes
+    assert traffic.received_bytes([Collective(name, 10)] * 3, 8) == 3 * received_bytes[-1]
 
 
 def test_single_activations_have_moments_of_their_own():

@@ -18,19 +18,19 @@ def test_distinct_names_count_once_in_the_order_they_were_met():
 
 
 @pytest.mark.parametrize(
-    ("share", "images", "most"), [(0.01, 1000, 10), (0.01, 99, 0), (0.29, 100, 29), (1.0, 7, 7)]
+    ("share", "images", "limit"), [(0.01, 1000, 10), (0.01, 99, 0), (0.29, 100, 29), (1.0, 7, 7)]
 )
-def test_the_share_may_be_reached_but_not_passed(share, images, most):
+def test_the_share_may_be_reached_but_not_passed(share, images, limit):
     corrupt = Corrupt(share, images)
-    assert corrupt.most == most
-    corrupt.add({str(number): "torn" for number in range(most)})
-    with pytest.raises(DataError, match=f"{most + 1} of {images:,} images cannot be read.*corrupt_share"):
+    assert corrupt.limit == limit
+    corrupt.add({str(number): "torn" for number in range(limit)})
+    with pytest.raises(DataError, match=f"{limit + 1} of {images:,} images cannot be read.*corrupt_share"):
         corrupt.add({"one more": "torn"})
 
 
 def test_the_error_names_the_first_few():
     with pytest.raises(
-        DataError, match=r"0: torn, 1: torn, 2: torn, and 2 more; more than 1 stop a run: mend"
+        DataError, match=r"0: torn, 1: torn, 2: torn, and 2 more; more than 1 stop a run: repair"
     ):
         Corrupt(0.01, 100).add({str(number): "torn" for number in range(5)})
 

@@ -11,7 +11,7 @@ pytest.importorskip("PIL", reason="images come with the extra")
 from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.idx import DataError
-from batchnorm.data.loader import InOrder, Loader
+from batchnorm.data.loader import Loader, SequentialLoader
 from batchnorm.data.order import Order
 from batchnorm.data.source import InMemory, Unreadable
 from tests.data.pictures import image_folder
@@ -202,7 +202,7 @@ def test_reading_ends_soon_where_nothing_can_be_read():
 
 def test_a_pass_in_order_has_each_example_once():
     whole = numbered()
-    in_order = InOrder(whole, noisy, 8, Corrupt(0, EXAMPLES))
+    in_order = SequentialLoader(whole, noisy, 8, Corrupt(0, EXAMPLES))
     for _ in range(2):
         batches = list(in_order)
         assert [len(labels) for _, labels in batches] == [8] * 6 + [2]
@@ -213,7 +213,8 @@ def test_a_pass_in_order_has_each_example_once():
 @pytest.mark.parametrize(("ranks", "rounds"), [(2, 4), (3, 3), (7, 1), (60, 1)])
 def test_ranks_share_a_pass_out(ranks, rounds):
     parts = [
-        InOrder(numbered(), noisy, 8, Corrupt(0, EXAMPLES), rank=rank, ranks=ranks) for rank in range(ranks)
+        SequentialLoader(numbered(), noisy, 8, Corrupt(0, EXAMPLES), rank=rank, ranks=ranks)
+        for rank in range(ranks)
     ]
     batches = [list(part) for part in parts]
     assert torch.equal(torch.cat([labels for part in batches for _, labels in part]), torch.arange(EXAMPLES))
@@ -223,14 +224,14 @@ def test_ranks_share_a_pass_out(ranks, rounds):
 
 
 def test_a_pass_leaves_holes_out_and_counts_them():
-    in_order = InOrder(Holed({1, *range(8, 16), 49}), torch.Tensor.float, 8, Corrupt(0.2, EXAMPLES))
+    in_order = SequentialLoader(Holed({1, *range(8, 16), 49}), torch.Tensor.float, 8, Corrupt(0.2, EXAMPLES))
     labels = [labels.tolist() for _, labels in in_order]
     assert labels[0] == [0, 2, 3, 4, 5, 6, 7]
     assert labels[1][0] == 16  # the batch without any is left out whole
     assert labels[-1] == [48]
     assert len(in_order.corrupt) == 10
     with pytest.raises(DataError, match="10 of 50"):
-        list(InOrder(Holed({1, *range(8, 16), 49}), torch.Tensor.float, 8, Corrupt(0.18, EXAMPLES)))
+        list(SequentialLoader(Holed({1, *range(8, 16), 49}), torch.Tensor.float, 8, Corrupt(0.18, EXAMPLES)))
 
 
 def test_a_folder_with_broken_files_trains_and_evaluates(tmp_path):
@@ -244,7 +245,7 @@ def test_a_folder_with_broken_files_trains_and_evaluates(tmp_path):
     for images, _ in first(5, loading):
         assert images.shape == (4, 3, 12, 10)
     assert sorted(map(os.path.basename, loading.corrupt.names)) == ["03.jpg", "09.jpg"]
-    in_order = InOrder(val, torch.Tensor.float, 4, Corrupt(0.1, len(val)))
+    in_order = SequentialLoader(val, torch.Tensor.float, 4, Corrupt(0.1, len(val)))
     assert [len(labels) for _, labels in in_order] == [3, 4, 2]
     assert in_order.corrupt.names == [str(torn)]
 

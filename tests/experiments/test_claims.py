@@ -4,7 +4,7 @@ import pytest
 
 from batchnorm.data.digits import Digits
 from batchnorm.experiments.claim import Claim, Curve, spread
-from batchnorm.experiments.mnist import claim_names, mnist_experiment
+from batchnorm.experiments.mnist.digits_experiment import claim_names, mnist_experiment
 from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.experiments.mnist.figure_1 import RATES, STDS, Figure1, best
 from batchnorm.experiments.mnist.higher_rates import HigherRates

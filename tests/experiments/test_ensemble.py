@@ -5,7 +5,8 @@ import json
 import torch
 
 from batchnorm.experiments.claim import Curve
-from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings
+from batchnorm.experiments.imagenet.ensemble import Ensemble
+from batchnorm.experiments.imagenet.ensemble_settings import EnsembleSettings
 from batchnorm.experiments.imagenet.figure_3 import Figure3
 from batchnorm.records import Verdict
 from batchnorm.training import checkpoint

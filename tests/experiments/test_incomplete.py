@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 
 from batchnorm.experiments.claim import Claim, Curve
-from batchnorm.experiments.imagenet import claim_names, ensemble_experiment, imagenet_experiment
-from batchnorm.experiments.imagenet.ensemble import Ensemble, EnsembleSettings
+from batchnorm.experiments.imagenet.ensemble import Ensemble
+from batchnorm.experiments.imagenet.ensemble_settings import EnsembleSettings
+from batchnorm.experiments.imagenet.inception_experiment import (
+    claim_names,
+    ensemble_experiment,
+    imagenet_experiment,
+)
 from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from tests.experiments.made_up import train_all
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from batchnorm.experiments.claim import Curve
-from batchnorm.experiments.imagenet import claim_names
 from batchnorm.experiments.imagenet.ablation import Ablation
 from batchnorm.experiments.imagenet.failures import Failures
 from batchnorm.experiments.imagenet.figure_3 import PAPER_PASSES, PAPER_PASSES_OF_X30, Figure3
+from batchnorm.experiments.imagenet.inception_experiment import claim_names
 from batchnorm.experiments.imagenet.inception_settings import PAPER, QUICK, ImagenetSettings, preset
 from tests.experiments.made_up import FIVE, SETTINGS, curve, differences, train_all
 

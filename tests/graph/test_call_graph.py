@@ -137,7 +137,7 @@ class Inherited(Indexed):
 def test_a_forward_that_cannot_be_traced_and_may_reach_into_a_sequential_keeps_it(kind):
     _, report = upgraded(kind(), X)
     assert report.summary == "3 layers: 3 swapped"
-    assert "may call it in a way of its own: the forward of" in report["features.1"].why
+    assert "may call it too: the forward of" in report["features.1"].why
 
 
 def test_a_forward_that_cannot_be_traced_but_calls_its_children_whole_lets_them_be_fused():

@@ -56,7 +56,7 @@ def test_gradients_that_are_switched_off_stay_off():
             x = self.conv(x)
         return self.act(self.norm(x))
 
-    keeps(forward, "it switches gradients off")
+    keeps(forward, "it disables gradients")
 
 
 def test_autocast_that_is_switched_stays_so():
@@ -64,7 +64,7 @@ def test_autocast_that_is_switched_stays_so():
         with torch.autocast("cpu", enabled=False):
             return self.act(self.norm(x))
 
-    keeps(forward, "it switches autocast")
+    keeps(forward, "it uses autocast")
 
 
 def test_checkpointing_goes_on():

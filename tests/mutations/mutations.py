@@ -598,7 +598,7 @@ MUTATIONS = [
     # --- passes: virtual_batch
     Mutation(
         "gradients of the first part alone", "passes/virtual_batch/micro_batches.py",
-        "for call in calls for true, cut in call.cuts", "for call in calls[:1] for true, cut in call.cuts",
+        "for call in calls for attached, leaf in call.detached", "for call in calls[:1] for attached, leaf in call.detached",
         "every loss has its say", VIRTUAL_BATCH,
     ),
     Mutation(
@@ -614,7 +614,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a micro-batch's loss unweighted", "training/trainer.py",
-        ' * (len(its_labels) / total)', ' * (micro_weight := 1.0)',
+        ' * (len(part_labels) / total)', ' * (micro_weight := 1.0)',
         "the whole batch's loss is a mean over its images", TRAINER,
     ),
     Mutation(
@@ -624,7 +624,7 @@ MUTATIONS = [
     ),
     Mutation(
         "steps counted from another seed's target", "experiments/imagenet/figure_3.py",
-        'for c, t in zip(of[name], targets, strict=True)]', 'for c, t in zip(of[name], reversed(targets), strict=True)]',
+        'for c, t in zip(by_name[name], targets, strict=True)]', 'for c, t in zip(by_name[name], reversed(targets), strict=True)]',
         "seed by seed", FIGURE_3,
     ),
     Mutation(

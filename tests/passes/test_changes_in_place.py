@@ -46,10 +46,10 @@ def changed_argument(self, x):
 @pytest.mark.parametrize(
     ("forward", "why"),
     [
-        (changed_input, "its input may be changed in place"),
-        (changed_view, "its input may be changed in place"),
-        (changed_under_a_view, "its input may be changed in place"),
-        (changed_argument, "it reads a value again that iadd has changed"),
+        (changed_input, "its input may be modified in place"),
+        (changed_view, "its input may be modified in place"),
+        (changed_under_a_view, "its input may be modified in place"),
+        (changed_argument, "it uses a value again after iadd"),
     ],
 )
 def test_what_is_changed_in_place_is_read_when_it_was(forward, why):
@@ -57,7 +57,7 @@ def test_what_is_changed_in_place_is_read_when_it_was(forward, why):
 
 
 def test_an_activation_that_changes_the_layer_s_input_keeps_its_place():
-    keeps(changed_by_a_module, "its input may be changed in place", False, act=nn.ReLU(inplace=True))
+    keeps(changed_by_a_module, "its input may be modified in place", False, act=nn.ReLU(inplace=True))
 
 
 def test_the_argument_of_a_forward_is_changed_in_place_as_before():

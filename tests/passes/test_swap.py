@@ -83,7 +83,7 @@ def test_hooks_of_every_kind_go_on_and_can_be_removed():
     ]
     model = nn.Sequential(layer, nn.ReLU())
     _, report = bn.upgrade(model)
-    assert outcome(report, "0") == ("swapped", "has hooks, which would see what is fused")
+    assert outcome(report, "0") == ("swapped", "has hooks, which would see the fused output")
 
     def use():
         seen.clear()

@@ -235,7 +235,7 @@ def test_a_part_without_a_mask_is_all_valid():
         (
             lambda: bn.BatchNorm2d((3, 4, 4)),
             [(2, 3, 4, 4), (2, 3, 4, 5)],
-            "every activation has statistics of its own",
+            "each activation has its own statistics",
         ),
         (lambda: bn.BatchNorm1d(3), [(2, 3, 4), (2, 3, 4, 5)], "expected 2D or 3D input"),
         (lambda: bn.BatchNorm1d(3), [(2, 3, 4), (2, 4, 4)], "Sizes of tensors"),
@@ -551,7 +551,7 @@ def test_parts_that_go_different_ways_are_an_error(ways, chosen):
         torch.randn(4, 3).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(float(k)))
         for k in chosen
     ]
-    with pytest.raises(RuntimeError, match="different ways"), bn.virtual_batch(model, xs):
+    with pytest.raises(RuntimeError, match="different paths"), bn.virtual_batch(model, xs):
         pass
     unpatched(model)
 

@@ -6,9 +6,9 @@ import matplotlib
 import pytest
 
 from batchnorm.records import Chart, Line, Panel
-from batchnorm.report import figures, ink
-from batchnorm.report.lettering import apart
-from batchnorm.report.scale import human, on_one_scale, percent
+from batchnorm.report import figures, palette
+from batchnorm.report.labels import spread_out
+from batchnorm.report.scale import format_number, percent, share_y_range
 
 from . import sample
 
@@ -61,7 +61,7 @@ def test_an_inline_panel_takes_every_colour_from_the_page():
     svg = "".join(inline(chart) for chart in CHARTS)
     assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) <= {
         "none",
-        *(f"var(--{name.replace('_', '-')})" for name in vars(ink.LIGHT)),
+        *(f"var(--{name.replace('_', '-')})" for name in vars(palette.LIGHT)),
     }
     assert "#" not in re.sub(r'url\(#[^)]*\)|href="#[^"]*"', "", svg)
     assert "font-family" not in svg
@@ -142,11 +142,11 @@ def test_panels_of_one_quantity_stand_on_one_scale():
         Panel(title="", x_label="x", y_label=label, lines=[line])
         for label, line in zip("aab", (low, high, low), strict=True)
     ]
-    first, second, third = on_one_scale(axes)
+    first, second, third = share_y_range(axes)
     assert first.y_range == second.y_range == (-10 - 0.06 * 20, 10 + 0.06 * 20)
     assert third.y_range is None
     fixed = axes[0].model_copy(update={"y_range": (0.0, 1.0)})
-    assert on_one_scale([fixed, axes[1]])[0].y_range == (0.0, 1.0)
+    assert share_y_range([fixed, axes[1]])[0].y_range == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_panels_of_one_quantity_stand_on_one_scale():
     ],
 )  # fmt: skip
 def test_numbers_as_an_axis_says_them(value, said):
-    assert human(value) == said
+    assert format_number(value) == said
 
 
 def test_shares_are_per_cent():
@@ -171,13 +171,13 @@ def test_shares_are_per_cent():
 
 
 def test_names_at_the_ends_of_lines_do_not_overlap():
-    places = apart([50.0, 50.0, 99.0, 0.0, 51.0], 10, 0, 100)
+    places = spread_out([50.0, 50.0, 99.0, 0.0, 51.0], 10, 0, 100)
     assert all(b - a > 9.99 for a, b in zip(sorted(places), sorted(places)[1:], strict=False))
     assert min(places) >= -0.01
     assert max(places) <= 100.01
     assert sorted(range(5), key=lambda index: places[index]) == [3, 0, 1, 4, 2]
-    assert apart([10.0, 60.0], 10, 0, 100) == [10.0, 60.0]
-    assert apart([], 10, 0, 100) == []
+    assert spread_out([10.0, 60.0], 10, 0, 100) == [10.0, 60.0]
+    assert spread_out([], 10, 0, 100) == []
 
 
 def contrast(a, b):
@@ -192,7 +192,7 @@ def contrast(a, b):
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("scheme", [ink.LIGHT, ink.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("scheme", [palette.LIGHT, palette.DARK], ids=["light", "dark"])
 def test_colours_stand_out_from_the_paper(scheme):
     for name in ("text", "muted", "bn", "plain", "other"):
         assert contrast(getattr(scheme, name), scheme.paper) >= 4.5, name

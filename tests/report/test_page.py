@@ -9,7 +9,7 @@ import pytest
 
 from batchnorm.records import Evaluation, RecordError, Result, Run, Table, Verdict
 from batchnorm.report.page import render
-from batchnorm.report.tables import Grid, duration, moment, number, share
+from batchnorm.report.tables import Grid, format_duration, format_share, format_time, number
 
 from . import sample
 
@@ -361,10 +361,10 @@ def test_numbers_stand_right_and_words_left():
 
 
 def test_small_words():
-    assert moment("2026-03-01T09:30:00+02:00") == "2026-03-01, 07:30 UTC"
-    assert moment("2026-03-01T09:30:00") == "2026-03-01T09:30:00"
-    assert moment("yesterday") == "yesterday"
-    assert [duration(s).replace("\u00a0", " ") for s in (0.64, 42, 59.7, 125, 7380)] == [
+    assert format_time("2026-03-01T09:30:00+02:00") == "2026-03-01, 07:30 UTC"
+    assert format_time("2026-03-01T09:30:00") == "2026-03-01T09:30:00"
+    assert format_time("yesterday") == "yesterday"
+    assert [format_duration(s).replace("\u00a0", " ") for s in (0.64, 42, 59.7, 125, 7380)] == [
         "0.6 s",
         "42 s",
         "1 min 00 s",
@@ -381,7 +381,7 @@ def test_small_words():
         "",
         "−∞",
     ]
-    assert share(None) == ""
+    assert format_share(None) == ""
 
 
 def test_outcomes_differ_by_more_than_colour():

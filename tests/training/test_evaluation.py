@@ -42,12 +42,12 @@ SIZE = 8
 
 
 class Silent:
-    def started(self, *_):
+    def on_start(self, *_):
         pass
 
-    step = evaluated = started
+    on_step = on_evaluation = on_start
 
-    def stopping(self):
+    def on_stop_request(self):
         pass
 
 
@@ -117,7 +117,7 @@ class Holed:
 
 
 def said(network, source, **options):
-    return Predictions.joined(predict(network, source, SIZE, **options))
+    return Predictions.concatenate(predict(network, source, SIZE, **options))
 
 
 def same(one, other):
@@ -151,7 +151,7 @@ def test_after_each_part_it_can_be_stopped_and_continued_bit_for_bit(crops, size
     parts = list(predict(network, source, SIZE, crops=crops, batch_size=4))
     assert list(map(len, parts)) == sizes
     rest = said(network, source, crops=crops, batch_size=4, indices=range(sizes[0], 10))
-    assert same(rest, Predictions.joined(parts[1:]))
+    assert same(rest, Predictions.concatenate(parts[1:]))
 
 
 def test_it_goes_through_the_indices_in_their_order():
@@ -259,7 +259,7 @@ def test_several_networks_are_an_ensemble(run, evaluate, monkeypatch):
     *_, first, second, ensemble = out.splitlines()
     saved = [load_network(network_file(run, name)) for name in ("best.pt", "final.pt")]
     some = Subset(load("mnist-10k", "val"), 2)
-    every = [Predictions.joined(predict(each.network, some, 28, crops=144)) for each in saved]
+    every = [Predictions.concatenate(predict(each.network, some, 28, crops=144)) for each in saved]
     accuracies = [each.score.accuracy for each in [*every, Predictions.mean(every)]]
     assert first.split()[0] == "digits"
     assert second.split()[0] == "digits/checkpoints/final.pt"
@@ -288,7 +288,7 @@ def test_of_many_classes_the_five_likeliest_count_too_and_unreadable_images_are_
     assert "left out    2 of 22 images cannot be read: val/a/00.jpg" in out.replace(f"{pictures.parent}/", "")
     saved = load_network(pictures)
     source = load(str(pictures.parent), "val")
-    score = Predictions.joined(predict(saved.network, source, 16, corrupt=Corrupt(1, 22))).score
+    score = Predictions.concatenate(predict(saved.network, source, 16, corrupt=Corrupt(1, 22))).score
     assert score.images == 20
     first, five = score.accuracy, score.accuracy_top5
     shares = [f"{share:.2%}" for share in (first, 1 - first, five, 1 - five)]
@@ -301,7 +301,7 @@ def test_where_no_image_can_be_read_it_says_so(pictures, evaluate, tmp_path):
         path.write_bytes(b"")
     code, _, error = evaluate(pictures, "--data", root)
     assert code == 1
-    assert error.startswith("error: no image is left to look at: 11 of 11 images cannot be read")
+    assert error.startswith("error: no image can be read: 11 of 11 images cannot be read")
 
 
 def test_nothing_is_written(run, evaluate):

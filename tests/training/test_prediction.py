@@ -15,7 +15,7 @@ from batchnorm.records import Evaluation, Result
 from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.evaluation import Crops, Predictions
-from batchnorm.training.prediction import Prediction, Predictor, predicted
+from batchnorm.training.prediction import Prediction, Predictor, load_predictions
 from batchnorm.training.trainer import Trainer
 
 SIZE, IMAGES = 16, 3
@@ -68,7 +68,7 @@ def asked_about() -> tuple[Tensor, Tensor]:
 
 
 def test_the_probabilities_are_means_over_the_crops_by_population_statistics(trained, whole):
-    network, said = trained[1]["population"], whole[0].said
+    network, said = trained[1]["population"], whole[0].predictions
     images, labels = asked_about()
     assert torch.equal(said[1].labels, labels)
     assert torch.equal(said[144].labels, labels)
@@ -90,7 +90,7 @@ def test_the_records_say_how_many_were_right_by_144_crops(whole):
     predictor, yielded = whole
     *steps, evaluation, result = yielded
     assert steps == [None] * (1 + IMAGES)  # all of them by one crop, then each by 144
-    multi, labels = predictor.said[144].probabilities, predictor.said[144].labels
+    multi, labels = predictor.predictions[144].probabilities, predictor.predictions[144].labels
     right = (multi.argmax(1) == labels).sum().item()
     likelihood = multi[range(IMAGES), labels]
     assert isinstance(evaluation, Evaluation)
@@ -116,14 +116,14 @@ def test_stopped_anywhere_it_goes_on_to_the_same_tensors(trained, whole, tmp_pat
     assert second.evaluations == [record for record in before if record is not None]
     after = list(second.run())
     assert before + after == whole[1]
-    assert_same(second.said, whole[0].said)
+    assert_same(second.predictions, whole[0].predictions)
 
 
 def test_an_ended_prediction_is_read_from_its_checkpoint_and_says_its_result_again(trained, whole, tmp_path):
     path = tmp_path / "prediction.pt"
     checkpoint.save(whole[0].state_dict(), path)
-    assert_same(predicted(path), whole[0].said)
-    for said in predicted(path).values():
+    assert_same(load_predictions(path), whole[0].predictions)
+    for said in load_predictions(path).values():
         assert said.probabilities.shape == (IMAGES, 10)
         torch.testing.assert_close(said.probabilities.sum(1), torch.ones(IMAGES))
     again = Predictor(ASKED, "prediction", tmp_path)  # where there is no network, and none is needed
@@ -144,10 +144,10 @@ def changed(prediction: Prediction, **keys: Any) -> Prediction:
 
 
 def test_without_its_network_it_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no .*member-1\.pt: the network is to be trained first"):
+    with pytest.raises(CheckpointError, match=r"no .*member-1\.pt: train the network first"):
         next(Predictor(ASKED, "prediction", tmp_path).run())
     with pytest.raises(CheckpointError, match=r"there is no .*nothing\.pt"):
-        predicted(tmp_path / "nothing.pt")
+        load_predictions(tmp_path / "nothing.pt")
 
 
 def test_the_checkpoint_of_another_network_is_refused(trained):

@@ -23,7 +23,7 @@ def test_right_answers_are_counted_among_one_and_among_five():
         ranked(0, 1, 2, 3, 4, 6),
     ]
     score = Score.of(torch.stack(rows), LABELS)
-    assert score == Score(images=4, first=1, among_five=3)
+    assert score == Score(images=4, top1=1, top5=3)
     assert (score.accuracy, score.accuracy_top5) == (0.25, 0.75)
 
 

@@ -369,15 +369,15 @@ def test_stopped_in_an_evaluation_the_checkpoint_is_from_before_it(
     from batchnorm.training.progress_bar import Bar
 
     parts: list[int] = []
-    step = Bar.step
+    on_step = Bar.on_step
 
-    def told(bar: Any, trainer: Any) -> None:
-        step(bar, trainer)
+    def send_signal(bar: Any, trainer: Any) -> None:
+        on_step(bar, trainer)
         parts.append(trainer.step)
         if parts.count(2) == 4:  # the step, and then parts of its evaluation
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Bar, "step", told)
+    monkeypatch.setattr(Bar, "on_step", send_signal)
     quick = changed(*QUICK, "evaluation.every=2", "evaluation.batch_size=2", "training.steps=4")
     done = train(run_toml, "--out", tmp_path / "run", *quick)
     assert done.code == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
@@ -406,15 +406,15 @@ def test_stopped_while_it_starts_it_leaves_with_the_same_codes(run_toml, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_signal_is_rude_and_an_echo_is_not(monkeypatch):
-    told: list[signal.Signals] = []
-    with Interruption(told.append) as asked:
+def test_a_second_signal_raises_and_a_duplicate_does_not(monkeypatch):
+    signals: list[signal.Signals] = []
+    with Interruption(signals.append) as interruption:
         try:
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
         except KeyboardInterrupt:
             pytest.fail("what torchrun says again is no second request")
-        assert (asked.seen, told) == (signal.SIGTERM, [signal.SIGTERM])
+        assert (interruption.received, signals) == (signal.SIGTERM, [signal.SIGTERM])
         now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now + 2)
         with pytest.raises(KeyboardInterrupt):
@@ -810,7 +810,7 @@ def test_two_ranks_then_two_machines_train_as_one_process_would(train, run_toml,
     stopped = time.monotonic()
     done = end(process)
     assert time.monotonic() - stopped < 25  # the launcher would kill them after 30
-    assert "Go on with" in done.out, done
+    assert "Resume with" in done.out, done
     assert list((folder / "checkpoints").glob("*.unfinished")) == []
     assert 4 <= state(newest(folder))["step"] < 16
     machines = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test")

@@ -63,7 +63,7 @@ def steps(each: Trainer, number: int) -> Trainer:
 
 def learn(each: Trainer) -> None:
     """One step on the first batch."""
-    each._learn(next(each.loader.batches([0])))
+    each._train_step(next(each.loader.batches([0])))
     each.step += 1
 
 
@@ -307,7 +307,7 @@ def test_the_averaged_weights_are_an_exponential_average_of_every_step_s():
     expected: dict[str, torch.Tensor] = {}
     batches = each.loader.batches(itertools.count())
     for _ in range(4):
-        each._learn(next(batches))
+        each._train_step(next(batches))
         for name, parameter in each.network.named_parameters():
             now = parameter.detach().clone()
             expected[name] = 0.75 * expected[name] + 0.25 * now if name in expected else now
@@ -356,7 +356,7 @@ def test_the_auxiliary_head_s_loss_is_added_with_its_weight(precision):
         f"training.precision={precision}",
     )
     network = copy.deepcopy(each.network).train()
-    images, labels = each._placed(next(each.loader.batches([0])))
+    images, labels = each._to_device(next(each.loader.batches([0])))
     with torch.no_grad():
         outputs = network(images)
     entropy = nn.functional.cross_entropy
@@ -434,7 +434,7 @@ def test_evaluations_come_when_they_are_asked_for():
     each = Trainer(
         toml.parse(unless_given, ["training.steps=25", "evaluation.apart=0.1", "evaluation.first=1"]), "job"
     )
-    assert sorted(set(each._due())) == [10, 20, 25]
+    assert sorted(set(each._evaluation_steps())) == [10, 20, 25]
 
 
 def test_patience_ends_a_run_after_so_many_evaluations_without_a_new_best(monkeypatch):
@@ -456,20 +456,20 @@ def test_patience_ends_a_run_after_so_many_evaluations_without_a_new_best(monkey
 @pytest.mark.filterwarnings("ignore:.*saw a batch whose mean or variance is inf or nan")
 def test_a_loss_that_is_no_number_ends_the_run_and_is_never_sound():
     each = trainer("optimizer.rate=1e30", "training.steps=500", "evaluation.every=200")
-    assert each.sound
+    assert each.is_finite
     *evaluations, result = records(each)
     assert isinstance(result, Result)
     assert result.diverged
     assert result.steps == 50  # the loss is looked at now and then, as it costs a wait
     assert not math.isfinite(result.loss)
     assert [evaluation.kind for evaluation in evaluations] == ["evaluation"]
-    assert not each.sound
+    assert not each.is_finite
 
 
 @pytest.mark.parametrize("broken", ["weight", "loss", "diverged"])
 def test_a_state_with_a_number_lost_is_not_sound(broken):
     each = trainer()
-    assert each.sound
+    assert each.is_finite
     if broken == "weight":
         with torch.no_grad():
             next(each.network.parameters()).view(-1)[0] = math.nan
@@ -477,7 +477,7 @@ def test_a_state_with_a_number_lost_is_not_sound(broken):
         each.loss_sum.fill_(math.inf)
     else:
         each.diverged = True
-    assert not each.sound
+    assert not each.is_finite
 
 
 @pytest.mark.slow

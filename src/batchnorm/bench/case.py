@@ -1,4 +1,4 @@
-"""A case: what is measured in one go, and how its contenders are brought up."""
+"""A case: one comparison of candidates, and how they are built."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from typing import Any
 
 import torch
 
-from batchnorm.bench.rounds import Contender, Sample, interleave, times
+from batchnorm.bench.rounds import Candidate, Sample, interleave, times
 from batchnorm.bench.rows import Processes, Row
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
 @dataclass
-class Contest:
-    """The contenders of a case; `calls` are in a sample, `notes` say who could not take part."""
+class Comparison:
+    """The candidates of a case. A sample is the mean of `calls` calls; `notes` name candidates that are missing."""
 
     calls: int
-    contenders: dict[str, Contender] = field(default_factory=dict)
+    candidates: dict[str, Candidate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def admit_compiled(self, contender: Contender) -> None:
-        """Let torch.compile take part unless it fails, which it does in as many ways as there are toolchains."""
+    def add_compiled(self, candidate: Candidate) -> None:
+        """Add the candidate "compile", or a note if torch.compile fails, which depends on the toolchain."""
         try:
-            contender()
+            candidate()
         except Exception as error:
             self.notes.append(f"torch.compile failed with {type(error).__name__}")
         else:
-            self.contenders["compile"] = contender
+            self.candidates["compile"] = candidate
 
 
 @dataclass(frozen=True)
 class Case:
-    """One or more rows of a table; `prepare` builds the contenders, which are gone when it is left."""
+    """One or more rows of a table; the context `prepare` builds the candidates and frees them at its end."""
 
     name: str
     shape: tuple[int, ...]
     layout: str
     dtype: str
     parts: tuple[str, ...]
-    prepare: Callable[[], AbstractContextManager[Contest]]
+    prepare: Callable[[], AbstractContextManager[Comparison]]
     processes: Processes | None = None
 
     @property
     def title(self) -> str:
-        """The case in a few words."""
+        """Name, shape, layout and dtype."""
         return f"{self.name} {sizes(self.shape)} {self.layout} {self.dtype}"
 
     def measure(self, seconds: float, least: int) -> tuple[list[Row], list[str]]:
-        """The rows of this case, and notes."""
-        with self.prepare() as contest:
-            rounds = interleave(contest.contenders, seconds, least)
+        """Measure; return the rows, one per part, and the notes."""
+        with self.prepare() as comparison:
+            rounds = interleave(comparison.candidates, seconds, least)
         rows = [
             Row(
                 name=self.name,
@@ -62,18 +62,18 @@ class Case:
                 layout=self.layout,
                 dtype=self.dtype,
                 part=part,
-                calls=contest.calls,
+                calls=comparison.calls,
                 rounds=len(rounds),
                 processes=self.processes,
                 times=times(rounds, part),
             )
             for part in self.parts
         ]
-        return rows, [f"{self.title}: {note}" for note in contest.notes]
+        return rows, [f"{self.title}: {note}" for note in comparison.notes]
 
 
-def timed(part: str, call: Callable[[], object], calls: int) -> Contender:
-    """A contender that calls `call` so many times for a sample."""
+def time_calls(part: str, call: Callable[[], object], calls: int) -> Candidate:
+    """A candidate whose sample is the mean time of `calls` calls."""
 
     def sample() -> Sample:
         start = time.perf_counter()
@@ -84,12 +84,12 @@ def timed(part: str, call: Callable[[], object], calls: int) -> Contender:
     return sample
 
 
-def compiled(call: Any) -> Any:
-    """`call`, a module or a function, as torch.compile makes it for shapes that do not change."""
-    torch._dynamo.reset()  # or it would give up after so many shapes of the same code
+def compile_static(call: Any) -> Any:
+    """`call`, a module or a function, compiled by torch.compile for static shapes."""
+    torch._dynamo.reset()  # otherwise it reaches its recompile limit
     return torch.compile(call, dynamic=False)
 
 
 def sizes(shape: tuple[int, ...]) -> str:
-    """A shape in words: 32×64×56×56."""
+    """A shape as text: 32×64×56×56."""
     return "×".join(map(str, shape))

@@ -1,7 +1,7 @@
-"""Layers on cold inputs, and a copy between such buffers, by which their time is measured.
+"""Layers on cold inputs, and a copy between cold buffers as the unit of time.
 
-Inputs come from a ring of more than 300 MB, so that nobody finds them in a cache, and a sample runs all its forward
-passes before its backward passes.
+Inputs come from a ring of more than 300 MB, so that none is in a cache, and a sample runs all its forward passes
+before its backward passes.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from batchnorm.bench.rounds import Contender, Sample
+from batchnorm.bench.rounds import Candidate, Sample
 
 Operation = Callable[..., Tensor]  # of x, and of the residual if there is one
 
-_COLD = 300 * 10**6  # bytes of inputs, several times any cache
+_COLD = 300 * 10**6  # bytes of inputs in the ring, several times any cache
 _SAMPLE = 128 * 10**6  # bytes of inputs in a sample
-_CALLS = 256  # and no more calls than that
+_CALLS = 256  # largest number of calls in a sample
 _QUICK_COLD = 10**4
 
 
 def counts(seed: Tensor, quick: bool) -> tuple[int, int]:
-    """How many calls a sample has, and how many inputs like `seed` a ring."""
+    """The number of calls in a sample, and of inputs like `seed` in the ring."""
     size = seed.numel() * seed.element_size()
     calls = 3 if quick else max(min(-(-_SAMPLE // size), _CALLS), 2)
     return calls, max(-(-(_QUICK_COLD if quick else _COLD) // size), calls)
 
 
 class Ring:
-    """Tensors handed out in turn, `count` at a time."""
+    """A ring of tensors: `take` returns the next `count`."""
 
     def __init__(self, tensors: list[Tensor], count: int) -> None:
         self._tensors, self._count = deque(tensors), count
 
     def take(self) -> list[Tensor]:
-        taken = [self._tensors[number] for number in range(self._count)]
+        batch_inputs = [self._tensors[number] for number in range(self._count)]
         self._tensors.rotate(-self._count)
-        return taken
+        return batch_inputs
 
 
 def passes(
@@ -48,18 +48,20 @@ def passes(
     inputs: Ring,
     residuals: Sequence[Tensor],
     gradients: Sequence[Tensor],
-) -> Contender:
-    """A contender that calls `operation`, then asks for the gradients of its inputs and of the layer's parameters."""
+) -> Candidate:
+    """A candidate that calls `operation`, then computes the gradients of its inputs and of the layer's parameters."""
     parameters = [values for values in layer.parameters() if values.requires_grad]
 
     def sample() -> Sample:
-        taken = inputs.take()
-        arguments = list(zip(taken, residuals, strict=True)) if residuals else [(x,) for x in taken]
+        batch_inputs = inputs.take()
+        arguments = (
+            list(zip(batch_inputs, residuals, strict=True)) if residuals else [(x,) for x in batch_inputs]
+        )
         start = time.perf_counter()
         outputs = deque(operation(*tensors) for tensors in arguments)
         middle = time.perf_counter()
         for tensors, dy in zip(arguments, gradients, strict=True):
-            # the output goes with its graph, as in a training step
+            # popleft: the output is freed with its graph, as in a training step
             torch.autograd.grad(outputs.popleft(), [*tensors, *parameters], dy)
         end = time.perf_counter()
         return {"forward": (middle - start) / len(arguments), "backward": (end - middle) / len(arguments)}
@@ -67,31 +69,31 @@ def passes(
     return sample
 
 
-def evaluations(operation: Operation, inputs: Ring) -> Contender:
-    """A contender that calls `operation` where nobody asks for gradients."""
+def evaluations(operation: Operation, inputs: Ring) -> Candidate:
+    """A candidate that calls `operation` in inference mode."""
 
     def sample() -> Sample:
-        taken = inputs.take()
+        batch_inputs = inputs.take()
         with torch.inference_mode():
             start = time.perf_counter()
-            outputs = [operation(x) for x in taken]
+            outputs = [operation(x) for x in batch_inputs]
             end = time.perf_counter()
-        del outputs  # only now: memory that was just freed would be warm
-        return {"evaluation": (end - start) / len(taken)}
+        del outputs  # only now: memory freed between calls would be warm
+        return {"evaluation": (end - start) / len(batch_inputs)}
 
     return sample
 
 
-def copies(inputs: Ring, targets: Sequence[Tensor]) -> Contender:
-    """The contender that copies."""
+def copies(inputs: Ring, targets: Sequence[Tensor]) -> Candidate:
+    """The candidate "copy": y.copy_(x)."""
 
     def sample() -> Sample:
-        taken = inputs.take()
+        batch_inputs = inputs.take()
         with torch.no_grad():
             start = time.perf_counter()
-            for x, y in zip(taken, targets, strict=True):
+            for x, y in zip(batch_inputs, targets, strict=True):
                 y.copy_(x)
             end = time.perf_counter()
-        return {"copy": (end - start) / len(taken)}
+        return {"copy": (end - start) / len(batch_inputs)}
 
     return sample

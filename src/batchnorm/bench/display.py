@@ -1,4 +1,4 @@
-"""How a measurement looks in a terminal: a bar, and what is being measured."""
+"""The terminal output of `batchnorm bench`: a progress bar with the current case."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm.bench.rows import Command, Row
 
 
 class Display:
-    """A progress bar on `console`; where that is not a terminal, a line for every case that has ended."""
+    """A progress bar on `console`; without a terminal, a line for each finished case."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -38,25 +38,27 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def planned(self, command: Command, cases: int) -> None:
-        """Begin with an empty bar."""
+    def on_start(self, command: Command, cases: int) -> None:
+        """Start the bar of `command`."""
         if self._bar is not None:
             self._bars.remove_task(self._bar)
         self._bar = self._bars.add_task("", total=cases, command=command)
 
-    def began(self, case: str) -> None:
-        """Name the case."""
+    def on_case(self, case: str) -> None:
+        """Show the name of the case."""
         assert self._bar is not None
         self._case = case
         self._bars.update(self._bar, description=case)
 
-    def ended(self, rows: list[Row]) -> None:
-        """Move the bar."""
+    def on_rows(self, rows: list[Row]) -> None:
+        """Advance the bar."""
         assert self._bar is not None
         self._bars.advance(self._bar)
         if not self._console.is_terminal:
-            who = next(who for who in ("plain", "one batch", "torch") if who in rows[0].times)
-            said = ", ".join(f"{row.times[who].over_ours:.2f}× {row.part}" for row in rows)
+            candidate = next(
+                candidate for candidate in ("plain", "one batch", "torch") if candidate in rows[0].times
+            )
+            ratios = ", ".join(f"{row.times[candidate].over_ours:.2f}× {row.part}" for row in rows)
             self._console.print(
-                f"{self._case}  {who}/ours {said}", markup=False, highlight=False, soft_wrap=True
+                f"{self._case}  {candidate}/ours {ratios}", markup=False, highlight=False, soft_wrap=True
             )

@@ -1,4 +1,4 @@
-"""Results as a picture: a dot for each contender on a line for each case, in the ink of the reports."""
+"""Results as a dot plot: a line for each case, a dot for each candidate, in the colours of the reports."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from batchnorm.bench import table
 from batchnorm.bench.case import sizes
 from batchnorm.bench.rows import Measured, Row
 from batchnorm.report.figures import settings
-from batchnorm.report.ink import LIGHT
-from batchnorm.report.lettering import width, write
-from batchnorm.report.panel import dress
-from batchnorm.report.scale import human
+from batchnorm.report.labels import width, write
+from batchnorm.report.palette import LIGHT
+from batchnorm.report.panel import style_axes
+from batchnorm.report.scale import format_number
 
-# Colour, marker and name of each contender, the one that is drawn last in front.
-_LOOKS = {
+# Colour, marker and name of each candidate, in drawing order.
+_STYLES = {
     "others": (LIGHT.other, "s", "what others offer, the fastest"),
     "plain": (LIGHT.plain, "o", "ours without it"),
     "predicted": (LIGHT.other, "s", "ours as predicted"),
@@ -32,17 +32,18 @@ _LOOKS = {
     "ours": (LIGHT.bn, "o", "ours"),
 }
 
-_ROW = 19.0  # points from one case to the next
-_ACROSS = 250.0  # of the axes
+# in points
+_ROW = 19.0  # from one case to the next
+_ACROSS = 250.0  # width of the axes
 _HEAD = 34.0  # above the axes: the panel's title
-_FOOT = 46.0  # below: ticks and what they mean
+_FOOT = 46.0  # below the axes: tick labels and axis label
 _MARGIN = 16.0
-_TOP = 58.0  # title and key
+_TOP = 58.0  # title and legend
 
 
 @dataclass(frozen=True)
 class Dots:
-    """One panel. `values` are by contender, then by label; None where there is none."""
+    """One panel. `values` has a list per candidate, with one value per label, None if missing."""
 
     title: str
     x_label: str
@@ -51,15 +52,15 @@ class Dots:
 
     @property
     def all(self) -> list[float]:
-        """Every value there is."""
+        """All values but None."""
         return [value for values in self.values.values() for value in values if value is not None]
 
 
 def png(measured: Measured) -> bytes:
-    """The picture of one command's results, two pixels to a point."""
+    """The figure of one command's results, two pixels to a point."""
     lines = _panels(measured.rows)
     with settings():
-        # labels stand left of the first panel of a line, and hold for the others
+        # only the first panel of a line has labels, at its left
         left = _MARGIN + 10 + max((width(label) for line in lines for label in line[0].labels), default=0.0)
         columns = max(map(len, lines), default=1)
         heights = [_HEAD + _FOOT + _ROW * len(line[0].labels) for line in lines]
@@ -76,7 +77,11 @@ def png(measured: Measured) -> bytes:
             size=14,
             weight="bold",
         )
-        _key(figure, down - _MARGIN - 34, {who for line in lines for panel in line for who in panel.values})
+        _legend(
+            figure,
+            down - _MARGIN - 34,
+            {candidate for line in lines for panel in line for candidate in panel.values},
+        )
         top = down - _TOP
         for line, height in zip(lines, heights, strict=True):
             for column, panel in enumerate(line):
@@ -90,7 +95,7 @@ def png(measured: Measured) -> bytes:
                     )
                 )
                 _draw(axes, panel, named=column == 0)
-                _across(axes, [value for panel in line for value in panel.all])
+                _scale_x(axes, [value for panel in line for value in panel.all])
                 write(figure, x, top - _HEAD + 10, panel.title, LIGHT.text)
                 write(figure, x + _ACROSS / 2, top - height + 8, panel.x_label, LIGHT.muted, ha="center")
             top -= height
@@ -112,7 +117,7 @@ def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
     """Lines of panels: layers in copies, a line for each operation and dtype; networks relative to ours."""
     lines = []
     if rows[0].processes is not None:
-        return [[_steps_of_ranks(rows)]]
+        return [[_processes_panel(rows)]]
     modes = [row for row in rows if table.is_of_statistics(row)]
     if modes:
         return [[_relative(part, [row for row in modes if row.part == part])] for part in ("both", "step")]
@@ -122,31 +127,42 @@ def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
         parts = [part for part in dict.fromkeys(row.part for row in own) if part != "both"]
         lines.append(
             [
-                _dots(f"{name} {part}, {dtype}", "copies", [row for row in own if row.part == part], "copies")
+                _panel(
+                    f"{name} {part}, {dtype}", "copies", [row for row in own if row.part == part], "copies"
+                )
                 for part in parts
             ]
         )
     steps = [row for row in rows if "copy" not in row.times]
     if steps:
-        lines.append([_dots("Networks", "time / our time", steps, "over_ours")])
+        lines.append([_panel("Networks", "time / our time", steps, "over_ours")])
     return lines
 
 
 def _relative(part: str, rows: Sequence[Row]) -> Dots:
-    """What each row's contenders took for `part`, in times of ours."""
+    """The times of each row's candidates for `part`, relative to ours."""
     labels = [f"{row.name}  {sizes(row.shape)}  {row.layout}" for row in rows]
-    plain = [None if (time := table.without(row)) is None else time.over_ours for row in rows]
-    others = [min((row.times[who].over_ours or 0 for who in table.others(row)), default=None) for row in rows]
+    plain = [None if (time := table.reference_time(row)) is None else time.over_ours for row in rows]
+    other_implementations = [
+        min(
+            (row.times[candidate].over_ours or 0 for candidate in table.other_implementations(row)),
+            default=None,
+        )
+        for row in rows
+    ]
     title = "Forward and backward" if part == "both" else "ResNet-18, forward and backward"
     return Dots(
-        title, "time / our time", labels, {"others": others, "plain": plain, "ours": [1.0] * len(rows)}
+        title,
+        "time / our time",
+        labels,
+        {"others": other_implementations, "plain": plain, "ours": [1.0] * len(rows)},
     )
 
 
-def _steps_of_ranks(rows: Sequence[Row]) -> Dots:
-    """Steps without Sync, and with it as predicted, in times of what they took with it."""
+def _processes_panel(rows: Sequence[Row]) -> Dots:
+    """The time of a step without Sync, and with Sync as predicted, relative to the measured time with Sync."""
     plain = [row.times["plain"].over_ours for row in rows]
-    predicted = [(row.times["plain"].ms + table.predicted(row)) / row.times["ours"].ms for row in rows]
+    predicted = [(row.times["plain"].ms + table.predict_ms(row)) / row.times["ours"].ms for row in rows]
     return Dots(
         "A step",
         "time / time with Sync",
@@ -155,12 +171,12 @@ def _steps_of_ranks(rows: Sequence[Row]) -> Dots:
     )
 
 
-def _dots(title: str, x_label: str, rows: Sequence[Row], field: str) -> Dots:
+def _panel(title: str, x_label: str, rows: Sequence[Row], field: str) -> Dots:
     labels = [f"{row.name if field == 'over_ours' else sizes(row.shape)}  {row.layout}" for row in rows]
     values = {
-        who: [getattr(row.times[who], field) if who in row.times else None for row in rows]
-        for who in _LOOKS
-        if any(who in row.times for row in rows)
+        candidate: [getattr(row.times[candidate], field) if candidate in row.times else None for row in rows]
+        for candidate in _STYLES
+        if any(candidate in row.times for row in rows)
     }
     return Dots(title, x_label, labels, values)
 
@@ -168,12 +184,17 @@ def _dots(title: str, x_label: str, rows: Sequence[Row], field: str) -> Dots:
 def _draw(axes: Axes, panel: Dots, *, named: bool) -> None:
     places = [-number for number in range(len(panel.labels))]
     for index, y in enumerate(places):
-        there = [value for values in panel.values.values() if (value := values[index]) is not None]
+        present = [value for values in panel.values.values() if (value := values[index]) is not None]
         axes.plot(
-            [min(there), max(there)], [y, y], color=LIGHT.rule, linewidth=4, solid_capstyle="round", zorder=1
+            [min(present), max(present)],
+            [y, y],
+            color=LIGHT.rule,
+            linewidth=4,
+            solid_capstyle="round",
+            zorder=1,
         )
-    for order, (who, values) in enumerate(panel.values.items(), start=2):
-        colour, marker, _ = _LOOKS[who]
+    for order, (candidate, values) in enumerate(panel.values.items(), start=2):
+        colour, marker, _ = _STYLES[candidate]
         points = [(value, y) for value, y in zip(values, places, strict=True) if value is not None]
         axes.plot(
             *zip(*points, strict=True), linestyle="", marker=marker, markersize=6, color=colour,
@@ -182,11 +203,11 @@ def _draw(axes: Axes, panel: Dots, *, named: bool) -> None:
     axes.axvline(1, color=LIGHT.muted, linewidth=0.8, zorder=0)
     axes.set_ylim(places[-1] - 0.6, 0.6)
     axes.set_yticks(places, panel.labels if named else [""] * len(places))
-    dress(axes, LIGHT, rules="x")
+    style_axes(axes, LIGHT, rules="x")
 
 
-def _across(axes: Axes, values: list[float]) -> None:
-    """A linear axis, or a logarithmic one where the values are of different sizes."""
+def _scale_x(axes: Axes, values: list[float]) -> None:
+    """Scale the x axis: linear, or logarithmic if the values differ by more than a factor of 3."""
     low, high = min([1.0, *values]), max([1.0, *values])
     if high / low > 3:
         axes.set_xscale("log")
@@ -194,19 +215,19 @@ def _across(axes: Axes, values: list[float]) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        low, high = min(low, 0.9), max(high, 1.1)  # a hundredth is noise, and shall look like it
+        low, high = min(low, 0.9), max(high, 1.1)  # so that differences of 1 %, which are noise, look small
         axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
-def _key(figure: Figure, y: float, there: set[str]) -> None:
-    """What the dots are, from the left, ours first."""
+def _legend(figure: Figure, y: float, present: set[str]) -> None:
+    """The legend, from left to right, ours first."""
     across, down = figure.get_size_inches() * 72
     x = _MARGIN
-    for who in reversed(_LOOKS):
-        if who in there:
-            colour, marker, name = _LOOKS[who]
+    for candidate in reversed(_STYLES):
+        if candidate in present:
+            colour, marker, name = _STYLES[candidate]
             figure.add_artist(
                 Line2D(
                     [(x + 4) / across],

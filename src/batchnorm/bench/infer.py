@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench import kernels, networks
-from batchnorm.bench.case import Case, Contest, compiled, timed
+from batchnorm.bench.case import Case, Comparison, compile_static, time_calls
 from batchnorm.bench.options import Options
 from batchnorm.passes.upgrade import upgrade
 
 
 def cases(options: Options) -> list[Case]:
-    """The shapes of `kernels`, then each network in both layouts."""
+    """The layers of `kernels` in evaluation, then each network in both layouts."""
     return kernels.evaluation(options) + [
         Case(
             name,
@@ -33,18 +33,20 @@ def cases(options: Options) -> list[Case]:
 
 
 @contextmanager
-def _networks(name: str, layout: str, options: Options) -> Iterator[Contest]:
+def _networks(name: str, layout: str, options: Options) -> Iterator[Comparison]:
     x = torch.randn(networks.shape(name, options.size, options.batch))
-    model, x = networks.lay_out(networks.build(name), x, layout)
-    networks.settle(model, x)
+    model, x = networks.to_layout(networks.build(name), x, layout)
+    networks.set_running_statistics(model, x)
     ours, _ = upgrade(deepcopy(model))
-    contest = Contest(networks.NETWORKS[name])
-    for who, one in {"ours": ours, "torch": model}.items():
-        contest.contenders[who] = timed("evaluation", _evaluation(one.eval(), x), contest.calls)
+    comparison = Comparison(networks.NETWORKS[name])
+    for candidate, network_model in {"ours": ours, "torch": model}.items():
+        comparison.candidates[candidate] = time_calls(
+            "evaluation", _evaluation(network_model.eval(), x), comparison.calls
+        )
     if options.compile:
-        call = _evaluation(compiled(deepcopy(model)), x)
-        contest.admit_compiled(timed("evaluation", call, contest.calls))
-    yield contest
+        call = _evaluation(compile_static(deepcopy(model)), x)
+        comparison.add_compiled(time_calls("evaluation", call, comparison.calls))
+    yield comparison
 
 
 def _evaluation(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:

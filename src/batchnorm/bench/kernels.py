@@ -1,9 +1,9 @@
-"""BN with what follows it, forward and backward in training, and in one pass over memory or several.
+"""BN, BN+ReLU and BN+add+ReLU, forward and backward in training, and forward in evaluation.
 
-Every buffer is cold, see cold.py. A copy, `y.copy_(x)` between such buffers, is the unit: the least that touching
-memory costs. Outputs are allocated by the layers, as in real use, and freed memory is kept for all.
+All buffers are cold, see cold.py. The unit is a copy, `y.copy_(x)`, between such buffers: the lower bound of reading
+and writing the tensor once. Outputs are allocated by the layers, as in real use, and freed memory is kept for all.
 
-torch stands for nn.BatchNorm and functional.relu as torchvision's networks write them: the ReLU and the sum in place.
+The candidate "torch" is nn.BatchNorm and functional.relu as in torchvision's networks: ReLU and sum in place.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm.bench.case import FORMATS, Case, Contest, compiled
+from batchnorm.bench.case import FORMATS, Case, Comparison, compile_static
 from batchnorm.bench.cold import Operation, Ring, copies, counts, evaluations, passes
 from batchnorm.bench.options import Dtype, Options
-from batchnorm.bench.rounds import Contender
+from batchnorm.bench.rounds import Candidate
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 SHAPES = (
@@ -55,7 +55,7 @@ def _cases(options: Options, name: str, *, train: bool) -> list[Case]:
             layout,
             dtype,
             ("forward", "backward", "both") if train else ("evaluation",),
-            _Bout(options, name, shape, layout, dtype, train),
+            _LayerComparison(options, name, shape, layout, dtype, train),
         )
         for dtype in options.dtypes
         for layout in (*FORMATS, "(N, C)")
@@ -64,8 +64,8 @@ def _cases(options: Options, name: str, *, train: bool) -> list[Case]:
     ]
 
 
-class _Bout:
-    """Builds the contenders of one case."""
+class _LayerComparison:
+    """The `prepare` of a Case: builds its candidates."""
 
     def __init__(
         self, options: Options, name: str, shape: tuple[int, ...], layout: str, dtype: Dtype, train: bool
@@ -74,7 +74,7 @@ class _Bout:
         self._layout, self._dtype, self._train = layout, dtype, train
 
     @contextmanager
-    def __call__(self) -> Iterator[Contest]:
+    def __call__(self) -> Iterator[Comparison]:
         seed = torch.randn(self._shape).to(_DTYPES[self._dtype])
         if self._layout in FORMATS:
             seed = seed.contiguous(memory_format=FORMATS[self._layout])
@@ -84,20 +84,22 @@ class _Bout:
         targets = [torch.empty_like(seed) for _ in range(calls)]
         residuals = [seed.clone().requires_grad_() for _ in range(calls)] if "add" in self._name else []
 
-        def contender(operation: Operation, layer: nn.Module) -> Contender:
+        def candidate(operation: Operation, layer: nn.Module) -> Candidate:
             layer.train(self._train)
             if self._train:
                 return passes(operation, layer, inputs, residuals, gradients)
             return evaluations(operation, inputs)
 
-        ours, torch_s, again = self._layers()
-        contest = Contest(calls)
-        contest.contenders["ours"] = contender(ours, ours)
-        contest.contenders["torch"] = contender(_PLAIN[self._name](torch_s), torch_s)
+        ours, torch_layer, compiled_layer = self._layers()
+        comparison = Comparison(calls)
+        comparison.candidates["ours"] = candidate(ours, ours)
+        comparison.candidates["torch"] = candidate(_PLAIN[self._name](torch_layer), torch_layer)
         if self._options.compile:
-            contest.admit_compiled(contender(compiled(_PLAIN[self._name](again)), again))
-        contest.contenders["copy"] = copies(inputs, targets)
-        yield contest
+            comparison.add_compiled(
+                candidate(compile_static(_PLAIN[self._name](compiled_layer)), compiled_layer)
+            )
+        comparison.candidates["copy"] = copies(inputs, targets)
+        yield comparison
 
     def _layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Ours and two of torch's."""

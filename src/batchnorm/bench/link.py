@@ -1,10 +1,10 @@
-"""What Sync must cost a step, from nothing but the time of collectives by themselves: latency and bandwidth.
+"""The predicted cost of Sync per step, from the latency and bandwidth of the collectives alone.
 
-    time of a collective = latency + bytes that reach a rank / bandwidth
+    time of a collective = latency + bytes that a rank receives / bandwidth
 
-for so many ranks and either collective, by two sizes of it; Sync's of a step one after the other, for each layer waits
-for its own. The collectives are timed between computations, so that a latency has the waking of ranks that slept in
-it. What Sync computes besides, and that layers differ in what lies between, are not in it.
+Latency and bandwidth of each collective and number of ranks follow from its times at two sizes. Sync's collectives of a
+step are added up, since each layer waits for its own. They are timed between computations, so that the latency
+includes waking ranks that sleep. The prediction ignores Sync's arithmetic and load imbalance between ranks.
 """
 
 from __future__ import annotations
@@ -15,45 +15,49 @@ from typing import NamedTuple
 from batchnorm.bench.rows import Row
 from batchnorm.bench.traffic import Collective, Name
 
-SMALL, LARGE = 8, 2**20  # bytes of a rank's tensor: a number, and more than any layer has
+SMALL, LARGE = 8, 2**20  # bytes of a rank's tensor: one number, and more than any layer sends
 
 _KINDS: tuple[Name, ...] = ("all_gather", "all_reduce")
 
-# By the name of the contender in a row.
-BARE = {f"{kind}, {size:,} bytes": Collective(kind, size) for kind in _KINDS for size in (SMALL, LARGE)}
+# The collectives that are timed, by the name of the candidate.
+COLLECTIVES = {
+    f"{kind}, {size:,} bytes": Collective(kind, size) for kind in _KINDS for size in (SMALL, LARGE)
+}
 
 
 class Link(NamedTuple):
-    """What one collective is like among so many ranks, two or more."""
+    """Latency and bandwidth of a collective among a number of ranks, two or more."""
 
     latency: float  # milliseconds
-    bandwidth: float  # bytes that reach a rank in a millisecond
+    bandwidth: float  # bytes that a rank receives per millisecond
 
-    def ms(self, received: float) -> float:
-        """Of one collective that brings a rank so many bytes."""
-        return self.latency + received / self.bandwidth
+    def ms(self, received_bytes: float) -> float:
+        """The time in ms of a collective in which a rank receives this many bytes."""
+        return self.latency + received_bytes / self.bandwidth
 
 
 def links(row: Row) -> dict[Name, Link]:
-    """Of each collective, from a row that has them by themselves."""
+    """The link of each collective, from a row with the times of both sizes."""
     assert row.processes is not None
     ranks = row.processes.count
-    found: dict[Name, Link] = {}
+    links_by_kind: dict[Name, Link] = {}
     for kind in _KINDS:
-        (small, brief), (large, long) = (
-            (each.received(ranks), row.times[name].ms) for name, each in BARE.items() if each.name == kind
+        (small_bytes, small_time), (large_bytes, large_time) = (
+            (each.received_bytes(ranks), row.times[name].ms)
+            for name, each in COLLECTIVES.items()
+            if each.name == kind
         )
-        # where it is all noise, a larger one is no faster
-        bandwidth = (large - small) / max(long - brief, 1e-9)
-        found[kind] = Link(brief - small / bandwidth, bandwidth)
-    return found
+        # noise may make the larger one faster, which would give a negative bandwidth
+        bandwidth = (large_bytes - small_bytes) / max(large_time - small_time, 1e-9)
+        links_by_kind[kind] = Link(small_time - small_bytes / bandwidth, bandwidth)
+    return links_by_kind
 
 
-def predicted(row: Row, exchanges: Iterable[Collective]) -> float:
-    """Milliseconds that these exchanges of Sync add to the step of the row; alone, a rank has none."""
+def predict_ms(row: Row, exchanges: Iterable[Collective]) -> float:
+    """The milliseconds that these `exchanges` of Sync add to a step of the row; 0 for a single rank."""
     assert row.processes is not None
     ranks = row.processes.count
     if ranks == 1:
         return 0.0
-    of = links(row)
-    return sum(of[each.name].ms(each.received(ranks)) for each in exchanges)
+    by_name = links(row)
+    return sum(by_name[exchange.name].ms(exchange.received_bytes(ranks)) for exchange in exchanges)

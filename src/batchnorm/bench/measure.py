@@ -1,4 +1,4 @@
-"""Measure what a command measures, case by case, until the end or Ctrl-C."""
+"""Measure all cases of a command, until the end or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CASES: dict[Command, Callable[[Options], list[Case]]] = {
     "scaling": scaling.cases,
 }
 
-# Other packages that take part, where they are installed.
+# Other packages of the comparison, if they are installed; their versions are recorded.
 _OTHERS: dict[Command, tuple[str, ...]] = {
     "kernels": (),
     "step": ("torchvision",),
@@ -36,27 +36,27 @@ _OTHERS: dict[Command, tuple[str, ...]] = {
     "scaling": (),
 }
 
-# Variables that change what is measured.
+# Prefixes of environment variables that affect measurements; they are recorded.
 _VARIABLES = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "THP_", "BATCHNORM_", "KERAS_")
 
 
-class Watcher(Protocol):
-    """Who is told how it goes; the command line shows a progress bar."""
+class Callback(Protocol):
+    """Called on the events of a measurement; the command line shows a progress bar."""
 
-    def planned(self, command: Command, cases: int) -> None:
-        """So many cases are about to be measured."""
+    def on_start(self, command: Command, cases: int) -> None:
+        """The measurement of `cases` cases begins."""
 
-    def began(self, case: str) -> None:
+    def on_case(self, case: str) -> None:
         """A case has begun."""
 
-    def ended(self, rows: list[Row]) -> None:
-        """It has ended."""
+    def on_rows(self, rows: list[Row]) -> None:
+        """A case has ended with these rows."""
 
 
-def measure(command: Command, options: Options, line: str, watcher: Watcher) -> Measured:
-    """Measure all cases of `command` with the threads torch has now; stopped by Ctrl-C, those before it.
+def measure(command: Command, options: Options, line: str, callback: Callback) -> Measured:
+    """Measure all cases of `command` with torch's current number of threads; Ctrl-C keeps the finished cases.
 
-    line: the command line, for the record.
+    line: the command line, for the results file.
     """
     kept = keep_memory()
     torch.manual_seed(0)
@@ -66,13 +66,13 @@ def measure(command: Command, options: Options, line: str, watcher: Watcher) -> 
     finished = False
     try:
         cases = _CASES[command](options)
-        watcher.planned(command, len(cases))
+        callback.on_start(command, len(cases))
         for case in cases:
-            watcher.began(case.title)
-            measured, said = case.measure(options.seconds, options.least)
+            callback.on_case(case.title)
+            measured, case_notes = case.measure(options.seconds, options.least)
             rows += measured
-            notes += said
-            watcher.ended(measured)
+            notes += case_notes
+            callback.on_rows(measured)
         finished = True
     except KeyboardInterrupt:
         pass

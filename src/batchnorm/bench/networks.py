@@ -1,4 +1,4 @@
-"""The networks that are timed, built of torch's layers, and the same without batch normalization."""
+"""The benchmarked networks, built of torch's layers, and the same networks without batch normalization."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench.case import FORMATS
+from batchnorm.bench.options import NETWORKS as NETWORKS
 
 
 def build(name: str) -> nn.Module:
-    """The network of this name, in training mode, its weights as they are initialised.
+    """The network `name`, in training mode, with its initial weights.
 
-    Raises: ImportError when torchvision is not installed and it is needed.
+    Raises: ImportError when the network is torchvision's, which is not installed.
     """
     if name == "mlp":
         return _mlp()
@@ -25,28 +26,17 @@ def build(name: str) -> nn.Module:
     return cast(nn.Module, getattr(models, name)(weights=None, **extra))
 
 
-# By name, how many steps make a sample: long enough for the clock and for the calls around it.
-NETWORKS = {
-    "mlp": 50,
-    "resnet18": 1,
-    "resnet50": 1,
-    "googlenet": 1,
-    "densenet121": 1,
-    "mobilenet_v2": 1,
-}
-
-
 def shape(name: str, size: int, images: int) -> tuple[int, ...]:
-    """Of the input: 60 digits for the MLP (Ioffe & Szegedy 2015, sec. 4.1), images for the others."""
+    """The shape of the input: 60 digits for the MLP (Ioffe & Szegedy 2015, sec. 4.1), images for the others."""
     return (60, 784) if name == "mlp" else (images, 3, size, size)
 
 
 def layouts(name: str) -> tuple[str, ...]:
-    """Those that make a difference."""
+    """The memory layouts in which the network is measured."""
     return ("(N, C)",) if name == "mlp" else tuple(FORMATS)
 
 
-def lay_out(model: nn.Module, x: Tensor, layout: str) -> tuple[nn.Module, Tensor]:
+def to_layout(model: nn.Module, x: Tensor, layout: str) -> tuple[nn.Module, Tensor]:
     """The network and its input in `layout`."""
     if layout not in FORMATS:
         return model, x
@@ -56,28 +46,28 @@ def lay_out(model: nn.Module, x: Tensor, layout: str) -> tuple[nn.Module, Tensor
 def without_norm(model: nn.Module, x: Tensor) -> nn.Module:
     """A copy of `model` with every BN replaced by the identity.
 
-    Its weights are scaled so that each convolution and linear layer has outputs of standard deviation 1 on `x`:
-    as they are, activations would vanish or explode, and denormal numbers take many times as long.
+    Its weights are scaled so that the outputs of each convolution and linear layer have standard deviation 1 on `x`.
+    Otherwise activations would vanish or explode, and arithmetic on denormal numbers is many times slower.
     """
-    bare = deepcopy(model)
-    for parent in list(bare.modules()):
+    without_bn = deepcopy(model)
+    for parent in list(without_bn.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 setattr(parent, name, nn.Identity())
     hooks = [
         module.register_forward_hook(_to_unit_scale)
-        for module in bare.modules()
+        for module in without_bn.modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     with torch.no_grad():
-        bare(x)
+        without_bn(x)
     for hook in hooks:
         hook.remove()
-    return bare
+    return without_bn
 
 
-def settle(model: nn.Module, x: Tensor) -> None:
-    """Give every BN of `model` the statistics of the batch `x`, so that evaluation meets numbers of order 1."""
+def set_running_statistics(model: nn.Module, x: Tensor) -> None:
+    """Set the running statistics of every BN of `model` to those of the batch `x`, for activations of order 1."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -89,7 +79,7 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One training step: forward, loss, backward and SGD, at a rate that leaves the weights about where they are."""
+    """A training step: forward, loss, backward and SGD, at a learning rate that hardly changes the weights."""
     target = torch.randint(10, (len(x),))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
@@ -99,7 +89,7 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
         loss.backward()
         optimizer.step()
         if not loss.isfinite():
-            raise FloatingPointError("the loss is inf or nan: what is timed is no training")
+            raise FloatingPointError("the loss is inf or nan: the measured step would not be representative")
 
     return call
 

@@ -1,4 +1,4 @@
-"""What a measurement can be asked for."""
+"""The options of a measurement."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["float32", "bfloat16"]
 
+# The number of steps in a sample, by network: enough to make timer and call overhead negligible.
+NETWORKS = {
+    "mlp": 50,
+    "resnet18": 1,
+    "resnet50": 1,
+    "googlenet": 1,
+    "densenet121": 1,
+    "mobilenet_v2": 1,
+}
+
 
 class Options(BaseModel):
-    """The choices of one command; those that it has no use for do nothing."""
+    """The options of all commands; each uses those that apply to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    seconds: float = Field(5.0, description="how long the rounds of one row may take")
-    least: int = Field(7, description="rounds that a row has in any case")
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    networks: tuple[str, ...] = ()
-    size: int = Field(64, description="height and width of the networks' images")
-    batch: int = Field(32, description="images in a batch; the MLP has the paper's 60")
-    full: bool = Field(False, description="BN alone and with a residual too")
-    compile: bool = Field(False, description="let torch.compile take part")
-    quick: bool = Field(False, description="tiny shapes: does it run, not how fast")
+    seconds: float = Field(5.0, ge=0, description="duration of the rounds of one row")
+    least: int = Field(7, ge=1, description="smallest number of rounds of a row")
+    dtypes: tuple[Dtype, ...] = Field(
+        ("float32", "bfloat16"), description="of the layers' inputs, separated by commas"
+    )
+    networks: tuple[str, ...] = Field((), description="separated by commas")
+    size: int = Field(64, ge=32, description="height and width of the networks' images")
+    batch: int = Field(32, ge=2, description="images in a batch; the MLP has the paper's 60")
+    full: bool = Field(False, description="BN alone, and BN with a residual and ReLU, too")
+    compile: bool = Field(False, description="compare torch.compile too; compiling takes minutes")
+    quick: bool = Field(
+        False, description="tiny shapes and three rounds, to test that it runs, not to measure"
+    )

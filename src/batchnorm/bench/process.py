@@ -1,4 +1,4 @@
-"""A network trained in a process of its own, a step when it is asked: how memory is kept is a process's setting."""
+"""A network trained in its own process, since keeping freed memory is a setting of the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 from batchnorm.bench import networks
-from batchnorm.bench.case import timed
+from batchnorm.bench.case import time_calls
 from batchnorm.bench.rounds import Sample
 from batchnorm.children import signals_blocked
 from batchnorm.memory import keep_memory
@@ -21,22 +21,22 @@ from batchnorm.passes.upgrade import upgrade
 
 
 class Process:
-    """A contender that lives elsewhere; a context manager.
+    """A candidate in a child process; a context manager.
 
-    tuned: our layers, channels-last, with memory kept; otherwise torch as it comes.
+    tuned: our layers, channels-last, with freed memory kept; otherwise torch with its defaults.
     """
 
     def __init__(self, name: str, size: int, batch: int, *, tuned: bool) -> None:
-        context = multiprocessing.get_context("spawn")  # what is forked inherits the memory and its settings
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, name, size, batch, tuned, torch.get_num_threads())
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the memory and its settings
+        self._pipe, child_pipe = context.Pipe()
+        arguments = (child_pipe, name, size, batch, tuned, torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        with signals_blocked(signal.SIGINT):  # for good: it ends when the parent closes the pipe
+        with signals_blocked(signal.SIGINT):  # permanently: the child ends when the parent closes the pipe
             self._process.start()
-        theirs.close()
+        child_pipe.close()
 
     def __call__(self) -> Sample:
-        """One sample; it waits while the others have their turns."""
+        """One sample; between samples the child waits for a message."""
         self._pipe.send(None)
         sample: Sample = self._pipe.recv()
         return sample
@@ -47,7 +47,7 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pipe.close()  # it ends when nobody can ask any more
+        self._pipe.close()  # which ends the child
         self._process.join()
 
 
@@ -58,10 +58,10 @@ def _serve(pipe: Connection, name: str, size: int, batch: int, tuned: bool, thre
     if tuned:
         keep_memory()
         model, _ = upgrade(model)
-        model, x = networks.lay_out(model, x, "channels-last")
-    sample = timed("step", networks.step(model, x), networks.NETWORKS[name])
-    gc.disable()  # as for those in the parent
-    with suppress(EOFError, OSError):  # the parent has closed its end, or is gone
+        model, x = networks.to_layout(model, x, "channels-last")
+    sample = time_calls("step", networks.step(model, x), networks.NETWORKS[name])
+    gc.disable()  # as for the candidates in the parent
+    with suppress(EOFError, OSError):  # the parent has closed its end, or has died
         while True:
             pipe.recv()
             pipe.send(sample())

@@ -1,4 +1,4 @@
-"""Processes in step: contenders that speak with the same contenders of the others."""
+"""Candidates that run on several ranks at once and communicate by collectives."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from batchnorm.bench.rounds import Contender, Sample
+from batchnorm.bench.rounds import Candidate, Sample
 from batchnorm.children import signals_blocked
 from batchnorm.memory import keep_memory
 
-Build = Callable[[], Mapping[str, Contender]]  # called in each process; what is sent there must be picklable
+Build = Callable[[], Mapping[str, Candidate]]  # called in each process; must be picklable
 
 
 class Ranks:
-    """Processes of one thread each, joined by gloo; a context manager.
+    """A gloo process group of processes with one thread each; a context manager.
 
-    Called with the name of one of the contenders that `build` makes it is that contender. All have their turns in one
-    go, several times, and a sample is the median of these: a system that stalls a process which waits for others would
-    else be measured.
+    Calling it with the name of a candidate of `build` returns a sample of that candidate. All candidates are measured
+    together, `turns` times, and the sample is the median, so that single stalls by the scheduler do not count.
     """
 
     def __init__(self, count: int, build: Build, turns: int) -> None:
@@ -39,28 +38,28 @@ class Ranks:
         self._processes = []
         self._measured: dict[str, Sample] = {}
         store = str(Path(self._folder.name) / "store")
-        with signals_blocked(signal.SIGINT):  # for good: they end when the parent closes the pipes
+        with signals_blocked(signal.SIGINT):  # permanently: the children end when the parent closes the pipes
             for rank in range(count):
-                pipe, theirs = context.Pipe()
+                pipe, child_pipe = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(theirs, store, rank, count, build, turns), daemon=True
+                    target=_serve, args=(child_pipe, store, rank, count, build, turns), daemon=True
                 )
                 process.start()
-                theirs.close()
+                child_pipe.close()
                 self._pipes.append(pipe)
                 self._processes.append(process)
 
-    def __call__(self, who: str) -> Sample:
-        """One sample: of each part the time of the slowest rank."""
-        if who not in self._measured:
+    def __call__(self, name: str) -> Sample:
+        """One sample: the time of the slowest rank, for each part."""
+        if name not in self._measured:
             for pipe in self._pipes:
                 pipe.send(None)
             of_ranks: list[dict[str, Sample]] = [pipe.recv() for pipe in self._pipes]
             self._measured = {
-                each: {part: max(its[each][part] for its in of_ranks) for part in sample}
+                each: {part: max(samples[each][part] for samples in of_ranks) for part in sample}
                 for each, sample in of_ranks[0].items()
             }
-        return self._measured.pop(who)
+        return self._measured.pop(name)
 
     def __enter__(self) -> Self:
         return self
@@ -79,16 +78,16 @@ def _serve(pipe: Connection, store: str, rank: int, count: int, build: Build, tu
     torch.set_num_threads(1)
     keep_memory()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-    contenders = build()
+    candidates = build()
     gc.disable()
-    with suppress(EOFError, OSError):  # the parent has closed its end, or is gone
+    with suppress(EOFError, OSError):  # the parent has closed its end, or has died
         while True:
             pipe.recv()
             samples = []
             for _ in range(turns):
                 dist.barrier()
-                samples.append({who: contender() for who, contender in contenders.items()})
-            pipe.send({who: _median([sample[who] for sample in samples]) for who in contenders})
+                samples.append({name: candidate() for name, candidate in candidates.items()})
+            pipe.send({name: _median([sample[name] for sample in samples]) for name in candidates})
     dist.destroy_process_group()
 
 

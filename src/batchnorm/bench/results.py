@@ -1,4 +1,4 @@
-"""A folder of results: a file of numbers and a picture for each command, and one page of all that is there."""
+"""A folder of results: a JSON file and a figure for each command, and a page of all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchnorm.bench import figure, table
 from batchnorm.bench.rows import COMMANDS, Command, Measured, read
-from batchnorm.report.tables import moment
+from batchnorm.report.tables import format_time
 
 PAGE = "RESULTS.md"
 
@@ -20,14 +20,14 @@ _TITLES: dict[Command, str] = {
 
 _HEAD = f"""# Measured speed
 
-Every contender of a row took its turn in every round, in another order each time. {table.NOTE}
+Every round measures each candidate of a row once, in a rotating order. {table.NOTE}
 """
 
 
 def write(measured: Measured, folder: Path) -> Path:
-    """Put these results into `folder` in place of older ones of the same command; return the page's path.
+    """Write these results into `folder`, replacing older ones of the same command; return the path of the page.
 
-    Raises: ResultsError when a file of another command there cannot be understood.
+    Raises: ResultsError when the file of another command in the folder is invalid.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{measured.command}.json").write_text(
@@ -53,7 +53,7 @@ def _section(measured: Measured) -> str:
     parts = [
         f"## {_TITLES[measured.command]}",
         "```bash\n" + measured.line + "\n```",
-        _circumstances(measured),
+        _setup(measured),
     ]
     if not measured.finished:
         parts.append("Stopped before the end: rows are missing.")
@@ -67,15 +67,15 @@ def _section(measured: Measured) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _circumstances(measured: Measured) -> str:
+def _setup(measured: Measured) -> str:
     options = measured.options
     rounds = [row.rounds for row in measured.rows]
     facts = [
-        f"{moment(measured.started)}; {measured.machine}; {measured.threads} thread{'s' * (measured.threads > 1)}",
+        f"{format_time(measured.started)}; {measured.machine}; {measured.threads} thread{'s' * (measured.threads > 1)}",
         ", ".join(f"{name} {version}" for name, version in measured.versions.items()),
         f"{options.seconds:g} s a row"
         + (f", {min(rounds)} rounds or more" if rounds else "")
-        + (", tiny shapes: no measurement" if options.quick else ""),
+        + (", tiny shapes: not a measurement" if options.quick else ""),
         "freed memory kept by the process" if measured.kept_memory else "freed memory not kept",
     ]
     if measured.options.networks:

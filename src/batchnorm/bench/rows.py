@@ -1,4 +1,4 @@
-"""What was measured, as values: a `Row` is a line of a table, and `Measured` the file that holds them."""
+"""The results as data: a `Row` is a row of a table, `Measured` is the file of a command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer", "statistics", "scal
 
 
 class ResultsError(Exception):
-    """A file of results that cannot be understood; the message says which and why."""
+    """An invalid file of results; the message says which and why."""
 
 
 class _Value(BaseModel):
@@ -24,7 +24,7 @@ class _Value(BaseModel):
 
 
 class Time(_Value):
-    """How long one contender took."""
+    """The time of one candidate."""
 
     ms: float = Field(description="median over the rounds, milliseconds a call")
     low: float = Field(description="lower quartile of the same")
@@ -36,35 +36,35 @@ class Time(_Value):
 
 
 class Processes(_Value):
-    """So many, of one thread each, on a machine of so many cores."""
+    """The number of processes, of one thread each, and of cores of the machine."""
 
     count: int
     cores: int
 
     @property
     def share(self) -> float:
-        """How much of a core each has."""
+        """Cores per process, at most 1."""
         return min(self.count, self.cores) / self.count
 
 
 class Row(_Value):
-    """One thing that every contender did, in turns with the others."""
+    """The times of all candidates in one comparison."""
 
     name: str = Field(description="the operation, or the network")
     shape: tuple[int, ...] = Field(description="of the input")
     layout: str = Field(
-        description="NCHW, channels-last, (N, C); 'own settings' where each contender has its own"
+        description="NCHW, channels-last or (N, C); 'own settings' if each candidate has its own"
     )
     dtype: str
     part: str = Field(description="forward, backward, both; step; evaluation")
-    calls: int = Field(description="a sample is the mean of so many calls")
+    calls: int = Field(description="calls per sample; a sample is their mean")
     rounds: int
-    processes: Processes | None = Field(None, description="in step, where the row is about their number")
-    times: dict[str, Time] = Field(description="by contender: ours, torch, copy, plain and so on")
+    processes: Processes | None = Field(None, description="of the rows of the command scaling")
+    times: dict[str, Time] = Field(description="by candidate: ours, torch, copy, plain and so on")
 
 
 class Measured(_Value):
-    """What one command measured: everything that its tables and its picture need."""
+    """The results of one command: all data of its tables and its figure."""
 
     schema_version: int = SCHEMA
     command: Command
@@ -73,18 +73,18 @@ class Measured(_Value):
     threads: int
     machine: str
     versions: dict[str, str]
-    environment: dict[str, str] = Field(description="variables that change what is measured")
-    kept_memory: bool = Field(description="whether freed memory stayed with the process")
+    environment: dict[str, str] = Field(description="environment variables that affect measurements")
+    kept_memory: bool = Field(description="whether the process kept freed memory")
     started: str = Field(description="ISO 8601, UTC")
-    finished: bool = Field(description="False when it was stopped before the last row")
-    notes: list[str] = Field(description="who could not take part, and why")
+    finished: bool = Field(description="False if it was stopped before the last row")
+    notes: list[str] = Field(description="which candidates are missing, and why")
     rows: list[Row]
 
 
 def read(path: Path) -> Measured:
     """The results in a file.
 
-    Raises: ResultsError when it cannot be read or holds something else.
+    Raises: ResultsError when it cannot be read or is not a file of results.
     """
     try:
         return Measured.model_validate_json(path.read_bytes())

@@ -1,10 +1,10 @@
-"""A training step in 1, 2 and 4 processes, with Sync and without, and the collectives by themselves.
+"""A training step in 1, 2 and 4 processes, with and without Sync, and the collectives alone.
 
-Every process is a rank of gloo's and has one thread, a batch of its own and DistributedDataParallel with its defaults.
+Every process is a rank of a gloo group, with one thread, its own batch and DistributedDataParallel with its defaults.
 
 plain   each rank normalises by its own batch
-ours    Sync: all ranks by the batches of all
-others  a collective between computations, by which link.py predicts what Sync costs
+ours    Sync: all ranks normalise by the batches of all
+others  a collective between computations, from which link.py predicts the cost of Sync
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.bench import networks
-from batchnorm.bench.case import Case, Contest, timed
-from batchnorm.bench.link import BARE
+from batchnorm.bench.case import Case, Comparison, time_calls
+from batchnorm.bench.link import COLLECTIVES
 from batchnorm.bench.options import Options
 from batchnorm.bench.ranks import Ranks
-from batchnorm.bench.rounds import Contender, Sample
+from batchnorm.bench.rounds import Candidate, Sample
 from batchnorm.bench.rows import Processes
 from batchnorm.bench.traffic import Collective
 from batchnorm.models.inception import BNInception
@@ -35,12 +35,12 @@ from batchnorm.training.workers import available_cores
 _SIZE = 28  # pixels
 _TURNS = 3
 _CALLS = 20  # of a collective in a sample
-# A convolution of these images takes about as long as what lies between two exchanges of Sync in a step.
+# A convolution of this shape takes about as long as the computation between two of Sync's collectives in a step.
 _COMPUTED = (8, 32, _SIZE, _SIZE)
 
 
 def network() -> BNInception:
-    """What is trained: the paper's Inception at a quarter of its width, for ten classes of small grey images."""
+    """The trained network: the paper's Inception at a quarter of its width, for ten classes of small grey images."""
     return BNInception(10, width=0.25, stem="small", in_channels=1)
 
 
@@ -55,7 +55,7 @@ def cases(options: Options) -> list[Case]:
             "NCHW",
             "float32",
             ("step",),
-            partial(_together, count, shape, 1 if options.quick else _TURNS),
+            partial(_in_processes, count, shape, 1 if options.quick else _TURNS),
             Processes(count=count, cores=cores),
         )
         for count in ((1, 2) if options.quick else (1, 2, 4))
@@ -63,52 +63,52 @@ def cases(options: Options) -> list[Case]:
 
 
 @contextmanager
-def _together(count: int, shape: tuple[int, ...], turns: int) -> Iterator[Contest]:
-    contest = Contest(1)
+def _in_processes(count: int, shape: tuple[int, ...], turns: int) -> Iterator[Comparison]:
+    comparison = Comparison(1)
     if count > (cores := available_cores()):
-        contest.notes.append(
-            f"{count} ranks share {cores} cores, so that each waits for the others to have theirs"
+        comparison.notes.append(
+            f"{count} ranks share {cores} cores, so that ranks wait for a core as well as for each other"
         )
-    with Ranks(count, partial(contenders, shape), turns) as ranks:
-        contest.contenders |= {name: partial(ranks, name) for name in ("ours", "plain", *BARE)}
-        yield contest
+    with Ranks(count, partial(candidates, shape), turns) as ranks:
+        comparison.candidates |= {name: partial(ranks, name) for name in ("ours", "plain", *COLLECTIVES)}
+        yield comparison
 
 
-def contenders(shape: tuple[int, ...]) -> Mapping[str, Contender]:
-    """Of one rank, which has a batch of that shape."""
+def candidates(shape: tuple[int, ...]) -> Mapping[str, Candidate]:
+    """The candidates of one rank, which has a batch of `shape`."""
     torch.manual_seed(dist.get_rank())
     x = torch.randn(shape)
     model = network()
     models = {"ours": convert_sync(deepcopy(model))[0], "plain": model}
     found = {
-        name: timed("step", networks.step(DistributedDataParallel(each), x), 1)
+        name: time_calls("step", networks.step(DistributedDataParallel(each), x), 1)
         for name, each in models.items()
     }
-    found |= {name: partial(_alone, collective) for name, collective in BARE.items()}
-    return {name: partial(_together_from_the_start, contender) for name, contender in found.items()}
+    found |= {name: partial(_alone, collective) for name, collective in COLLECTIVES.items()}
+    return {name: partial(_after_barrier, candidate) for name, candidate in found.items()}
 
 
-def _together_from_the_start(contender: Contender) -> Sample:
-    """A sample that has not begun to wait for a rank that was still busy with the one before."""
+def _after_barrier(candidate: Candidate) -> Sample:
+    """A sample after a barrier, so that it does not include waiting for a rank that is still busy."""
     dist.barrier()
-    return contender()
+    return candidate()
 
 
 def _alone(collective: Collective) -> Sample:
-    """The time of a collective when there is computation between one and the next, as there is in a step.
+    """The time of a collective with computation between one and the next, as in a step.
 
-    Back to back they would be faster: nobody would sleep while others compute, and have to be woken.
+    Back to back they would be faster: no rank would sleep and have to be woken.
     """
-    own = torch.zeros(collective.bytes // torch.float64.itemsize, dtype=torch.float64)
-    all_ = own.new_empty(dist.get_world_size() * own.numel())
+    tensor = torch.zeros(collective.bytes // torch.float64.itemsize, dtype=torch.float64)
+    gathered = tensor.new_empty(dist.get_world_size() * tensor.numel())
     images, weight = torch.randn(_COMPUTED), torch.randn(_COMPUTED[1], _COMPUTED[1], 3, 3)
     seconds = 0.0
     for _ in range(_CALLS):
         torch.conv2d(images, weight, padding=1)
         start = time.perf_counter()
         if collective.name == "all_gather":
-            _all_gather(all_, own)
+            _all_gather(gathered, tensor)
         else:
-            dist.all_reduce(own)
+            dist.all_reduce(tensor)
         seconds += time.perf_counter() - start
     return {"step": seconds / _CALLS}

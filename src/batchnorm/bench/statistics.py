@@ -1,14 +1,14 @@
-"""What `statistics=` and a mask cost beside the same layer without them, and beside what others offer.
+"""The cost of `statistics=` and of a mask, compared with the same layer without them and with other implementations.
 
-plain    our layer by the batch's own moments, without a mask
-loop     torch.nn.BatchNorm2d on each group, and a concatenation
-timm     its SplitBatchNorm2d with as many splits as there are groups
-Keras    its BatchNormalization, on its torch backend
-torch    for Population its layer in evaluation mode, for per activation its BatchNorm1d on the flattened input
-by hand  the formula in torch's operations, as users write it
-collectives: the exchanges of Sync alone, without which it cannot be
+plain        our layer with the batch's own moments, without a mask
+loop         torch.nn.BatchNorm2d on each group, and a concatenation
+timm         its SplitBatchNorm2d with one split per group
+Keras        its BatchNormalization, on its torch backend
+torch        for Population its layer in evaluation mode, for per activation its BatchNorm1d on the flattened input
+by hand      the formula in torch's operations, as users write it
+collectives  the collectives of Sync alone
 
-timm and Keras take part where they are installed. Layers stand alone, without an activation; inputs are cold.
+timm and Keras are compared if they are installed. Layers have no activation; inputs are cold.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench import exchange, networks
-from batchnorm.bench.case import FORMATS, Case, Contest, timed
+from batchnorm.bench.case import FORMATS, Case, Comparison, time_calls
 from batchnorm.bench.cold import Operation, Ring, copies, counts, passes
 from batchnorm.bench.options import Options
 from batchnorm.bench.ranks import Ranks
@@ -35,9 +35,9 @@ from batchnorm.passes.upgrade import upgrade
 from batchnorm.passes.virtual_batch import virtual_batch
 from batchnorm.statistics import Ghost, Population, Renorm
 
-Rivals = dict[
+Baselines = dict[
     str, tuple[Operation, nn.Module]
-]  # by name: what is called, and the parameters whose gradients are asked for
+]  # by name: the operation, and the layer whose parameters' gradients are computed
 
 _IMAGES = ((32, 64, 56, 56), (32, 256, 14, 14))
 _QUICK_IMAGES = ((4, 8, 6, 6),)
@@ -97,79 +97,81 @@ def _group(options: Options) -> int:
 
 @contextmanager
 def _alone(
-    build: Callable[..., Rivals], shape: tuple[int, ...], layout: str, options: Options
-) -> Iterator[Contest]:
+    build: Callable[..., Baselines], shape: tuple[int, ...], layout: str, options: Options
+) -> Iterator[Comparison]:
     seed = torch.randn(shape)
     if layout in FORMATS:
         seed = seed.contiguous(memory_format=FORMATS[layout])
     calls, cold = counts(seed, options.quick)
     inputs = Ring([seed.clone().requires_grad_() for _ in range(cold)], calls)
     gradients = [seed.clone() for _ in range(calls)]
-    contest = Contest(calls)
+    comparison = Comparison(calls)
     plain = _layer(shape)
-    rivals: Rivals = build(seed, options, contest.notes)
-    rivals["plain"] = (plain, plain)
-    for name, (operation, layer) in rivals.items():
-        contest.contenders[name] = passes(operation, layer.train(), inputs, [], gradients)
-    contest.contenders["copy"] = copies(inputs, [torch.empty_like(seed) for _ in range(calls)])
-    yield contest
+    baselines: Baselines = build(seed, options, comparison.notes)
+    baselines["plain"] = (plain, plain)
+    for name, (operation, layer) in baselines.items():
+        comparison.candidates[name] = passes(operation, layer.train(), inputs, [], gradients)
+    comparison.candidates["copy"] = copies(inputs, [torch.empty_like(seed) for _ in range(calls)])
+    yield comparison
 
 
 def _layer(shape: tuple[int, ...], **settings: Any) -> _BatchNorm:
     return (BatchNorm2d if len(shape) == 4 else BatchNorm1d)(shape[1], **settings)
 
 
-def _own(layer: nn.Module) -> Rivals:
+def _ours(layer: nn.Module) -> Baselines:
     return {"ours": (layer, layer)}
 
 
-def _ghost(seed: Tensor, options: Options, notes: list[str]) -> Rivals:
+def _ghost(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
     size = _group(options)
     loop = nn.BatchNorm2d(seed.size(1))
-    rivals = _own(_layer(tuple(seed.shape), statistics=Ghost(size)))
-    rivals["loop"] = (lambda x: torch.cat([loop(part) for part in x.split(size)]), loop)
-    if _installed("timm", notes):
+    baselines = _ours(_layer(tuple(seed.shape), statistics=Ghost(size)))
+    baselines["loop"] = (lambda x: torch.cat([loop(part) for part in x.split(size)]), loop)
+    if _is_installed("timm", notes):
         split = import_module("timm.layers").SplitBatchNorm2d(seed.size(1), num_splits=seed.size(0) // size)
-        rivals["timm"] = (split, split)
-    return rivals
+        baselines["timm"] = (split, split)
+    return baselines
 
 
-def _renorm(seed: Tensor, options: Options, notes: list[str]) -> Rivals:
-    rivals = _own(_layer(tuple(seed.shape), statistics=Renorm()))
-    if _installed("keras", notes):
-        rivals["Keras"] = _keras(seed, renorm=True, renorm_clipping={"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0})
-    return rivals
+def _renorm(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
+    baselines = _ours(_layer(tuple(seed.shape), statistics=Renorm()))
+    if _is_installed("keras", notes):
+        baselines["Keras"] = _keras(
+            seed, renorm=True, renorm_clipping={"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
+        )
+    return baselines
 
 
-def _population(seed: Tensor, options: Options, notes: list[str]) -> Rivals:
-    rivals = _own(_layer(tuple(seed.shape), statistics=Population()))
-    theirs = nn.BatchNorm2d(seed.size(1))
-    rivals["torch"] = (lambda x: theirs.eval()(x), theirs)
-    return rivals
+def _population(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
+    baselines = _ours(_layer(tuple(seed.shape), statistics=Population()))
+    torch_layer = nn.BatchNorm2d(seed.size(1))
+    baselines["torch"] = (lambda x: torch_layer.eval()(x), torch_layer)
+    return baselines
 
 
-def _mask(seed: Tensor, options: Options, notes: list[str]) -> Rivals:
+def _mask(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
     # three quarters of the positions are valid, the first ones
     positions = seed[0, 0].numel()
     lengths = torch.linspace(positions // 2, positions, seed.size(0)).long()
     mask = (torch.arange(positions) < lengths[:, None]).reshape(seed.size(0), 1, *seed.shape[2:])
     ours, by_hand = _layer(tuple(seed.shape)), _layer(tuple(seed.shape))
-    rivals: Rivals = {
+    baselines: Baselines = {
         "ours": (lambda x: ours(x, mask=mask), ours),
         "by hand": (partial(_masked_by_hand, by_hand, mask), by_hand),
     }
-    if _installed("keras", notes):
-        # its mask needs the channels last, as a view at least
+    if _is_installed("keras", notes):
+        # its mask needs the channels in the last dimension; a view is enough
         operation, layer = _keras(seed.movedim(1, -1), axis=-1)
-        rivals["Keras"] = (
+        baselines["Keras"] = (
             lambda x: operation(x.movedim(1, -1), mask=mask[:, 0]).movedim(-1, 1),
             layer,
         )
-    return rivals
+    return baselines
 
 
 def _masked_by_hand(layer: nn.Module, mask: Tensor, x: Tensor) -> Tensor:
-    """What a user of torch writes."""
+    """The masked layer as users of torch write it."""
     shape = (1, -1, *[1] * (x.dim() - 2))
     dims = [0, *range(2, x.dim())]
     weight = mask.to(x.dtype)
@@ -180,16 +182,16 @@ def _masked_by_hand(layer: nn.Module, mask: Tensor, x: Tensor) -> Tensor:
     return centred * torch.rsqrt(var + 1e-5) * layer.weight.view(shape) + layer.bias.view(shape) * weight  # type: ignore[operator]
 
 
-def _each_activation(seed: Tensor, options: Options, notes: list[str]) -> Rivals:
+def _each_activation(seed: Tensor, options: Options, notes: list[str]) -> Baselines:
     ours = BatchNorm2d(tuple(seed.shape[1:]))
-    theirs = nn.BatchNorm1d(seed[0].numel())
+    torch_layer = nn.BatchNorm1d(seed[0].numel())
     return {
         "ours": (ours, ours),
-        "torch": (lambda x: theirs(x.flatten(1)).view_as(x), theirs),
+        "torch": (lambda x: torch_layer(x.flatten(1)).view_as(x), torch_layer),
     }
 
 
-def _installed(name: str, notes: list[str]) -> bool:
+def _is_installed(name: str, notes: list[str]) -> bool:
     if find_spec(name) is not None:
         return True
     notes.append(f"{name} is not installed")
@@ -206,15 +208,17 @@ def _keras(seed: Tensor, axis: int = 1, **settings: Any) -> tuple[Operation, nn.
 
 
 @contextmanager
-def _over_ranks(shape: tuple[int, ...], options: Options) -> Iterator[Contest]:
-    """Each rank has a batch of that shape, and one thread."""
-    with Ranks(2, partial(exchange.contenders, shape, options.quick), exchange.TURNS) as ranks:
+def _over_ranks(shape: tuple[int, ...], options: Options) -> Iterator[Comparison]:
+    """Sync over 2 ranks; each has a batch of `shape` and one thread."""
+    with Ranks(2, partial(exchange.candidates, shape, options.quick), exchange.TURNS) as ranks:
         names = {"ours": "sync", "plain": "plain", "collectives": "collectives"}
-        yield Contest(exchange.calls(shape), {who: partial(ranks, name) for who, name in names.items()})
+        yield Comparison(
+            exchange.calls(shape), {candidate: partial(ranks, name) for candidate, name in names.items()}
+        )
 
 
 @contextmanager
-def _virtual(shape: tuple[int, ...]) -> Iterator[Contest]:
+def _virtual(shape: tuple[int, ...]) -> Iterator[Comparison]:
     model, _ = upgrade(networks.build("resnet18"))
     x, target = torch.randn(shape), torch.randint(10, shape[:1])
     size = max(1, shape[0] // _MICRO)
@@ -223,14 +227,14 @@ def _virtual(shape: tuple[int, ...]) -> Iterator[Contest]:
         nn.functional.cross_entropy(model(x), target).backward()
 
     def accumulated(model: nn.Module) -> None:
-        for part, its in zip(x.split(size), target.split(size), strict=True):
-            (nn.functional.cross_entropy(model(part), its) * len(part) / len(x)).backward()
+        for part, part_target in zip(x.split(size), target.split(size), strict=True):
+            (nn.functional.cross_entropy(model(part), part_target) * len(part) / len(x)).backward()
 
     def virtual(model: nn.Module) -> None:
         with virtual_batch(model, x.split(size)):
             accumulated(model)
 
-    contest = Contest(1)
+    comparison = Comparison(1)
     for name, run in {"ours": virtual, "one batch": one_batch, "accumulation": accumulated}.items():
-        contest.contenders[name] = timed("step", partial(run, deepcopy(model)), 1)
-    yield contest
+        comparison.candidates[name] = time_calls("step", partial(run, deepcopy(model)), 1)
+    yield comparison

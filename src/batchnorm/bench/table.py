@@ -1,4 +1,4 @@
-"""Results as tables: one for each rival, operation, dtype and layout, narrow enough for 80 columns."""
+"""Results as tables: one per baseline, operation, dtype and layout, at most 80 columns wide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchnorm.bench.case import sizes
 from batchnorm.bench.rows import Measured, Row, Time
 from batchnorm.report.tables import Grid
 
-RIVALS = {"torch": "torch", "compile": "torch.compile"}
+BASELINES = {"torch": "torch", "compile": "torch.compile"}
 
 NOTE = (
     "Times are medians in milliseconds; ± is half the distance between their quartiles; a copy is y.copy_(x). "
@@ -23,10 +23,10 @@ NOTE = (
 )
 
 SCALING = (
-    "A step is the wall time of the slowest rank. added is what Sync added to it, the difference of two medians; "
-    "predicted is what collectives by themselves say it must: the latency and bytes / bandwidth of each exchange, one "
-    "after the other. core ms is the time of a core that one rank's step took, step · min(ranks, cores) / ranks: the "
-    "same in every line if ranks cost each other nothing."
+    "A step is the wall time of the slowest rank. added is the time that Sync adds, the difference of two medians; "
+    "predicted is the sum of latency + bytes / bandwidth over Sync's collectives, measured alone. core ms is the core "
+    "time of one rank's step, step · min(ranks, cores) / ranks: the same in every line if ranks did not slow each "
+    "other down."
 )
 
 
@@ -34,7 +34,7 @@ def grids(measured: Measured) -> list[Grid]:
     """The tables of one command's results."""
     found = []
     if measured.command == "scaling":
-        return [_steps_of_ranks(measured.rows), _links(measured.rows)]
+        return [_steps_of_ranks(measured.rows), _collectives(measured.rows)]
     modes = [row for row in measured.rows if is_of_statistics(row)]
     if modes:
         return [_statistics(rows) for rows in _groups(modes, lambda row: (row.name, row.layout))]
@@ -42,34 +42,34 @@ def grids(measured: Measured) -> list[Grid]:
         (row for row in measured.rows if "copy" in row.times), lambda row: (row.name, row.dtype, row.layout)
     )
     for rows in of_layers:
-        found += [_layers(rows, rival) for rival in RIVALS if _has(rows, rival)]
+        found += [_layers(rows, baseline) for baseline in BASELINES if _has(rows, baseline)]
     of_networks = _groups(
         (row for row in measured.rows if "copy" not in row.times), lambda row: (row.layout,)
     )
     return found + [_networks(rows) for rows in of_networks]
 
 
-def drawn(grid: Grid) -> RenderableType:
+def render(grid: Grid) -> RenderableType:
     """A table for the terminal."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column, name in enumerate(grid.columns):
-        right = column >= _words(grid)
+        right = column >= _label_columns(grid)
         table.add_column(Text(name), justify="right" if right else "left", no_wrap=True, header_style="dim")
     for row in grid.rows:
         table.add_row(*map(Text, row), style="bold" if row[0] == _MEAN else "")
-    # above it, and not the table's own title, which would be broken to the table's width
+    # not the table's own title, which rich would wrap at the width of the table
     return Group(Text(grid.title, style="bold"), table)
 
 
 def markdown(grid: Grid) -> str:
-    """A table for a page."""
-    rule = [":--" if column < _words(grid) else "--:" for column in range(len(grid.columns))]
+    """A table in Markdown."""
+    rule = [":--" if column < _label_columns(grid) else "--:" for column in range(len(grid.columns))]
     rows = [f"| {' | '.join(cells)} |" for cells in [grid.columns, rule, *grid.rows]]
     return "\n".join([f"**{grid.title}**", "", *rows])
 
 
 def mean(values: Iterable[float | None]) -> float:
-    """The geometric mean, which says the same of ratios and of their inverses."""
+    """The geometric mean, which is consistent for ratios and their inverses."""
     logs = [math.log(value) for value in values if value is not None]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
@@ -77,8 +77,8 @@ def mean(values: Iterable[float | None]) -> float:
 _MEAN = "geometric mean"
 
 
-def _layers(rows: Sequence[Row], rival: str) -> Grid:
-    name = RIVALS[rival]
+def _layers(rows: Sequence[Row], baseline: str) -> Grid:
+    name = BASELINES[baseline]
     first = rows[0]
     parts = list(dict.fromkeys(row.part for row in rows))
     columns = [
@@ -88,25 +88,27 @@ def _layers(rows: Sequence[Row], rival: str) -> Grid:
         "ours",
         "±",
         "copies",
-        rival,
+        baseline,
         "±",
         "copies",
-        f"{rival}/ours",
+        f"{baseline}/ours",
     ]
     body = []
     for row in rows:
-        if rival in row.times:
-            ours, theirs = row.times["ours"], row.times[rival]
+        if baseline in row.times:
+            ours, other = row.times["ours"], row.times[baseline]
             copy = _ms(row.times["copy"].ms)
             body.append(
-                [sizes(row.shape), row.part, copy, *_cells(ours), *_cells(theirs), _ratio(theirs.over_ours)]
+                [sizes(row.shape), row.part, copy, *_cells(ours), *_cells(other), _ratio(other.over_ours)]
             )
     for part in parts if len(rows) > len(parts) else ():
         both = [
-            (row.times["ours"], row.times[rival]) for row in rows if row.part == part and rival in row.times
+            (row.times["ours"], row.times[baseline])
+            for row in rows
+            if row.part == part and baseline in row.times
         ]
         copies = [_copies(mean(times[index].copies for times in both)) for index in (0, 1)]
-        over = _ratio(mean(theirs.over_ours for _, theirs in both))
+        over = _ratio(mean(other.over_ours for _, other in both))
         body.append([_MEAN, part, "", "", "", copies[0], "", "", copies[1], over])
     title = f"{first.name} against {name}, {first.layout}, {first.dtype}"
     if len(parts) == 1:
@@ -116,43 +118,49 @@ def _layers(rows: Sequence[Row], rival: str) -> Grid:
 
 
 def is_of_statistics(row: Row) -> bool:
-    """Whether `row` is about statistics or a mask, beside the same without them."""
-    return without(row) is not None
+    """Whether `row` measures statistics or a mask, with the layer without them as reference."""
+    return reference_time(row) is not None
 
 
-def without(row: Row) -> Time | None:
-    """Of a row about statistics, what ours took without them."""
+def reference_time(row: Row) -> Time | None:
+    """The time of our layer without the statistics or mask of the row, if it has one."""
     return row.times.get("plain") or row.times.get("one batch")
 
 
-def others(row: Row) -> list[str]:
-    """Of a row about statistics, those that are not ours."""
-    return [who for who in row.times if who not in ("ours", "plain", "one batch", "collectives", "copy")]
+def other_implementations(row: Row) -> list[str]:
+    """The candidates of other libraries in a row about statistics."""
+    return [
+        candidate
+        for candidate in row.times
+        if candidate not in ("ours", "plain", "one batch", "collectives", "copy")
+    ]
 
 
 def _statistics(rows: Sequence[Row]) -> Grid:
     first = rows[0]
-    rivals = [
-        who for who in dict.fromkeys(who for row in rows for who in row.times) if who not in ("ours", "copy")
+    baselines = [
+        candidate
+        for candidate in dict.fromkeys(candidate for row in rows for candidate in row.times)
+        if candidate not in ("ours", "copy")
     ]
     columns = ["shape", "pass", "ours", "±", "copies"]
-    for who in rivals:
-        columns += [who, "/ours"]
+    for candidate in baselines:
+        columns += [candidate, "/ours"]
     body = []
     for row in rows:
         cells = [sizes(row.shape), row.part, *_cells(row.times["ours"])]
-        for who in rivals:
-            time = row.times.get(who)
+        for candidate in baselines:
+            time = row.times.get(candidate)
             cells += [_ms(time.ms), _ratio(time.over_ours)] if time else ["", ""]
         body.append(cells)
     return Grid(f"{first.name}, {first.layout}, {first.dtype}", columns, body)
 
 
-def predicted(row: Row) -> float:
-    """Of a row about several processes, the milliseconds that Sync should add to a step."""
+def predict_ms(row: Row) -> float:
+    """The predicted milliseconds that Sync adds to a step, of a row about several processes."""
     with torch.device("meta"):
         model = scaling.network()
-    return link.predicted(row, traffic.exchanges(model))
+    return link.predict_ms(row, traffic.exchanges(model))
 
 
 def _steps_of_ranks(rows: Sequence[Row]) -> Grid:
@@ -164,23 +172,30 @@ def _steps_of_ranks(rows: Sequence[Row]) -> Grid:
         cells = [str(row.processes.count)]
         for time in (plain, ours):
             cells += [*_cells(time)[:2], _ms(time.ms * row.processes.share)]
-        body.append([*cells, _difference(ours.ms - plain.ms), _difference(predicted(row))])
+        body.append([*cells, _difference(ours.ms - plain.ms), _difference(predict_ms(row))])
     (name,) = {row.name.split(",")[0] for row in rows}
     return Grid(f"A step of {name}, {sizes(rows[0].shape)} a rank, {rows[0].dtype}", columns, body)
 
 
-def _links(rows: Sequence[Row]) -> Grid:
+def _collectives(rows: Sequence[Row]) -> Grid:
     small, large = f"{link.SMALL} bytes", f"{link.LARGE // 2**20} MiB"
     body = []
     for row in rows:
         assert row.processes is not None
         for name in ("all_gather", "all_reduce"):
-            brief, long = (row.times[who] for who, each in link.BARE.items() if each.name == name)
+            small_time, large_time = (
+                row.times[candidate] for candidate, each in link.COLLECTIVES.items() if each.name == name
+            )
             rate = ""
             if row.processes.count > 1:
                 rate = f"{link.links(row)[name].bandwidth / 1e3:,.0f}"
             body.append(
-                [f"{name}, {_ranks(row.processes.count)}", *_cells(brief)[:2], *_cells(long)[:2], rate]
+                [
+                    f"{name}, {_ranks(row.processes.count)}",
+                    *_cells(small_time)[:2],
+                    *_cells(large_time)[:2],
+                    rate,
+                ]
             )
     return Grid("Collectives between computations", ["collective", small, "±", large, "±", "MB/s"], body)
 
@@ -190,27 +205,33 @@ def _ranks(count: int) -> str:
 
 
 def _difference(value: float) -> str:
-    """A difference of times, which noise may make negative and no digits beyond its own."""
+    """A difference of times, possibly negative by noise, without meaningless digits."""
     return f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
 
 
 def _networks(rows: Sequence[Row]) -> Grid:
     first = rows[0]
-    others = [who for who in ("torch", "compile", "without BN") if _has(rows, who)]
+    other_implementations = [
+        candidate for candidate in ("torch", "compile", "without BN") if _has(rows, candidate)
+    ]
     columns = ["network", "ours", "±"]
-    for who in others:
-        columns += [who, "±", "/ours"]
+    for candidate in other_implementations:
+        columns += [candidate, "±", "/ours"]
     body = []
     for row in rows:
         cells = [row.name, *_cells(row.times["ours"])[:2]]
-        for who in others:
-            time = row.times.get(who)
+        for candidate in other_implementations:
+            time = row.times.get(candidate)
             cells += [*_cells(time)[:2], _ratio(time.over_ours)] if time else [""] * 3
         body.append(cells)
     if len(rows) > 1:
         cells = [_MEAN, "", ""]
-        for who in others:
-            cells += ["", "", _ratio(mean(row.times[who].over_ours for row in rows if who in row.times))]
+        for candidate in other_implementations:
+            cells += [
+                "",
+                "",
+                _ratio(mean(row.times[candidate].over_ours for row in rows if candidate in row.times)),
+            ]
         body.append(cells)
     if first.layout == "own settings":
         title = f"Our settings (channels-last, memory kept) against torch as it comes, {first.dtype}"
@@ -219,8 +240,8 @@ def _networks(rows: Sequence[Row]) -> Grid:
     return Grid(title, columns, body)
 
 
-def _words(grid: Grid) -> int:
-    """How many columns at the left are words."""
+def _label_columns(grid: Grid) -> int:
+    """The number of columns at the left that hold text."""
     return 2 if "pass" in grid.columns else 1
 
 
@@ -229,7 +250,7 @@ def _cells(time: Time) -> list[str]:
 
 
 def _ms(value: float) -> str:
-    """To three digits, the last of them too when it is 0."""
+    """Three significant digits, trailing zeros included."""
     return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".removesuffix(".")
 
 
@@ -241,12 +262,12 @@ def _ratio(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.2f}×"
 
 
-def _has(rows: Sequence[Row], who: str) -> bool:
-    return any(who in row.times for row in rows)
+def _has(rows: Sequence[Row], candidate: str) -> bool:
+    return any(candidate in row.times for row in rows)
 
 
 def _groups(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> list[list[Row]]:
-    """Rows of one key together, keys in the order in which they first come."""
+    """Rows grouped by key, in the order of their first occurrence."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)

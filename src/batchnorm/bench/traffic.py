@@ -1,8 +1,8 @@
-"""What processes that train one model say to each other: how often, and how many bytes. Arithmetic, nothing is run.
+"""The collectives of distributed training, their number and bytes, computed without running anything.
 
-Sync's exchanges are those of statistics/sync.py, for layers that are each called once a step, without a mask. The
-others are DistributedDataParallel's with its defaults, as torch documents them: gradients in buckets that are
-all-reduced, and, before each forward pass, the buffers of rank 0 for everyone.
+Sync's collectives are those of statistics/sync.py, for layers that are called once per step without a mask. The others
+are those of DistributedDataParallel with its defaults, as torch documents them: gradients are all-reduced in buckets,
+and the buffers of rank 0 are broadcast before each forward pass.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _BUFFERS = (250 * _MIB,)
 
 
 class Collective(NamedTuple):
-    """One exchange between all ranks."""
+    """A collective operation of all ranks."""
 
     name: Name
-    bytes: int  # of the tensor that each rank comes with
+    bytes: int  # of each rank's input tensor
 
-    def received(self, ranks: int) -> float:
-        """Bytes that reach a rank; of a broadcast, one that is not its root.
+    def received_bytes(self, ranks: int) -> float:
+        """The bytes that a rank receives; for a broadcast, a rank other than the root.
 
-        In a ring, as gloo does it, and NCCL with large tensors; fewer bytes are not possible (Patarasuk & Yuan 2009,
+        In a ring, which gloo uses, and NCCL for large tensors; this is the minimum (Patarasuk & Yuan 2009,
         "Bandwidth optimal all-reduce algorithms for clusters of workstations").
         """
         others = ranks - 1
@@ -40,13 +40,13 @@ class Collective(NamedTuple):
         return times[self.name] * self.bytes
 
 
-def received(collectives: Iterable[Collective], ranks: int) -> float:
-    """Bytes that reach a rank in all of them."""
-    return sum(each.received(ranks) for each in collectives)
+def received_bytes(collectives: Iterable[Collective], ranks: int) -> float:
+    """The bytes that a rank receives in all `collectives`."""
+    return sum(collective.received_bytes(ranks) for collective in collectives)
 
 
 def exchanges(model: nn.Module) -> list[Collective]:
-    """What Sync in every BN layer of `model` adds to a training step, forward and backward."""
+    """The collectives of Sync in a training step, forward and backward, if every BN layer of `model` has it."""
     channels = [_channels(layer) for layer in layers_of(model).values()]
     double = torch.float64.itemsize
     return [
@@ -56,39 +56,39 @@ def exchanges(model: nn.Module) -> list[Collective]:
 
 
 def gradients(model: nn.Module) -> list[Collective]:
-    """DDP's exchanges of gradients in a step, those of the last layers first."""
+    """DDP's all_reduces of gradients in a step, the last layers first."""
     trained = [values for values in model.parameters() if values.requires_grad]
     return [Collective("all_reduce", size) for size in _buckets(trained[::-1], _GRADIENTS)]
 
 
 def buffers(model: nn.Module) -> list[Collective]:
-    """DDP's broadcasts before a step, running statistics mostly; broadcast_buffers=False does without."""
+    """DDP's broadcasts of buffers, mostly running statistics, before a step; none with broadcast_buffers=False."""
     return [Collective("broadcast", size) for size in _buckets(list(model.buffers()), _BUFFERS)]
 
 
 def population(model: nn.Module) -> list[Collective]:
-    """The exchange of population statistics after training, once: see calibrate/inference_copy.py."""
+    """The all_reduce of population statistics, see calibrate/inference_copy.py."""
     values = sum(2 * _channels(layer) for layer in layers_of(model).values())
     return [Collective("all_reduce", values * torch.float64.itemsize)]
 
 
 def _channels(layer: _BatchNorm) -> int:
-    """Moments that the layer takes; where every activation is by itself, one for each."""
+    """The number of moments of the layer: of channels, or of activations with num_features=(C, *S)."""
     features: int | tuple[int, ...] = layer.num_features
     return torch.Size([features] if isinstance(features, int) else features).numel()
 
 
 def _buckets(tensors: Sequence[Tensor], limits: tuple[int, ...]) -> list[int]:
-    """Bytes of each bucket: tensors of one dtype, in their order, until one reaches the limit; the last limit stays."""
+    """The bytes of each bucket: tensors of one dtype, in order, until the limit; the last limit holds for the rest."""
     full: list[int] = []
-    open_: dict[torch.dtype, int] = {}
-    begun: dict[torch.dtype, int] = {}  # buckets that came before, of each dtype
+    pending: dict[torch.dtype, int] = {}  # bytes of the unfinished bucket of each dtype
+    finished: dict[torch.dtype, int] = {}  # number of full buckets of each dtype
     for each in tensors:
-        size = open_.pop(each.dtype, 0) + each.numel() * each.element_size()
-        number = begun.get(each.dtype, 0)
+        size = pending.pop(each.dtype, 0) + each.numel() * each.element_size()
+        number = finished.get(each.dtype, 0)
         if size >= limits[min(number, len(limits) - 1)]:
             full.append(size)
-            begun[each.dtype] = number + 1
+            finished[each.dtype] = number + 1
         else:
-            open_[each.dtype] = size
-    return full + list(open_.values())
+            pending[each.dtype] = size
+    return full + list(pending.values())

@@ -22,14 +22,14 @@ from batchnorm.statistics.sync import Sync
 Running = tuple[Tensor, Tensor]
 
 
-class _Before:
-    """The running statistics that a layer had in the domain that is active."""
+class _SavedStatistics:
+    """The running statistics of a layer in the active domain, before they were adapted."""
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         self._layer, self._domain = layer, active()
         self.is_new = is_ours(layer) and not layer.has_domain(
             self._domain
-        )  # its statistics are a new layer's
+        )  # its statistics are the initial ones
         self._values = [values.clone() for values in _running(layer)]
 
     def restore(self) -> None:
@@ -37,7 +37,7 @@ class _Before:
             self._layer.remove_domain(self._domain)
             return
         with domain(self._domain):
-            # looked up again, for the layer may have been moved or loaded
+            # look up the buffers again, as the layer may have been moved or loaded
             for buffer, value in zip(_running(self._layer), self._values, strict=True):
                 buffer.copy_(value)
 
@@ -57,7 +57,7 @@ class Adaptation:
         tensor([0., 0., 0., 0.])
     """
 
-    def __init__(self, before: list[_Before], samples: int) -> None:
+    def __init__(self, before: list[_SavedStatistics], samples: int) -> None:
         self._before = before
         self.samples = samples  # that the new statistics were taken from
 
@@ -129,25 +129,25 @@ def adapt(
     if active() is not None and any(not is_ours(layer) for layer in layers_of(model).values()):
         raise ValueError(f"torch's layers have no domains, {active()!r} among them: bn.upgrade(model) first")
     layers = {name: layer for name, layer in layers_of(model).items() if layer.running_mean is not None}
-    seen = {layer: _Seen() for layer in layers.values()}
+    collectors = {layer: _Collector() for layer in layers.values()}
 
     def end_batch() -> None:
-        for each in seen.values():
-            each.end_batch()
+        for collector in collectors.values():
+            collector.end_batch()
 
-    with _observing(seen):
-        run_batches(model, batches, seen, forward, end_batch)
+    with _collecting(collectors):
+        run_batches(model, batches, collectors, forward, end_batch)
     targets = {}
     for name, layer in layers.items():
-        seen[layer].on_all_ranks(name or "of the model", layer)
-        if seen[layer].samples:
-            targets[name] = _target(name, layer, seen[layer])
+        collectors[layer].merge_ranks(name or "of the model", layer)
+        if collectors[layer].samples:
+            targets[name] = _target(name, layer, collectors[layer])
     if not targets:
         raise ValueError("there were no samples to adapt to: `batches` gave none that reached a layer")
     before = []
     for name, (mean, variance) in targets.items():
-        layer, samples = layers[name], seen[layers[name]].samples
-        before.append(_Before(layer))
+        layer, samples = layers[name], collectors[layers[name]].samples
+        before.append(_SavedStatistics(layer))
         share = 1.0 if prior == 0 else 0.0 if math.isinf(prior) else samples / (prior + samples)
         for buffer, source, target in zip(
             _running(layer), (layer.running_mean, layer.running_var), (mean, variance), strict=True
@@ -155,12 +155,12 @@ def adapt(
             assert source is not None
             buffer.copy_(source.to(target.dtype).flatten().lerp(target, share))
         if before[-1].is_new and is_ours(layer):  # or the first batch that trains it would take their place
-            layer.set_num_batches_tracked(seen[layer].batches)
-    return Adaptation(before, max(each.samples for each in seen.values()))
+            layer.set_num_batches_tracked(collectors[layer].batches)
+    return Adaptation(before, max(collector.samples for collector in collectors.values()))
 
 
-class _Seen:
-    """What a layer has seen of the target."""
+class _Collector:
+    """Collects the moments of a layer's inputs from the target domain."""
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
@@ -172,13 +172,13 @@ class _Seen:
         self._of_batch = max(self._of_batch, x.size(0))
 
     def end_batch(self) -> None:
-        """Count its samples once, however often the layer was called."""
+        """Add the batch's samples, once even if the layer was called several times."""
         self.samples += self._of_batch
         self.batches += self._of_batch > 0
         self._of_batch = 0
 
-    def on_all_ranks(self, name: str, layer: nn.Module) -> None:
-        """Let it be what all ranks have seen together, if the layer is one of several."""
+    def merge_ranks(self, name: str, layer: nn.Module) -> None:
+        """Merge with the other ranks, if the layer has Sync."""
         sync = _sync(layer)
         if sync is not None and self.moments is not None:
             nothing = self.moments.mean.new_zeros(1)
@@ -187,14 +187,14 @@ class _Seen:
 
 
 @contextmanager
-def _observing(seen: dict[nn.modules.batchnorm._BatchNorm, _Seen]) -> Iterator[None]:
-    """Let the layers normalise by what they see, and take its moments; their running statistics stay."""
-    settings = {layer: _settings(layer) for layer in seen}
+def _collecting(collectors: dict[nn.modules.batchnorm._BatchNorm, _Collector]) -> Iterator[None]:
+    """Let the layers normalise by the batch and collect its moments; running statistics are not updated."""
+    settings = {layer: _settings(layer) for layer in collectors}
     hooks = []
     try:
-        for layer, its in seen.items():
-            hooks.append(layer.register_forward_hook(_watch(its), with_kwargs=True))
-            layer.track_running_stats = False  # in training: by the batch, and nothing moves
+        for layer, collector in collectors.items():
+            hooks.append(layer.register_forward_hook(_make_hook(collector), with_kwargs=True))
+            layer.track_running_stats = False  # in training: batch statistics, no running update
             if is_ours(layer):
                 layer.statistics = _sync(layer)
         yield
@@ -206,7 +206,7 @@ def _observing(seen: dict[nn.modules.batchnorm._BatchNorm, _Seen]) -> Iterator[N
 
 
 def _sync(layer: nn.Module) -> Sync | None:
-    """That of a layer which is one of several, frozen or not."""
+    """The Sync of a layer, frozen or not; None if it has other statistics."""
     statistics = thawed(layer.statistics) if is_ours(layer) else None
     return statistics if isinstance(statistics, Sync) else None
 
@@ -215,22 +215,22 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
     return {name: vars(layer)[name] for name in ("track_running_stats", "statistics") if name in vars(layer)}
 
 
-def _watch(its: _Seen) -> Any:
-    # after the layer, whose errors say more
+def _make_hook(collector: _Collector) -> Any:
+    # a forward hook, so that the layer's own input checks come first
     def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], _: Tensor) -> None:
-        given = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | named
-        x, mask = given["input"], given.get("mask")
+        bound = dict(zip(("input", "residual", "mask"), arguments, strict=False)) | named
+        x, mask = bound["input"], bound.get("mask")
         mask = None if mask is None else positions(mask, x)
         if isinstance(layer, _BatchNorm) and isinstance(layer.num_features, tuple):
             x, mask = x.flatten(1), None if mask is None else mask.expand_as(x).flatten(1)
-        its.add(x, mask)
+        collector.add(x, mask)
 
     return hook
 
 
-def _target(name: str, layer: nn.modules.batchnorm._BatchNorm, seen: _Seen) -> Running:
-    """The mean and unbiased variance of all that the layer has seen."""
-    moments = seen.moments
+def _target(name: str, layer: nn.modules.batchnorm._BatchNorm, collector: _Collector) -> Running:
+    """The mean and unbiased variance of all inputs of the layer."""
+    moments = collector.moments
     assert moments is not None and layer.running_mean is not None
     if bool((torch.as_tensor(moments.count) == 1).any()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Batches through a model of which only chosen layers are in training mode."""
+"""Run batches through a model with only some layers in training mode."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-Forward = Callable[[nn.Module, Any], Any]  # of a model and one of its batches
+Forward = Callable[[nn.Module, Any], Any]  # (model, batch) -> output
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """The model's output for `batch`: a mapping holds arguments by name, of a tuple or list the first is the input."""
+    """The model's output for `batch`: the input, a tuple or list that begins with it, or a mapping of arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
@@ -29,15 +29,15 @@ def run_batches(
 ) -> None:
     """Run `batches` through `model` without gradients, `layers` in training mode and the rest in evaluation mode.
 
-    Dropout, for one, would add a variance of its own. Afterwards, after an error too, every mode is as before.
+    Dropout, for example, would change the variance. All modes are restored afterwards, also after an error.
 
-    forward: called with model and batch, where that is not how the model is called.
+    forward: called with model and batch, if `call_model` does not fit the model.
     """
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         for layer in layers:
-            layer.training = True  # of the layer alone: an activation in it stays in evaluation mode
+            layer.training = True  # not layer.train(): an activation module in it stays in evaluation mode
         with torch.no_grad():
             for batch in batches:
                 (forward or call_model)(model, batch)

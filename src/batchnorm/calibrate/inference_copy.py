@@ -1,4 +1,4 @@
-"""Algorithm 2, lines 8 to 11: what a trained network's BN normalises by when it is used."""
+"""Population statistics for inference: Algorithm 2, lines 8 to 11."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def inference_copy(model: Model, batches: Iterable[Any], forward: Forward | None = None) -> Model:
-    """A copy of `model` in evaluation mode, its BN by the population statistics over `batches`.
+    """A copy of `model` in evaluation mode, whose BN has the population statistics over `batches`.
 
     E[x] = E_B[mean_B] and Var[x] = E_B[count/(count - 1)·variance_B] over training batches of the same
-    size: which is what running statistics with momentum=None become. Everything but BN is in evaluation
-    mode meanwhile: dropout would add a variance of its own. Of several processes, each with batches of its own,
+    size, which are the running statistics with momentum=None. Everything but BN is in evaluation mode
+    meanwhile, since dropout would change the variance. With several processes, each with its own batches,
     all get the mean over all of them.
 
-    forward: how the model sees a batch.
+    forward: called with model and batch, if `call_model` does not fit the model.
     """
     model = copy.deepcopy(model).eval()
     norms = _norms(model)
@@ -44,7 +44,7 @@ def has_norms(model: nn.Module) -> bool:
 
 
 def average_over_processes(model: nn.Module) -> None:
-    """Give the running statistics of `model`, in every process, their mean over all processes."""
+    """Replace the running statistics of `model` by their mean over all processes."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     buffers = [

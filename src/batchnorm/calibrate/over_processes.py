@@ -1,4 +1,4 @@
-"""Means over all processes of a group, by one exchange."""
+"""The mean of tensors over all processes, by one all_reduce."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def mean_over_processes(tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Give `tensors`, in place and in every process, their mean over all processes: one exchange, in `dtype`."""
+    """Replace `tensors`, in place, by their mean over all processes, by one all_reduce in `dtype`."""
     joined = torch.cat([tensor.to(dtype).flatten() for tensor in tensors])
     dist.all_reduce(joined)
     joined /= dist.get_world_size()

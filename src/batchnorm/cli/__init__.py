@@ -1,11 +1,11 @@
-"""The command line; thin. What a command needs is imported when it runs: `--help` must not wait for torch.
+"""The command line. Commands import torch when they run, so that `--help` is fast.
 
-commands                the program: its commands, and those of two words
-train                   a run.toml -> a network, its records and checkpoints
-evaluate                networks -> how often they are right, one by one and together
-reproduce  settings     a new experiment, or one that was stopped   options -> an experiment's run -> report
-bench      measurement  everything of one command, or of all        options -> rows -> tables, figure, page
-terminal   what they share: options by name, and failing in one line
+commands    the program: its commands, and those of two words
+train       run.toml -> a trained network, its records and checkpoints
+evaluate    networks -> accuracy of each and of their ensemble
+reproduce   options -> settings (run_settings) -> an experiment's run -> report
+bench       options -> results (measurement) -> tables, figure, page
+terminal and model_options are shared: error messages, and options from the fields of settings
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 # What each extra of pyproject.toml brings, by the names that are imported.
 EXTRAS = {
     "cli": ("jinja2", "markupsafe", "matplotlib", "numpy", "pydantic", "rich", "typer"),
-    "train": ("PIL", "accelerate", "tensorboard", "torchvision"),
+    "train": ("PIL", "accelerate", "tensorboard", "tomli_w", "torchvision"),
 }
 
 

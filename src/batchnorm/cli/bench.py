@@ -1,4 +1,4 @@
-"""`batchnorm bench`: what can be measured, and with which options."""
+"""`batchnorm bench`: the benchmarks and their options."""
 
 from __future__ import annotations
 
@@ -7,43 +7,39 @@ from typing import Annotated
 
 import typer
 
+from batchnorm.bench.options import NETWORKS, Options
 from batchnorm.cli import measurement
+from batchnorm.cli.model_options import as_typed, model_option
 
 app = typer.Typer(
-    help="Measure speed here: our layers, torch's, and a copy, taking turns.",
+    help="Measure speed on this machine: our layers, torch's, and a copy, interleaved.",
     epilog="[bold]Examples[/]\n\n"
     "batchnorm bench kernels         layers, forward and backward, 3 min\n\n"
     "batchnorm bench step            training steps of known networks, 8 min\n\n"
     "batchnorm bench infer           layers and networks in evaluation, 3 min\n\n"
     "batchnorm bench statistics      Sync, Ghost, masks and others, 3 min\n\n"
     "batchnorm bench scaling         Sync over 1, 2 and 4 processes, 4 min\n\n"
-    "batchnorm bench all --quick     does all of it run, in seconds",
+    "batchnorm bench all --quick     a test that all of it runs, in seconds",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 
-_Seconds = Annotated[
-    float | None, typer.Option(min=0, help="How long the rounds of one row take.", show_default="SEC")
-]
-_Dtypes = Annotated[str, typer.Option(help="Of the layers' inputs, separated by commas.")]
+_DEFAULTS = Options()
+_DTYPES = as_typed(_DEFAULTS.dtypes)
+_Seconds = Annotated[float | None, model_option(Options, "seconds", show_default="SEC")]
+_Dtypes = Annotated[str, model_option(Options, "dtypes", show_default=True)]
 _Networks = Annotated[
     str | None,
-    typer.Option(
-        help="Separated by commas.", show_default="mlp,resnet18,resnet50,googlenet,densenet121,mobilenet_v2"
-    ),
+    model_option(Options, "networks", show_default=", ".join(NETWORKS)),
 ]
-_Size = Annotated[int, typer.Option(min=32, help="Height and width of the networks' images.")]
-_Batch = Annotated[int, typer.Option(min=2, help="Images in a batch; the MLP has the paper's 60.")]
-_Full = Annotated[bool, typer.Option("--full", help="BN alone, and BN with a residual and ReLU, too.")]
-_Compile = Annotated[
-    bool, typer.Option("--compile", help="Let torch.compile take part; compiling takes minutes.")
-]
+_Size = Annotated[int, model_option(Options, "size", show_default=True)]
+_Batch = Annotated[int, model_option(Options, "batch", show_default=True)]
+_Full = Annotated[bool, model_option(Options, "full", "--full")]
+_Compile = Annotated[bool, model_option(Options, "compile", "--compile")]
 _Threads = Annotated[
-    int | None, typer.Option(min=1, help="torch's threads.", show_default="as torch has them")
+    int | None, typer.Option(min=1, help="Threads of torch.", show_default="torch's default")
 ]
-_Quick = Annotated[
-    bool, typer.Option("--quick", help="Tiny shapes, three rounds: does it run, not how fast.")
-]
+_Quick = Annotated[bool, model_option(Options, "quick", "--quick")]
 _Out = Annotated[
     Path | None,
     typer.Option(file_okay=False, help="The folder of results.", show_default="runs/bench-DATE-TIME"),
@@ -58,22 +54,22 @@ _Out = Annotated[
     "batchnorm bench kernels --threads 1               on one core",
 )
 def kernels(
-    dtypes: _Dtypes = "float32,bfloat16",
-    full: _Full = False,
-    compile: _Compile = False,
+    dtypes: _Dtypes = _DTYPES,
+    full: _Full = _DEFAULTS.full,
+    compile: _Compile = _DEFAULTS.compile,
     seconds: _Seconds = None,
     threads: _Threads = None,
-    quick: _Quick = False,
+    quick: _Quick = _DEFAULTS.quick,
     out: _Out = None,
 ) -> None:
     """BN+ReLU in training, forward and backward, in milliseconds and in copies of the input.
 
-    Inputs are cold: they come from more than 300 MB of buffers. Contenders
-    take turns in every round, so a ratio compares times of the same moment.
-    Writes tables, a picture and the numbers into a folder; Ctrl-C keeps what
-    was measured.
+    Inputs are cold: they come from more than 300 MB of buffers. Every round
+    measures each candidate once, and ratios are taken within a round. Writes
+    tables, a figure and the numbers into a folder; Ctrl-C keeps the finished
+    rows.
     """
-    measurement.take(
+    measurement.run(
         ("kernels",), out, threads, dtypes=dtypes, full=full, compile=compile, seconds=seconds, quick=quick
     )
 
@@ -86,22 +82,22 @@ def kernels(
 )
 def step(
     networks: _Networks = None,
-    size: _Size = 64,
-    batch: _Batch = 32,
-    compile: _Compile = False,
+    size: _Size = _DEFAULTS.size,
+    batch: _Batch = _DEFAULTS.batch,
+    compile: _Compile = _DEFAULTS.compile,
     seconds: _Seconds = None,
     threads: _Threads = None,
-    quick: _Quick = False,
+    quick: _Quick = _DEFAULTS.quick,
     out: _Out = None,
 ) -> None:
     """Whole training steps: forward, loss, backward, SGD.
 
-    Ours is `bn.upgrade` of torch's network; the same network without BN shows
-    what there is to win. At the end each network is trained as we would,
-    channels-last and with memory kept, against torch as it comes, each in a
-    process of its own.
+    Ours is `bn.upgrade` of torch's network; the same network without BN is
+    the upper bound. At the end each network is trained with our settings,
+    channels-last and with freed memory kept, and with torch's defaults, in
+    separate processes.
     """
-    measurement.take(
+    measurement.run(
         ("step",),
         out,
         threads,
@@ -121,18 +117,18 @@ def step(
     "batchnorm bench infer --networks resnet50   the layers, and one network",
 )
 def infer(
-    dtypes: _Dtypes = "float32,bfloat16",
+    dtypes: _Dtypes = _DTYPES,
     networks: _Networks = None,
-    size: _Size = 64,
-    batch: _Batch = 32,
-    compile: _Compile = False,
+    size: _Size = _DEFAULTS.size,
+    batch: _Batch = _DEFAULTS.batch,
+    compile: _Compile = _DEFAULTS.compile,
     seconds: _Seconds = None,
     threads: _Threads = None,
-    quick: _Quick = False,
+    quick: _Quick = _DEFAULTS.quick,
     out: _Out = None,
 ) -> None:
     """Evaluation: BN+ReLU in one pass over memory, and whole networks."""
-    measurement.take(
+    measurement.run(
         ("infer",),
         out,
         threads,
@@ -150,22 +146,23 @@ def infer(
     "statistics",
     epilog="[bold]Examples[/]\n\n"
     "batchnorm bench statistics             all of them, 3 min\n\n"
-    "pip install keras timm                 and theirs take part",
+    "pip install keras timm                 compare with theirs too",
 )
 def statistics(
-    size: _Size = 64,
-    batch: _Batch = 32,
+    size: _Size = _DEFAULTS.size,
+    batch: _Batch = _DEFAULTS.batch,
     seconds: _Seconds = None,
     threads: _Threads = None,
-    quick: _Quick = False,
+    quick: _Quick = _DEFAULTS.quick,
     out: _Out = None,
 ) -> None:
     """Ghost, Renorm, Population, masks, Sync over two ranks, virtual batches.
 
-    Each beside the same layer without it, which is what it costs, and beside
-    what torch, timm and Keras offer. The last row is ResNet-18 in micro-batches.
+    Each is compared with the plain layer, which gives its cost, and with the
+    implementations of torch, timm and Keras. The last row is ResNet-18 in
+    micro-batches.
     """
-    measurement.take(("statistics",), out, threads, size=size, batch=batch, seconds=seconds, quick=quick)
+    measurement.run(("statistics",), out, threads, size=size, batch=batch, seconds=seconds, quick=quick)
 
 
 @app.command(
@@ -173,18 +170,18 @@ def statistics(
     epilog="[bold]Example[/]\n\nbatchnorm bench scaling --out benchmarks   a part of RESULTS.md, 4 min",
 )
 def scaling(
-    batch: _Batch = 32,
+    batch: _Batch = _DEFAULTS.batch,
     seconds: _Seconds = None,
-    quick: _Quick = False,
+    quick: _Quick = _DEFAULTS.quick,
     out: _Out = None,
 ) -> None:
-    """A training step in 1, 2 and 4 processes: what Sync adds to it.
+    """A training step in 1, 2 and 4 processes, and the time that Sync adds to it.
 
-    The processes have a thread each and are joined by gloo; each trains the
-    paper's Inception, of quarter width, on images of 28 pixels. Beside it
-    stands what bare collectives, measured here too, say that Sync must cost.
+    The processes have one thread each and form a gloo group; each trains the
+    paper's Inception, of quarter width, on images of 28 pixels. The cost of
+    Sync is also predicted from its collectives, measured alone.
     """
-    measurement.take(("scaling",), out, None, batch=batch, seconds=seconds, quick=quick)
+    measurement.run(("scaling",), out, None, batch=batch, seconds=seconds, quick=quick)
 
 
 @app.command(
@@ -192,14 +189,14 @@ def scaling(
     epilog="[bold]Example[/]\n\nbatchnorm bench all --out benchmarks   writes benchmarks/RESULTS.md, 25 min",
 )
 def everything(
-    full: _Full = False,
-    compile: _Compile = False,
+    full: _Full = _DEFAULTS.full,
+    compile: _Compile = _DEFAULTS.compile,
     seconds: _Seconds = None,
     threads: _Threads = None,
-    quick: _Quick = False,
+    quick: _Quick = _DEFAULTS.quick,
     out: _Out = None,
 ) -> None:
-    """All of them, one after the other, on one page."""
+    """All benchmarks, one after the other, on one page."""
     from batchnorm.bench.rows import COMMANDS
 
-    measurement.take(COMMANDS, out, threads, full=full, compile=compile, seconds=seconds, quick=quick)
+    measurement.run(COMMANDS, out, threads, full=full, compile=compile, seconds=seconds, quick=quick)

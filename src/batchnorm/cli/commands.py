@@ -1,4 +1,4 @@
-"""The commands of `batchnorm`. What one needs is imported when it runs: `--help` must not wait for torch."""
+"""The commands of `batchnorm`. They import torch when they run, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli import bench, evaluate, reproduce, train
-from batchnorm.cli.terminal import Failure, in_one_line
+from batchnorm.cli.terminal import Failure, as_failure
 
 app = typer.Typer(
     help="Batch Normalization for PyTorch: see the paper's claims hold, each by one command.",
@@ -30,11 +30,11 @@ app.command("evaluate", epilog=evaluate.EPILOG, no_args_is_help=True)(evaluate.e
 def report_command(
     run: Annotated[Path, typer.Argument(help="A run's folder, with its records.jsonl.")],
 ) -> None:
-    """Draw a run's figures and its report.html again from records.jsonl; needs no torch."""
+    """Rebuild a run's figures and report.html from records.jsonl; does not need torch."""
     from batchnorm import report
     from batchnorm.records import RecordError
 
-    with in_one_line(RecordError, OSError):
+    with as_failure(RecordError, OSError):
         typer.echo(report.build(run))
 
 
@@ -51,7 +51,7 @@ def _root(
 
 def run() -> None:
     """The `batchnorm` command, where the packages it needs are installed."""
-    for stream in (sys.stdout, sys.stderr):  # a locale that has no × shall not end a run
+    for stream in (sys.stdout, sys.stderr):  # a locale without × must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

@@ -1,4 +1,4 @@
-"""`batchnorm evaluate`: how often trained networks are right, one by one and together."""
+"""`batchnorm evaluate`: the accuracy of trained networks, each and as an ensemble."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from batchnorm.cli.terminal import Failure, in_one_line, show
+from batchnorm.cli.terminal import Failure, as_failure, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,12 +24,12 @@ EPILOG = (
     "batchnorm evaluate runs/NAME                       the best network of a run\n\n"
     "batchnorm evaluate runs/NAME --crops 144           as GoogLeNet was tested\n\n"
     "batchnorm evaluate runs/A runs/B                   each, and their ensemble\n\n"
-    "batchnorm evaluate runs/NAME --statistics moving   as PyTorch's BN would be\n\n"
+    "batchnorm evaluate runs/NAME --statistics moving   by the moving averages\n\n"
     "batchnorm evaluate best.pt --data FOLDER           on other images\n\n"
     "batchnorm evaluate runs/NAME --images 1000         a quick look"
 )
 
-_MANY_CLASSES = 10  # with more, the five likeliest are looked at too
+_TOP5_ABOVE_CLASSES = 10  # with more classes, top-5 accuracy is shown too
 _Value = TypeVar("_Value")
 
 
@@ -45,7 +45,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Other data, named as in run.toml, of which the validation split is taken.",
+            help="Another data set, named as in run.toml; its validation split is used.",
             show_default="the run's",
         ),
     ] = None,
@@ -54,27 +54,27 @@ def evaluate(
         str,
         typer.Option(
             metavar="population|moving|average",
-            help="What BN normalises by: population (Algorithm 2) or moving (averages); average: averaged weights.",
+            help="Statistics of BN: population (Algorithm 2) or moving (averages); average: averaged weights.",
         ),
     ] = "population",
     images: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Only so many, the first in a fixed random order of the set.", show_default="all"
+            min=1, help="Number of images, the first in a fixed random order of the set.", show_default="all"
         ),
     ] = None,
     final: Annotated[
-        bool, typer.Option("--final", help="Of a run's folder take final.pt, not best.pt.")
+        bool, typer.Option("--final", help="From a run's folder take final.pt, not best.pt.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads on a CPU.", show_default="torch's choice")
+        int | None, typer.Option(min=1, help="Threads on a CPU.", show_default="torch's")
     ] = None,
 ) -> None:
-    """Measure the accuracy of trained networks on a validation set; of several, also that of their ensemble.
+    """Measure the accuracy of trained networks on a validation set, and of their ensemble if there are several.
 
-    An ensemble says the arithmetic mean of its networks' class
-    probabilities, as in figure 4 of the paper. Nothing is written. What was
-    trained in 16 bits is computed in float32 here.
+    An ensemble averages the class probabilities of its networks, as in
+    figure 4 of the paper. Nothing is written. Networks trained in 16 bits
+    are evaluated in float32.
     """
     import torch
     from rich.console import Console
@@ -85,34 +85,39 @@ def evaluate(
     from batchnorm.training import evaluation
     from batchnorm.training.network import NetworkError
 
-    by = _one_of(evaluation.STATISTICS, statistics, "--statistics")
-    views = _one_of(evaluation.CROPS, crops, "--crops")
+    chosen_statistics = _one_of(evaluation.STATISTICS, statistics, "--statistics")
+    chosen_crops = _one_of(evaluation.CROPS, crops, "--crops")
     if threads is not None:
         torch.set_num_threads(threads)
     if not torch.accelerator.is_available():
         keep_memory()
     console = Console()
-    with in_one_line(DataError, NetworkError, OSError):
+    with as_failure(DataError, NetworkError, OSError):
         files = [evaluation.network_file(place, "final.pt" if final else "best.pt") for place in places]
-        networks = [evaluation.load_network(file, by) for file in files]
-        source, described = _source(networks, data, images)
+        networks = [evaluation.load_network(file, chosen_statistics) for file in files]
+        source, description = _source(networks, data, images)
         corrupt = Corrupt(1, len(source))
-        scores = _scores(console, networks, source, views, corrupt)
+        scores = _scores(console, networks, source, chosen_crops, corrupt)
     if not scores[0].images:
-        raise Failure(f"no image is left to look at: {corrupt}")
+        raise Failure(f"no image can be read: {corrupt}")
     sizes = sorted({network.config.data.image_size for network in networks})
     normalised = any(network.has_norms for network in networks)
-    show(console, f"images      {described}")
+    show(console, f"images      {description}")
     show(console, f"crops       {crops} of {' or '.join(f'{size} × {size}' for size in sizes)} pixels")
     show(
         console,
-        f"statistics  {f'{by} ({evaluation.STATISTICS[by]})' if normalised else 'none: there is no BN'}",
+        "statistics  "
+        + (
+            f"{statistics} ({evaluation.STATISTICS[chosen_statistics]})"
+            if normalised
+            else "none: there is no BN"
+        ),
     )
     if len(corrupt):
         show(console, f"left out    {corrupt}")
     names = [str(place) for place in places]
     console.print()
-    console.print(_table(networks, names, scores, source.classes > _MANY_CLASSES))
+    console.print(_table(networks, names, scores, source.classes > _TOP5_ABOVE_CLASSES))
 
 
 def _one_of(choices: dict[_Value, Any], value: object, name: str) -> _Value:
@@ -123,7 +128,7 @@ def _one_of(choices: dict[_Value, Any], value: object, name: str) -> _Value:
 
 
 def _source(networks: Sequence[SavedNetwork], data: str | None, images: int | None) -> tuple[Source, str]:
-    """The images that all `networks` are shown, and how to call them."""
+    """The images on which the `networks` are evaluated, and a description."""
     from batchnorm.data.catalogue import load
     from batchnorm.data.idx import DataError
     from batchnorm.data.subset import Subset
@@ -148,7 +153,7 @@ def _source(networks: Sequence[SavedNetwork], data: str | None, images: int | No
 def _scores(
     console: Console, networks: Sequence[SavedNetwork], source: Source, crops: Crops, corrupt: Any
 ) -> list[Score]:
-    """Of each network and, of several, of the ensemble."""
+    """The score of each network and, if there are several, of their ensemble."""
     from batchnorm.training.evaluation import Predictions, predict
 
     every = []
@@ -166,14 +171,14 @@ def _scores(
             ):
                 parts.append(part)
                 advance(len(part))
-            every.append(Predictions.joined(parts))
+            every.append(Predictions.concatenate(parts))
     ensemble = [Predictions.mean(every)] if len(every) > 1 else []
     return [predictions.score for predictions in every + ensemble]
 
 
 @contextmanager
 def _bar(console: Console, images: int, networks: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with images/s and the time left, to be told of images; nothing where there is no terminal."""
+    """A progress bar with images/s and remaining time; yields its advance function. Hidden without a terminal."""
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""A measurement of `batchnorm bench`, from its options to the page of results."""
+"""The run of a `batchnorm bench` command, from its options to the page of results."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from batchnorm.cli.terminal import Failure, command_line, from_options, in_one_line, new_folder, show, words
+from batchnorm.cli.terminal import Failure, as_failure, command_line, from_options, new_folder, show, words
 
 if TYPE_CHECKING:
     from batchnorm.bench.options import Options
     from batchnorm.bench.rows import Command
 
-# How long a row takes unless told, in seconds: together a few minutes.
+# The default duration of a row in seconds; a command takes a few minutes.
 _ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5, "statistics": 5.0, "scaling": 60.0}
 
 
-def take(
+def run(
     commands: tuple[Command, ...], out: Path | None, threads: int | None, *, quick: bool, **chosen: Any
 ) -> None:
-    """Measure one command after the other; each is on paper before the next begins."""
+    """Measure the commands one after the other; the results of each are written before the next begins."""
     import torch
     from rich.console import Console
 
@@ -34,26 +34,26 @@ def take(
         torch.set_num_threads(threads)
     folder = out or new_folder("bench")
     console = Console()
-    with in_one_line(ResultsError, OSError), Display(console) as display:
+    with as_failure(ResultsError, OSError), Display(console) as display:
         for command in commands:
             options = _options(command, quick, chosen)
             measured = measure(command, options, command_line(), display)
-            written = results.write(measured, folder)
+            page = results.write(measured, folder)
             for grid in table.grids(measured):
-                console.print(table.drawn(grid), "")
+                console.print(table.render(grid), "")
             for note in measured.notes:
                 show(console, note)
             if not measured.finished:
-                show(console, f"Stopped. What there is:  {written}")
+                show(console, f"Stopped. Results so far:  {page}")
                 raise typer.Exit(130)
     console.print(table.NOTE, style="dim")
     if "scaling" in commands:
         console.print(table.SCALING, style="dim")
-    show(console, f"\nresults  {written}")
+    show(console, f"\nresults  {page}")
 
 
 def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
-    """Of one command; what was not chosen takes its default."""
+    """The options of one command; those that are None take their defaults."""
     from batchnorm.bench.networks import NETWORKS
     from batchnorm.bench.options import Options
 

@@ -1,4 +1,4 @@
-"""`batchnorm reproduce`: an experiment of the paper, from its options to the report."""
+"""`batchnorm reproduce`: run an experiment of the paper, from its options to the report."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from batchnorm.cli import run_settings
+from batchnorm.cli.model_options import model_option
 from batchnorm.cli.terminal import (
     Failure,
+    as_failure,
     command_line,
     from_options,
-    in_one_line,
     new_folder,
     show,
     words,
 )
+from batchnorm.experiments.claim import Settings
+from batchnorm.experiments.imagenet import ensemble_settings, inception_settings
+from batchnorm.experiments.imagenet.ensemble_settings import EnsembleSettings
+from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, InceptionSettings
+from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 
 if TYPE_CHECKING:
-    from batchnorm.experiments.claim import Settings
-    from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
     from batchnorm.experiments.run import Experiment
     from batchnorm.training.config import Config
 
@@ -31,25 +35,18 @@ if TYPE_CHECKING:
 
 _Resume = Annotated[
     bool,
-    typer.Option(
-        "--resume", help="Go on with the run in --out, or with the newest one, to the same numbers."
-    ),
+    typer.Option("--resume", help="Resume the run in --out, or the newest one, to the same numbers."),
 ]
 _Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
         help="Networks trained at the same time.",
-        show_default="one a core; one at the paper's scale",
+        show_default="one per core; one at the paper's scale",
     ),
 ]
-_Seeds = Annotated[
-    int | None,
-    typer.Option(min=1, help="How many seeds, 0, 1, ..., the verdict averages over.", show_default="3"),
-]
-_Width = Annotated[
-    float | None, typer.Option(help="Multiplies every number of channels.", show_default="0.25")
-]
+_Seeds = Annotated[int | None, model_option(Settings, "seeds")]
+_Width = Annotated[float | None, model_option(InceptionSettings, "width")]
 
 app = typer.Typer(help="Reproduce an experiment of the paper (Ioffe & Szegedy 2015).", no_args_is_help=True)
 
@@ -60,39 +57,15 @@ app = typer.Typer(help="Reproduce an experiment of the paper (Ioffe & Szegedy 20
     "batchnorm reproduce mnist                       figure 1, 2.5 min on 2 cores\n\n"
     "batchnorm reproduce mnist --claims all          every claim, about 12 min\n\n"
     "batchnorm reproduce mnist --data fashion-mnist  the same on clothes\n\n"
-    "batchnorm reproduce mnist --resume              go on with a stopped run",
+    "batchnorm reproduce mnist --resume              resume a stopped run",
 )
 def mnist(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="mnist-10k (the digits in this package), mnist, fashion-mnist, or a folder of IDX files, "
-            "gzipped or not.",
-            show_default="mnist-10k",
-        ),
-    ] = None,
-    claims: Annotated[
-        str | None,
-        typer.Option(
-            help="Claims to test, separated by commas, or 'all'; 'list' shows them.", show_default="figure-1"
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps of the longest run; no run is longer.", show_default="50000"),
-    ] = None,
+    data: Annotated[str | None, model_option(DigitsSettings, "data")] = None,
+    claims: Annotated[str | None, model_option(DigitsSettings, "claims")] = None,
+    steps: Annotated[int | None, model_option(DigitsSettings, "steps")] = None,
     seeds: _Seeds = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(help="The learning rate that both networks of figure 1 share.", show_default="0.1"),
-    ] = None,
-    init_std: Annotated[
-        float | None,
-        typer.Option(
-            help="Standard deviation of the hidden layers' initial weights (not for the claims that vary it).",
-            show_default="0.1",
-        ),
-    ] = None,
+    rate: Annotated[float | None, model_option(DigitsSettings, "rate")] = None,
+    init_std: Annotated[float | None, model_option(DigitsSettings, "init_std")] = None,
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="The run's folder.", show_default="runs/mnist-DATE-TIME"),
@@ -104,28 +77,27 @@ def mnist(
 
     Trains 784-100-100-100-10 sigmoid networks on binary 28×28 digits in
     batches of 60 and writes a folder with records.jsonl, TensorBoard
-    events, figures and report.html. Ctrl-C loses nothing: --resume goes on.
+    events, figures and report.html. Ctrl-C loses nothing: use --resume.
     """
     from batchnorm.data.digits import Digits
-    from batchnorm.experiments.mnist import claim_names, claim_title, mnist_experiment
-    from batchnorm.experiments.mnist.digits_settings import DigitsSettings
+    from batchnorm.experiments.mnist.digits_experiment import claim_names, claim_title, mnist_experiment
 
-    if _listed(claims, claim_names(), claim_title):
+    if _print_claims(claims, claim_names(), claim_title):
         return
-    chosen = _given(
+    chosen = _without_none(
         data=data,
         steps=steps,
         seeds=seeds,
         rate=rate,
         init_std=init_std,
-        claims=_named(claims, claim_names()),
+        claims=_claims(claims, claim_names()),
     )
-    # what is wrong with the data is said here, in one line, and not by a worker
+    # Digits.load reports problems with the data here, in one line, and not in a worker
     _run(
         "mnist",
         DigitsSettings,
         claim_names(),
-        lambda wanted: mnist_experiment(wanted, Digits.load(wanted.data)),
+        lambda settings: mnist_experiment(settings, Digits.load(settings.data)),
         chosen,
         out,
         resume,
@@ -136,38 +108,20 @@ def mnist(
 @app.command(
     "imagenet",
     epilog="[bold]Examples[/]\n\n"
-    "batchnorm reproduce imagenet --quick              a look, ten minutes on 2 cores\n\n"
+    "batchnorm reproduce imagenet --quick              ten minutes on 2 cores\n\n"
     "batchnorm reproduce imagenet                      the scaled run on Fashion-MNIST, 2 hours\n\n"
     "batchnorm reproduce imagenet --claims ablation    each change of section 4.2.1 left out\n\n"
     "batchnorm reproduce imagenet --data /data/imagenet    the paper's own scale, on one machine\n\n"
     "batchnorm reproduce imagenet --data /data/imagenet --toml plan    its run.toml files, for torchrun on many\n\n"
-    "batchnorm reproduce imagenet --resume             go on with a stopped run",
+    "batchnorm reproduce imagenet --resume             resume a stopped run",
 )
 def imagenet(
     quick: Annotated[
         bool, typer.Option("--quick", help="One seed, a fifth of the steps, 2,000 validation images.")
     ] = False,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A name (fashion-mnist, mnist, cifar-10, mnist-10k) for the scaled run; or a folder in ImageNet's "
-            "layout or with WebDataset shards, for the paper's.",
-            show_default="fashion-mnist",
-        ),
-    ] = None,
-    claims: Annotated[
-        str | None,
-        typer.Option(
-            help="Claims to test, separated by commas, or 'all'; 'list' shows them.",
-            show_default="figure-3,failures",
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=50, help="Of Inception and BN-Baseline; the others take a fifth of it.", show_default="8000"
-        ),
-    ] = None,
+    data: Annotated[str | None, model_option(ImagenetSettings, "data")] = None,
+    claims: Annotated[str | None, model_option(ImagenetSettings, "claims")] = None,
+    steps: Annotated[int | None, model_option(ImagenetSettings, "steps")] = None,
     seeds: _Seeds = None,
     width: _Width = None,
     out: Annotated[
@@ -178,30 +132,35 @@ def imagenet(
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Train nothing: write each network's run.toml into this folder, for batchnorm train under torchrun.",
+            help="Do not train; write each network's run.toml into this folder, for batchnorm train under torchrun.",
         ),
     ] = None,
     resume: _Resume = False,
     workers: _Workers = None,
 ) -> None:
-    """The Inception networks of section 4.2: steps to Inception's best accuracy, and how high each ends.
+    """The Inception networks of section 4.2: steps to Inception's best accuracy, and the best accuracy of each.
 
     Trains Inception, BN-Baseline, BN-x5, BN-x30 and BN-x5-Sigmoid, and
-    Inception where the paper saw it fail. By default a scaled run, and
-    labelled so: a quarter of the channels on the 60,000 images of Fashion-
-    MNIST. Writes a folder with records.jsonl, TensorBoard events, figures
-    and report.html. Ctrl-C loses nothing: --resume goes on.
+    Inception with the settings that fail in the paper. By default a scaled
+    run, labelled as such: a quarter of the channels on the 60,000 images of
+    Fashion-MNIST. Writes a folder with records.jsonl, TensorBoard events,
+    figures and report.html. Ctrl-C loses nothing: use --resume.
     """
-    from batchnorm.experiments.imagenet import claim_names, claim_title, imagenet_experiment
-    from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, preset
+    from batchnorm.experiments.imagenet.inception_experiment import (
+        claim_names,
+        claim_title,
+        imagenet_experiment,
+    )
 
-    if _listed(claims, claim_names(), claim_title):
+    if _print_claims(claims, claim_names(), claim_title):
         return
-    chosen = _given(data=data, steps=steps, seeds=seeds, width=width, claims=_named(claims, claim_names()))
+    chosen = _without_none(
+        data=data, steps=steps, seeds=seeds, width=width, claims=_claims(claims, claim_names())
+    )
     if not resume:
-        chosen = preset(quick, data) | chosen
+        chosen = inception_settings.preset(quick, data) | chosen
     elif quick:
-        raise Failure("--quick cannot change when a run is continued: leave it out")
+        raise Failure("--quick cannot change when a run is resumed: leave it out")
     if toml is not None:
         _write_plan(from_options(ImagenetSettings, chosen), toml)
         return
@@ -213,30 +172,23 @@ def imagenet(
 @app.command(
     "ensemble",
     epilog="[bold]Examples[/]\n\n"
-    "batchnorm reproduce ensemble --quick      a look, ten minutes on 2 cores\n\n"
+    "batchnorm reproduce ensemble --quick      ten minutes on 2 cores\n\n"
     "batchnorm reproduce ensemble              the scaled run on Fashion-MNIST, half an hour\n\n"
-    "batchnorm reproduce ensemble --resume     go on with a stopped run",
+    "batchnorm reproduce ensemble --resume     resume a stopped run",
 )
 def ensemble(
     quick: Annotated[
         bool, typer.Option("--quick", help="A quarter of the steps, 300 validation images.")
     ] = False,
     data: Annotated[
-        str | None,
-        typer.Option(help="As for reproduce imagenet.", show_default="fashion-mnist"),
+        str | None, model_option(EnsembleSettings, "data", help="As for reproduce imagenet.")
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=50, help="Of Inception; the networks take a fifth of it.", show_default="8000"),
+        model_option(EnsembleSettings, "steps", help="Of Inception; the networks take a fifth of it."),
     ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(help="Of Inception; that of the networks is 30 times as high.", show_default="0.005"),
-    ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of the validation set, in 144 crops each.", show_default="2000"),
-    ] = None,
+    rate: Annotated[float | None, model_option(EnsembleSettings, "rate")] = None,
+    images: Annotated[int | None, model_option(EnsembleSettings, "images")] = None,
     width: _Width = None,
     out: Annotated[
         Path | None,
@@ -245,43 +197,42 @@ def ensemble(
     resume: _Resume = False,
     workers: _Workers = None,
 ) -> None:
-    """The ensemble of section 4.2.3: six BN-x30 networks, each a little different, and the mean of what they say.
+    """The ensemble of section 4.2.3: six modified BN-x30 networks and the mean of their class probabilities.
 
-    Trains the six, asks each about validation images in one crop and in
-    144, and sets the ensemble beside its networks, as figure 4 does.
+    Trains the six, evaluates each on validation images by one crop and by
+    144, and compares the ensemble with its networks, as in figure 4.
     """
-    from batchnorm.experiments.imagenet import ensemble_experiment
-    from batchnorm.experiments.imagenet.ensemble import EnsembleSettings, preset
+    from batchnorm.experiments.imagenet.inception_experiment import ensemble_experiment
 
-    chosen = _given(data=data, steps=steps, rate=rate, images=images, width=width)
+    chosen = _without_none(data=data, steps=steps, rate=rate, images=images, width=width)
     if not resume:
-        chosen = preset(quick, data) | chosen
+        chosen = ensemble_settings.preset(quick, data) | chosen
     elif quick:
-        raise Failure("--quick cannot change when a run is continued: leave it out")
+        raise Failure("--quick cannot change when a run is resumed: leave it out")
     _run("ensemble", EnsembleSettings, ("ensemble",), ensemble_experiment, chosen, out, resume, workers)
 
 
-def _write_plan(wanted: ImagenetSettings, folder: Path) -> None:
-    from batchnorm.experiments.imagenet import imagenet_experiment
-    from batchnorm.training.toml import written
+def _write_plan(settings: ImagenetSettings, folder: Path) -> None:
+    from batchnorm.experiments.imagenet.inception_experiment import imagenet_experiment
+    from batchnorm.training.toml import to_toml
 
-    if len(wanted.rates) > 1:
+    if len(settings.rates) > 1:
         raise Failure(
             "--toml needs Inception's rate, which the scaled run finds by a sweep: name data of ImageNet's kind"
         )
     jobs: dict[str, Config] = {}
-    for claim in imagenet_experiment(wanted).claims:
-        jobs |= claim.jobs(wanted, {})
-    with in_one_line(OSError):
+    for claim in imagenet_experiment(settings).claims:
+        jobs |= claim.jobs(settings, {})
+    with as_failure(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         for name, config in jobs.items():
-            (folder / f"{name}.toml").write_text(written(config), encoding="utf-8")
+            (folder / f"{name}.toml").write_text(to_toml(config), encoding="utf-8")
     for name in jobs:
         typer.echo(f"torchrun ... -m batchnorm.cli train {folder / name}.toml --out runs/{name}")
 
 
-def _listed(claims: str | None, names: tuple[str, ...], title: Callable[[str], str]) -> bool:
-    """Print the claims if that was asked."""
+def _print_claims(claims: str | None, names: tuple[str, ...], title: Callable[[str], str]) -> bool:
+    """Print the claims if `claims` is "list"; return whether it is."""
     if claims != "list":
         return False
     for name in names:
@@ -289,14 +240,14 @@ def _listed(claims: str | None, names: tuple[str, ...], title: Callable[[str], s
     return True
 
 
-def _named(claims: str | None, names: tuple[str, ...]) -> tuple[str, ...] | None:
+def _claims(claims: str | None, names: tuple[str, ...]) -> tuple[str, ...] | None:
     if claims is None:
         return None
     return names if claims == "all" else words(claims)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Those that the user gave."""
+def _without_none(**options: Any) -> dict[str, Any]:
+    """The options that the user gave: those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -321,32 +272,32 @@ def _run(
 
     folder = out or (run_settings.newest_run(kind) if resume else new_folder(kind))
     console = Console()
-    go_on = f"batchnorm reproduce {kind} --out {shlex.quote(str(folder))} --resume"
-    with in_one_line(DataError, RecordError, CheckpointError):
+    resume_command = f"batchnorm reproduce {kind} --out {shlex.quote(str(folder))} --resume"
+    with as_failure(DataError, RecordError, CheckpointError):
         if resume:
-            wanted = run_settings.read_from(folder, kind, model, chosen)
+            settings = run_settings.resumed_run_settings(folder, kind, model, chosen)
         else:
-            wanted = run_settings.chosen_for(folder, model, claim_names, chosen)
-        experiment = make(wanted)
-        with in_one_line(OSError):
+            settings = run_settings.new_run_settings(folder, model, claim_names, chosen)
+        experiment = make(settings)
+        with as_failure(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         show(console, f"run folder  {folder}")
         try:
             with Display(console) as display:
-                verdicts = experiment.run(wanted, folder, _command(folder), display, workers)
+                verdicts = experiment.run(settings, folder, _command(folder), display, workers)
         except (Stopped, KeyboardInterrupt):
             if (folder / "report.html").exists():
-                show(console, f"\nStopped. What there is:  {folder / 'report.html'}")
-            show(console, f"Go on with:  {go_on}")
+                show(console, f"\nStopped. Results so far:  {folder / 'report.html'}")
+            show(console, f"Resume with:  {resume_command}")
             raise typer.Exit(130) from None
         except (WorkerDied, OSError) as error:
-            raise Failure(f"{error}; nothing that was saved is lost, go on with: {go_on}") from None
+            raise Failure(f"{error}; nothing that was saved is lost, resume with: {resume_command}") from None
     console.print(summary(verdicts))
     show(console, f"report  {folder / 'report.html'}")
 
 
 def _command(folder: Path) -> str:
-    """The command line for the record, with the run's folder, so that --resume can be added to it."""
+    """The command line for the run record, with --out, so that --resume can be added to it."""
     command = command_line()
     if not any(word == "--out" or word.startswith("--out=") for word in sys.argv):
         command += f" --out {shlex.quote(str(folder))}"

@@ -1,4 +1,4 @@
-"""An experiment's settings: chosen for a new run, or read from the run that is continued."""
+"""An experiment's settings: from the options of a new run, or from the records of a run to resume."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound=Settings)
 
 
-def chosen_for(folder: Path, kind: type[S], claim_names: Collection[str], chosen: dict[str, Any]) -> S:
-    """Those of a new run in `folder`; what was not chosen takes its default."""
+def new_run_settings(folder: Path, kind: type[S], claim_names: Collection[str], chosen: dict[str, Any]) -> S:
+    """The settings of a new run in `folder`, with the `chosen` values and defaults for the rest."""
     if (folder / "records.jsonl").exists():
-        raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+        raise Failure(f"{folder} holds a run already: add --resume to resume it, or choose another --out")
     unknown = set(chosen.get("claims", ())) - set(claim_names)
     if unknown:
         names = ", ".join(claim_names)
@@ -25,8 +25,8 @@ def chosen_for(folder: Path, kind: type[S], claim_names: Collection[str], chosen
     return from_options(kind, chosen)
 
 
-def read_from(folder: Path, experiment: str, kind: type[S], chosen: dict[str, Any]) -> S:
-    """Those of the run of an experiment in `folder`, with which what was chosen must agree."""
+def resumed_run_settings(folder: Path, experiment: str, kind: type[S], chosen: dict[str, Any]) -> S:
+    """The settings of the run of an experiment in `folder`; `chosen` values must be equal to them."""
     from pydantic import ValidationError
 
     from batchnorm.records import Run, read
@@ -34,7 +34,7 @@ def read_from(folder: Path, experiment: str, kind: type[S], chosen: dict[str, An
     path = folder / "records.jsonl"
     head = next(read(path), None)
     if not isinstance(head, Run):
-        raise Failure(f"{path} does not begin with a run record: it is not a run that can be continued")
+        raise Failure(f"{path} does not begin with a run record: it is not a run that can be resumed")
     if head.experiment != experiment:
         raise Failure(f"{folder} holds a run of {head.experiment}: name a folder of {experiment} with --out")
     try:
@@ -46,20 +46,20 @@ def read_from(folder: Path, experiment: str, kind: type[S], chosen: dict[str, An
     changed = [name for name, value in chosen.items() if getattr(settings, name) != value]
     if changed:
         options = ", ".join(map(option, changed))
-        raise Failure(f"{options} cannot change when a run is continued; leave it out, or start a new run")
+        raise Failure(f"{options} cannot change when a run is resumed; leave it out, or start a new run")
     return settings
 
 
 def newest_run(kind: str) -> Path:
-    """The folder of the newest run of a kind that was stopped, or of the newest one."""
+    """The folder of the newest incomplete run of a kind, or else of the newest run."""
     runs = sorted(RUNS.glob(f"{kind}-*/records.jsonl"), key=lambda path: -path.stat().st_mtime)
     if not runs:
-        raise Failure(f"no {kind} run to continue in {RUNS}/: name its folder with --out")
+        raise Failure(f"no {kind} run to resume in {RUNS}/: name its folder with --out")
     return next((path for path in runs if not _complete(path)), runs[0]).parent
 
 
 def _complete(path: Path) -> bool:
-    """Whether a run came to its end: its last record is a result, or a verdict and not that it is incomplete."""
+    """Whether a run has ended: its last record is a result, or a verdict that is not "incomplete"."""
     from batchnorm.records import RecordError, Result, Verdict, read
 
     try:

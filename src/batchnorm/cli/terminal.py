@@ -20,12 +20,12 @@ RUNS = Path("runs")
 
 
 class Failure(Exception):
-    """What the user can put right; shown in one line, without a traceback."""
+    """An error that the user can fix; printed in one line, without a traceback."""
 
 
 @contextmanager
-def in_one_line(*expected: type[Exception]) -> Iterator[None]:
-    """Turn errors whose message says all there is to know into a `Failure`."""
+def as_failure(*expected: type[Exception]) -> Iterator[None]:
+    """Turn the `expected` errors, whose messages are sufficient, into a `Failure`."""
     try:
         yield
     except expected as error:
@@ -33,7 +33,7 @@ def in_one_line(*expected: type[Exception]) -> Iterator[None]:
 
 
 def from_options(model: type[Model], values: dict[str, Any]) -> Model:
-    """A `model` of these values; one that it does not take is a `Failure` that names the option."""
+    """A `model` with these values; an invalid one is a `Failure` that names the option."""
     from pydantic import ValidationError
 
     try:
@@ -44,25 +44,25 @@ def from_options(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def option(field: str) -> str:
-    """The option that sets `field`."""
+    """The name of the option for `field`."""
     return f"--{field.replace('_', '-')}"
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The parts of an option's value that are separated by commas."""
+    """The comma-separated parts of an option's value."""
     return tuple(text.replace(" ", "").split(","))
 
 
 def new_folder(kind: str) -> Path:
-    """Where a run that starts now goes, unless told."""
+    """The default folder of a run that starts now."""
     return RUNS / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def command_line() -> str:
-    """What the user typed, to be typed again."""
+    """The command line as the user typed it."""
     return shlex.join(["batchnorm", *sys.argv[1:]])
 
 
 def show(console: Console, text: str) -> None:
-    """Print `text` as it is: a path may hold what rich would take for markup, or for a line to break."""
+    """Print `text` without rich's markup, highlighting and wrapping, which would change paths."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

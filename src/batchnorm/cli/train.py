@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchnorm.cli.run_settings import newest_run
-from batchnorm.cli.terminal import Failure, command_line, in_one_line, new_folder, show, words
+from batchnorm.cli.terminal import Failure, as_failure, command_line, new_folder, show, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from batchnorm.records import Result
     from batchnorm.training.config import Config
 
-# A run that was asked to go by SIGTERM leaves with this code (EX_TEMPFAIL of sysexits.h, which schedulers
-# take as: start it again).
+# The exit code of a run that was stopped by SIGTERM (EX_TEMPFAIL of sysexits.h, on which schedulers restart it).
 TERMINATED = 75
 
 EXAMPLE = """\
@@ -50,31 +49,31 @@ every = 500                  # steps; unless given, an epoch
 
 EPILOG = (
     "[bold]Examples[/]\n\n"
-    "batchnorm train --example > run.toml                     a file to begin with\n\n"
+    "batchnorm train --example > run.toml                     write an example\n\n"
     "batchnorm train run.toml                                 train; Ctrl-C loses nothing\n\n"
     "batchnorm train run.toml --set optimizer.rate=0.05       change a key\n\n"
-    "batchnorm train run.toml --recipe bn-x5                  with the paper's changes, and say which\n\n"
-    "batchnorm train --resume                                 go on with the newest run that was stopped\n\n"
+    "batchnorm train run.toml --recipe bn-x5                  with the paper's changes, which are printed\n\n"
+    "batchnorm train --resume                                 resume the newest run that was stopped\n\n"
     "torchrun --nproc-per-node 2 -m batchnorm.cli train run.toml --out runs/both     two processes\n\n"
     "[bold]Exit codes[/]\n\n"
-    "0 done · 1 an error · 75 stopped by SIGTERM, a checkpoint was written · 130 the same by Ctrl-C"
+    "0 done · 1 error · 75 stopped by SIGTERM with a checkpoint · 130 stopped by Ctrl-C with a checkpoint"
 )
 
 
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(help="A run.toml; when a run is continued, that run's own.", dir_okay=False),
+        typer.Argument(help="A run.toml; to resume a run it may be left out.", dir_okay=False),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of run.toml; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of run.toml; repeatable."),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Change the run as the paper does: inception, bn-baseline, bn-x5, bn-x30, bn-x5-sigmoid. "
-            "Every change is printed. The run.toml is that of inception, whose rate the others multiply."
+            help="Change the run as in the paper: inception, bn-baseline, bn-x5, bn-x30, bn-x5-sigmoid. "
+            "Every change is printed. The run.toml is that of inception; the others multiply its rate."
         ),
     ] = None,
     without: Annotated[
@@ -88,24 +87,24 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with the run in --out (one that has not begun begins), or the newest."
+            "--resume", help="Resume the run in --out (or start it if it has not begun), or the newest one."
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what the run would be, and do not train.")
+        bool, typer.Option("--dry-run", help="Print the configuration and do not train.")
     ] = False,
-    example: Annotated[bool, typer.Option("--example", help="Print a run.toml to begin with.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print an example of run.toml.")] = False,
 ) -> None:
-    """Train a network, evaluate it as it goes, and keep checkpoints from which --resume continues.
+    """Train a network, with evaluations during training and checkpoints for --resume.
 
     The folder holds records.jsonl, checkpoints, TensorBoard events and
-    report.html. In evaluations BN takes the population statistics of
-    Algorithm 2; at the end the moving averages' accuracy stands beside it.
+    report.html. Evaluations use the population statistics of Algorithm 2;
+    at the end the accuracy with the moving averages is reported too.
     """
     if example:
         typer.echo(EXAMPLE, nl=False)
         return
-    with _leaving_at_once():
+    with _exit_on_sigterm():
         _train(config, changes, recipe, without, out, resume, dry_run)
 
 
@@ -125,35 +124,35 @@ def _train(
     from batchnorm.training.toml import ConfigError
 
     console = Console(quiet=_rank() > 0)
-    with in_one_line(ConfigError):
+    with as_failure(ConfigError):
         folder = _folder(out, resume)
-        before = _before(folder, resume)
-        if before is not None and config is None:
-            wanted = toml.parse(before.model_dump(mode="json"), changes or ())
+        previous = _previous_config(folder, resume)
+        if previous is not None and config is None:
+            run_config = toml.parse(previous.model_dump(mode="json"), changes or ())
         elif config is not None:
-            wanted = toml.read(config, changes or ())
+            run_config = toml.read(config, changes or ())
         else:
-            raise Failure("name a run.toml; batchnorm train --example prints one to begin with")
+            raise Failure("name a run.toml; batchnorm train --example prints an example")
         if recipe is not None:
-            wanted = _by_recipe(console, wanted, recipe, without)
+            run_config = _apply_recipe(console, run_config, recipe, without)
         elif without is not None:
             raise Failure("--without leaves out steps of a recipe: name it, --recipe bn-x5")
-    if before is not None and (changed := toml.differences(before, wanted)):
-        raise Failure(f"{', '.join(changed)} cannot change when a run is continued; start a new run for that")
+    if previous is not None and (changed := toml.differences(previous, run_config)):
+        raise Failure(f"{', '.join(changed)} cannot change when a run is resumed; start a new run for that")
     if dry_run:
-        show(console, Config.model_dump_json(wanted, indent=2))
+        show(console, Config.model_dump_json(run_config, indent=2))
         return
-    _run(console, wanted, folder)
+    _run(console, run_config, folder)
 
 
 @contextmanager
-def _leaving_at_once() -> Iterator[None]:
-    """SIGTERM while there is nothing to save, as the imports take seconds; a session listens by itself."""
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(TERMINATED))
+def _exit_on_sigterm() -> Iterator[None]:
+    """Exit immediately on SIGTERM during the imports, which take seconds; a Session installs its own handler."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: os._exit(TERMINATED))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _folder(out: Path | None, resume: bool) -> Path:
@@ -162,31 +161,33 @@ def _folder(out: Path | None, resume: bool) -> Path:
     return out or (newest_run("train") if resume else new_folder("train"))
 
 
-def _begun(folder: Path) -> bool:
-    """Whether a run in `folder` came as far as its first record; killed before, it has nothing to go on with."""
+def _has_begun(folder: Path) -> bool:
+    """Whether there is a run in `folder` with at least its first record."""
     path = folder / "records.jsonl"
     return path.is_file() and b"\n" in path.read_bytes()
 
 
-def _before(folder: Path, resume: bool) -> Config | None:
-    """The configuration of the run in `folder` that is to go on; None where none has begun, and one is to begin."""
+def _previous_config(folder: Path, resume: bool) -> Config | None:
+    """The configuration of the run in `folder` to resume; None if no run has begun."""
     from batchnorm.records import RecordError, Run, read
     from batchnorm.training import toml
 
-    if not _begun(folder):
+    if not _has_begun(folder):
         return None
     if not resume:
-        if _rank() > 0:  # the first process may have begun already; it is the one to complain
+        if (
+            _rank() > 0
+        ):  # the main process may have begun the run already, and reports the error if it has not
             return None
-        raise Failure(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
-    with in_one_line(RecordError):
+        raise Failure(f"{folder} holds a run already: add --resume to resume it, or choose another --out")
+    with as_failure(RecordError):
         head = next(read(folder / "records.jsonl"), None)
     if not isinstance(head, Run) or head.experiment != "train":
         raise Failure(f"{folder} does not hold a run of batchnorm train")
     return toml.parse(head.config)
 
 
-def _by_recipe(console: Console, config: Config, recipe: str, without: str | None) -> Config:
+def _apply_recipe(console: Console, config: Config, recipe: str, without: str | None) -> Config:
     from batchnorm.training import recipe as recipes
 
     numbers = words(without) if without else ()
@@ -196,8 +197,8 @@ def _by_recipe(console: Console, config: Config, recipe: str, without: str | Non
         config, applied = recipes.apply(config, recipe, [int(number) for number in numbers])
     except ValueError as error:
         raise Failure(str(error)) from None
-    for each in applied:
-        console.print(str(each), style=None if each.changed else "dim", markup=False, highlight=False)
+    for change in applied:
+        console.print(str(change), style=None if change.changed else "dim", markup=False, highlight=False)
     return config
 
 
@@ -216,31 +217,32 @@ def _run(console: Console, config: Config, folder: Path) -> None:
     show(console, f"run folder  {folder}")
     try:
         with (
-            in_one_line(ConfigError, DataError, RecordError, CheckpointError, NetworkError, Diverged),
-            _no_room(folder),
+            as_failure(ConfigError, DataError, RecordError, CheckpointError, NetworkError, Diverged),
+            _write_errors(folder),
             Bar(console) as bar,
         ):
             result = Session(config, folder, command, bar).run()
     except Stopped as stopped:
-        show(console, f"Stopped. Go on with:  batchnorm train --out {shlex.quote(str(folder))} --resume")
+        show(console, f"Stopped. Resume with:  batchnorm train --out {shlex.quote(str(folder))} --resume")
         raise typer.Exit(TERMINATED if stopped.signal == signal.SIGTERM else 130) from None
-    show(console, _said(result))
+    show(console, _summary(result))
     show(console, f"report  {folder / 'report.html'}")
 
 
 @contextmanager
-def _no_room(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError, such as a full disk, into a Failure with the command to resume."""
     try:
         yield
     except OSError as error:
         where = error.filename or folder
         raise Failure(
-            f"{where}: {error.strerror or error}; what was saved in {folder} is whole: "
-            f"when that is mended, go on with --out {shlex.quote(str(folder))}{' --resume' * _begun(folder)}"
+            f"{where}: {error.strerror or error}; the checkpoints in {folder} are intact: when that is fixed, "
+            f"resume with --out {shlex.quote(str(folder))}{' --resume' * _has_begun(folder)}"
         ) from None
 
 
-def _said(result: Result) -> str:
+def _summary(result: Result) -> str:
     moving = "" if result.accuracy_moving is None else f" ({result.accuracy_moving:.2%} by moving averages)"
     return f"{result.accuracy:.2%} of the validation images right after {result.steps:,} steps{moving}"
 

@@ -1,1 +1,1 @@
-"""Labelled images: from files, folders and tars, in which order, cut how, in batches."""
+"""Labelled images: data sets, shuffling, cropping and distortion, batches."""

@@ -1,4 +1,4 @@
-"""Data sets by name or place: which of the sources it is."""
+"""Data sets by name or path."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from pathlib import Path
 
 import torch
 
+from batchnorm.data.data_sets import CIFAR_10, DIGITS, NAMES
 from batchnorm.data.digits import Digits
 from batchnorm.data.idx import DataError
 from batchnorm.data.source import InMemory, Source, Split
 
-_DIGITS = ("mnist-10k", "mnist", "fashion-mnist")
-_CIFAR_10 = "cifar-10"
-NAMES = (*_DIGITS, _CIFAR_10)
 _DOWNLOADS = Path("~/.cache/batchnorm")
 
 
@@ -24,11 +22,11 @@ def load(source: str, split: Split) -> Source:
         val/CLASS/*.jpg), with WebDataset shards (train-*.tar and val-*.tar) or with IDX files; or a pattern
         of shards that are named otherwise, e.g. "FOLDER/imagenet1k-{train,validation}-*.tar".
 
-    Raises: DataError for what is missing, torn or inconsistent.
+    Raises: DataError for data that is missing, truncated or inconsistent.
     """
-    if source in _DIGITS:
+    if source in DIGITS:
         return _digits(source, split)
-    if source == _CIFAR_10:
+    if source == CIFAR_10:
         return _cifar_10(split)
     path = Path(source).expanduser()
     if path.suffix == ".tar":
@@ -66,19 +64,19 @@ def _cifar_10(split: Split) -> InMemory:
 
         data = CIFAR10(root, train=split == "train", download=True)
     except ImportError:
-        raise _no_torchvision(_CIFAR_10) from None
+        raise _no_torchvision(CIFAR_10) from None
     except (RuntimeError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
         raise DataError(
-            f"torchvision could not load {_CIFAR_10} from {root} ({reason}): without a network, unpack "
+            f"torchvision could not load {CIFAR_10} from {root} ({reason}): without a network, unpack "
             "cifar-10-python.tar.gz there, or use the digits in this package, mnist-10k"
         ) from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return InMemory(images, torch.tensor(data.targets), len(data.classes), f"{_CIFAR_10} {split}")
+    return InMemory(images, torch.tensor(data.targets), len(data.classes), f"{CIFAR_10} {split}")
 
 
 def _files(path: Path, split: Split) -> Source:
-    try:  # here, not above: the digits do without torchvision and Pillow
+    try:  # imported here, as the digits need neither torchvision nor Pillow
         from batchnorm.data.folder import ImageFolder
         from batchnorm.data.shards import Shards
     except ImportError:

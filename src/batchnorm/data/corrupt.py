@@ -1,4 +1,4 @@
-"""The images that could not be read: counted, named, and when they are too many, the end of a run."""
+"""Unreadable images: counted and named; too many of them stop a run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 
 from batchnorm.data.idx import DataError
 
-_SHOWN = 3
+_LISTED = 3
 
 
 class Corrupt:
-    """A tally of distinct images that could not be read.
+    """The set of images that could not be read.
 
-    share: the largest share of the images that a run puts up with.
-    images: how many the data set has.
-    found: why, by the image's name; the one met first comes first.
+    share: the largest tolerated share of unreadable images.
+    images: number of images in the data set.
+    found: the reason for each image, by its name, in the order of discovery.
     """
 
     def __init__(self, share: float, images: int) -> None:
@@ -23,16 +23,16 @@ class Corrupt:
         self.found: dict[str, str] = {}
 
     @property
-    def most(self) -> int:
-        """How many unreadable images a run puts up with."""
+    def limit(self) -> int:
+        """The largest tolerated number of unreadable images."""
         return math.floor(round(self.share * self.images, 6))  # 0.29 * 100 is a little less than 29
 
     def add(self, found: Mapping[str, str]) -> None:
-        """Count images, by name, that cannot be read. Raises: DataError when they have become too many."""
+        """Add unreadable images, reasons by name. Raises: DataError when there are more than `limit`."""
         self.found.update(found)
-        if len(self.found) > self.most:
+        if len(self.found) > self.limit:
             raise DataError(
-                f"{self}; more than {self.most:,} stop a run: mend or remove them, or raise corrupt_share, "
+                f"{self}; more than {self.limit:,} stop a run: repair or remove them, or raise corrupt_share, "
                 f"now {self.share:g}"
             )
 
@@ -45,10 +45,10 @@ class Corrupt:
 
     def __str__(self) -> str:
         """E.g. '2 of 8,000 images cannot be read: a.jpg: cannot identify image file, b.jpg: ...'."""
-        shown = [f"{name}: {why}" for name, why in list(self.found.items())[:_SHOWN]]
-        more = [f"and {len(self) - _SHOWN:,} more"] if len(self) > _SHOWN else []
-        which = f": {', '.join([*shown, *more])}" if shown else ""
-        return f"{len(self):,} of {self.images:,} images cannot be read{which}"
+        listed = [f"{name}: {why}" for name, why in list(self.found.items())[:_LISTED]]
+        more = [f"and {len(self) - _LISTED:,} more"] if len(self) > _LISTED else []
+        names = f": {', '.join([*listed, *more])}" if listed else ""
+        return f"{len(self):,} of {self.images:,} images cannot be read{names}"
 
     def state_dict(self) -> dict[str, dict[str, str]]:
         return {"found": dict(self.found)}

@@ -1,4 +1,4 @@
-"""The crops of an image that a trained network is asked about: one, or the 144 of GoogLeNet."""
+"""The crops of an image for evaluation: a single central crop, or the 144 of GoogLeNet."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-_SINGLE = 256  # the shorter side of an image from which a crop of 224 is cut, as most papers report it
+# the shorter side to which an image is resized, for crops of _CROP pixels
+_SINGLE = 256  # as in most papers
 _MULTI = (256, 288, 320, 352)  # Szegedy et al. 2014, section 7
-_PER = 224
+_CROP = 224
 
 
 def single_crop(size: int) -> Callable[[Tensor], Tensor]:
     """The central crop: uint8 (C, H, W) -> float32 (C, size, size) in [-1, 1].
 
     The shorter side is resized to 256/224 of `size`, rounded, and the central square of `size` pixels is cut out. An
-    image whose shorter side is not larger than `size` has no border to spare: its shorter side is resized to `size`.
-    Where a remainder is odd, the crop lies half a pixel towards the top or the left. Resizing is bilinear, with
-    antialias.
+    image whose shorter side is not larger than `size` is resized to a shorter side of `size` instead. If a margin is
+    odd, the crop is half a pixel towards the top or the left. Resizing is bilinear, with antialias.
 
-    Raises: ValueError for a size below 1 and, when called, for what is no image.
+    Raises: ValueError for a size below 1 and, when called, for a tensor that is not an image.
     """
     return partial(_single_crop, expect_size(size))
 
@@ -33,10 +33,10 @@ def multi_crop(size: int) -> Callable[[Tensor], Tensor]:
     The shorter side is resized to 256/224, 288/224, 320/224 and 352/224 of `size`, rounded; of each scale the left,
     central and right square are taken, in portrait images the top, central and bottom one; of each square the four
     corners (top left, top right, bottom left, bottom right), the centre, and the square itself resized to `size`.
-    In this order, the scale varying slowest, these are 72; then come their mirrors. Where a remainder is odd, what is
-    central lies half a pixel towards the top or the left. Resizing is bilinear with antialias.
+    In this order, the scale varying slowest, these are 72 crops; their mirror images follow. If a margin is odd, the
+    central crop is half a pixel towards the top or the left. Resizing is bilinear with antialias.
 
-    Raises: ValueError for a size below 1 and, when called, for what is no image.
+    Raises: ValueError for a size below 1 and, when called, for a tensor that is not an image.
     """
     return partial(_multi_crop, expect_size(size))
 
@@ -58,37 +58,37 @@ def expect_size(size: int) -> int:
     return size
 
 
-def unit(pixels: Tensor) -> Tensor:
-    """A copy of uint8 pixels as float32 in [0, 1]."""
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [0, 1], a copy."""
     return pixels.float().div_(255)
 
 
-def signed(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1] moved to [-1, 1], in place; TF-slim's (x - 0.5) · 2."""
+def to_signed_range(pixels: Tensor) -> Tensor:
+    """Scale pixels from [0, 1] to [-1, 1], in place; TF-slim's (x - 0.5) · 2."""
     return pixels.sub_(0.5).mul_(2)
 
 
 def _single_crop(size: int, image: Tensor) -> Tensor:
     expect_image(image)
-    shorter = size if min(image.shape[1:]) <= size else round(size * _SINGLE / _PER)
+    shorter = size if min(image.shape[1:]) <= size else round(size * _SINGLE / _CROP)
     image = F.resize(image, [shorter])
     top, left = ((side - size) // 2 for side in image.shape[1:])
-    return signed(unit(_cut(image, top, left, size)))
+    return to_signed_range(to_unit_range(_cut(image, top, left, size)))
 
 
 def _multi_crop(size: int, image: Tensor) -> Tensor:
     expect_image(image)
     crops = torch.stack([view for square in _squares(image, size) for view in _views(square, size)])
-    return signed(unit(torch.cat([crops, crops.flip(-1)])))
+    return to_signed_range(to_unit_range(torch.cat([crops, crops.flip(-1)])))
 
 
 def _squares(image: Tensor, size: int) -> Iterator[Tensor]:
     for scale in _MULTI:
-        side = round(size * scale / _PER)
+        side = round(size * scale / _CROP)
         resized = F.resize(image, [side])
-        spare_height, spare_width = (length - side for length in resized.shape[1:])  # one of them is 0
+        margin_height, margin_width = (length - side for length in resized.shape[1:])  # one of them is 0
         for halves in range(3):
-            yield _cut(resized, spare_height * halves // 2, spare_width * halves // 2, side)
+            yield _cut(resized, margin_height * halves // 2, margin_width * halves // 2, side)
 
 
 def _views(square: Tensor, size: int) -> Iterator[Tensor]:

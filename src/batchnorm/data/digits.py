@@ -1,4 +1,4 @@
-"""Labelled images, from the package itself, from a folder of IDX files, or by name through torchvision."""
+"""The MNIST experiment's data: the package's own digits, a folder of IDX files, or a data set of torchvision."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from batchnorm.data import idx
+from batchnorm.data.data_sets import SHIPPED
 from batchnorm.data.idx import DataError
 
-SHIPPED = "mnist-10k"
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 _DOWNLOADS = Path("~/.cache/batchnorm")
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
@@ -31,7 +31,7 @@ class Digits:
     test_labels: Tensor
 
     def describe(self, source: str) -> str:
-        """The data set in words, e.g. 'mnist-10k: 8,000 training and 2,000 test images of 28×28'."""
+        """A description, e.g. 'mnist-10k: 8,000 training and 2,000 test images of 28×28'."""
         height, width = self.train_images.shape[1:]
         train, test = len(self.train_images), len(self.test_images)
         return f"{source}: {train:,} training and {test:,} test images of {height}×{width}"
@@ -49,7 +49,7 @@ class Digits:
             torchvision to ~/.cache/batchnorm when not there yet (Fashion-MNIST is also found where Debian's
             package dataset-fashion-mnist puts it); or a folder with IDX files, gzipped or not.
 
-        Raises: DataError for what is missing, torn or inconsistent.
+        Raises: DataError for data that is missing, truncated or inconsistent.
         """
         if source == SHIPPED:
             with as_file(files("batchnorm.data") / "mnist_10k") as folder:

@@ -1,4 +1,4 @@
-"""What a training image goes through before the network sees it: a random crop, a mirror, other light and colours."""
+"""Data augmentation of training images: random crop, mirroring and photometric distortion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from batchnorm.data.crops import expect_image, expect_size, signed, unit
+from batchnorm.data.crops import expect_image, expect_size, to_signed_range, to_unit_range
 
 Distortion = Literal["full", "reduced", "none"]
 
@@ -29,7 +29,7 @@ class Box(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A change of light or colour: of float32 (C, H, W) in [0, 1] into the same, by a number from `low` to `high`."""
+    """A photometric distortion of float32 (C, H, W) in [0, 1], by a random amount from `low` to `high`."""
 
     change: Callable[[Tensor, float], Tensor]
     low: float
@@ -40,7 +40,7 @@ def _brighten(image: Tensor, by: float) -> Tensor:
     return (image + by).clamp_(0, 1)
 
 
-# Saturation and hue leave grey images as they are.
+# Saturation and hue do not change grey images.
 _BRIGHTNESS = _Step(_brighten, -32 / 255, 32 / 255)
 _SATURATION = _Step(F.adjust_saturation, 0.5, 1.5)
 _HUE = _Step(F.adjust_hue, -0.2, 0.2)
@@ -61,24 +61,24 @@ def training_transform(
 ) -> Callable[[Tensor], Tensor]:
     """A random view of an image: uint8 (C, H, W), C 1 or 3 -> float32 (C, size, size) in [-1, 1].
 
-    A crop of random place, size and shape is resized, bilinearly with antialias, perhaps mirrored, and then distorted.
+    A crop of random position, size and aspect ratio is resized (bilinear, antialias), randomly mirrored and distorted.
     The paper says only that it reduces the photometric distortions (section 4.2.1); their ranges are those of TF-slim's
-    Inception preprocessing. They come in random order, and each clips its result. Saturation and contrast blend with
-    the grey image and with its mean, as Howard's do (2013), whom GoogLeNet names as the source; TF-slim's scale the S
-    of HSV, and each channel about its own mean.
+    Inception preprocessing. They are applied in random order, and each clips its result. Saturation blends with the
+    grey image and contrast with its mean, as in Howard (2013), whom GoogLeNet cites; TF-slim instead scales the S of
+    HSV, and each channel about its own mean.
 
-    The result can be pickled, and takes all chance from torch's global random numbers.
+    The result can be pickled and draws from torch's global random generator.
 
     Args:
         size: height and width of the result in pixels.
         crop_area: share of the image that a crop covers, drawn uniformly from this range; see `random_box`.
         mirror: swap left and right with probability 1/2.
         distortion: "full": brightness ±32/255, saturation 0.5 to 1.5, hue ±0.2 of a turn, contrast 0.5 to 1.5, as
-            TF-slim's slow mode. "reduced": brightness and saturation, its fast mode. "none". Grey images, which have
-            no colour, change in brightness and contrast alone.
+            TF-slim's slow mode. "reduced": brightness and saturation, as its fast mode. "none". Saturation and hue do
+            not change grey images.
 
-    Raises: ValueError for a size below 1, an area not within (0, 1], an unknown distortion and, when called, for what
-        is no image.
+    Raises: ValueError for a size below 1, an area not within (0, 1], an unknown distortion and, when called, for a
+        tensor that is not an image.
     """
     low, high = crop_area
     if not 0 < low <= high <= 1:
@@ -89,12 +89,12 @@ def training_transform(
 
 
 def random_box(height: int, width: int, area: tuple[float, float]) -> Box:
-    """Where to crop an image of `height` × `width` pixels (Szegedy et al. 2014, section 6).
+    """A random crop box for an image of `height` × `width` pixels (Szegedy et al. 2014, section 6).
 
-    The share of the image is uniform in `area`, the logarithm of width by height is uniform between those of 3/4 and
-    4/3, and so is the place among those where the box fits. Should ten in a row fit nowhere, as in a panorama, it is
-    the largest central box with such sides. So does torchvision's RandomResizedCrop; here one call draws all numbers,
-    for on small images such calls are most of the time.
+    The share of the image is uniform in `area`; the aspect ratio, width by height, is log-uniform in 3/4 to 4/3; the
+    position is uniform. If ten boxes in a row do not fit, as in a panorama, the result is the largest central box with
+    an aspect ratio in that range. torchvision's RandomResizedCrop does the same; here one call draws all random
+    numbers, since on small images such calls dominate the time.
     """
     low, high = area
     for share, shape, down, right in torch.rand(_ATTEMPTS, 4, dtype=torch.float32).tolist():
@@ -115,7 +115,7 @@ def _transform(
     image = F.resized_crop(image, *random_box(height, width, area), [size, size])
     if mirror and torch.rand(1, dtype=torch.float32).item() < 0.5:
         image = image.flip(-1)
-    return signed(_distort(unit(image), _STEPS[distortion]))
+    return to_signed_range(_distort(to_unit_range(image), _STEPS[distortion]))
 
 
 def _distort(image: Tensor, steps: tuple[_Step, ...]) -> Tensor:

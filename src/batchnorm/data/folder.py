@@ -14,7 +14,7 @@ from batchnorm.data.images import decode
 from batchnorm.data.names import Names
 from batchnorm.data.source import Split
 
-_SHOWN = 5
+_LISTED = 5
 
 
 class ImageFolder:
@@ -63,10 +63,10 @@ def _classes(root: Path, split: Split) -> dict[str, int]:
 
 
 def _expect_equal(root: Path, train: dict[str, int], val: dict[str, int]) -> None:
-    lone = [f"{name} only in train" for name in train if name not in val]
-    lone += [f"{name} only in val" for name in val if name not in train]
-    if lone:
-        more = f" and {len(lone) - _SHOWN} more" if len(lone) > _SHOWN else ""
+    unmatched = [f"{name} only in train" for name in train if name not in val]
+    unmatched += [f"{name} only in val" for name in val if name not in train]
+    if unmatched:
+        more = f" and {len(unmatched) - _LISTED} more" if len(unmatched) > _LISTED else ""
         raise DataError(
-            f"{root}: train and val must have the same classes, but {', '.join(lone[:_SHOWN])}{more}"
+            f"{root}: train and val must have the same classes, but {', '.join(unmatched[:_LISTED])}{more}"
         )

@@ -1,4 +1,4 @@
-"""IDX, the file format of MNIST: a magic number, the sizes, then the bytes; gzipped or not."""
+"""IDX, the file format of MNIST: a magic number, the sizes, then the bytes; possibly gzipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_UBYTE = 0x08  # the only element type that images and labels come in
+_UBYTE = 0x08  # the element type of images and labels
 
 
 class DataError(Exception):
@@ -18,9 +18,9 @@ class DataError(Exception):
 
 
 def read(path: Path) -> Tensor:
-    """The array in an IDX file of unsigned bytes: a uint8 tensor of the sizes that its header gives.
+    """The array in an IDX file of unsigned bytes: a uint8 tensor of the sizes in its header.
 
-    Raises: DataError when the file is missing, torn, longer than its header says, or not IDX at all.
+    Raises: DataError when the file is missing, truncated, longer than its header says, or not an IDX file.
     """
     content = _bytes(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UBYTE or not 1 <= content[3] <= 4:
@@ -48,7 +48,7 @@ def _bytes(path: Path) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    if content[:2] != b"\x1f\x8b":  # by content, not by name: files lose their .gz
+    if content[:2] != b"\x1f\x8b":  # by content, as files may lose their .gz
         return content
     try:
         return gzip.decompress(content)

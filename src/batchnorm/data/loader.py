@@ -1,7 +1,7 @@
-"""Batches of transformed images: endless and shuffled for training, once and in order for evaluation.
+"""Batches of transformed images: shuffled and endless for training, once and in order for evaluation.
 
-What a batch holds depends on the seed and the number of its step alone: neither on the number of loader
-processes, nor on where a run was resumed.
+A batch depends only on the seed and its step number, and not on the number of loader processes or on where a
+run was resumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.idx import DataError
-from batchnorm.data.order import Order, mixed
+from batchnorm.data.order import Order, derive_seed
 from batchnorm.data.processes import Processes
 from batchnorm.data.source import Source, Unreadable
 
@@ -34,14 +34,14 @@ class Batch(NamedTuple):
 class Loader:
     """The training batches of one process.
 
-    source: the examples. An image that cannot be read is replaced by the next one that can.
+    source: the examples. An unreadable image is replaced by the next readable one.
     transform: from an image, uint8 (C, H, W), to a tensor. It may draw from torch's global generator, which
-        is seeded for each example and epoch, and is as before when a batch is asked for or done.
-    order: which examples make a batch, over all processes.
+        is seeded for each example and epoch, and restored afterwards.
+    order: the examples of each batch, over all processes.
     corrupt: counts the images that this process could not read.
-    rank, ranks: this process, and how many there are; each loads an equal part of every batch.
-    processes: that load ahead; with any, source and transform must be picklable. 0: a batch is loaded when
-        it is asked for.
+    rank, ranks: of this process; each process loads an equal part of every batch.
+    processes: number of loader processes, which need a picklable source and transform. 0: batches are loaded
+        in this process when they are needed.
 
     Raises: ValueError when a batch does not divide among the ranks.
     """
@@ -60,16 +60,16 @@ class Loader:
         order.share(ranks)
         self.corrupt = corrupt
         self._order, self._rank, self._ranks, self._processes = order, rank, ranks, processes
-        self._reader = _Reader(source, transform, order.seed, corrupt.most)
+        self._reader = _Reader(source, transform, order.seed, corrupt.limit)
 
     @property
     def batches_per_epoch(self) -> int:
         return self._order.batches_per_epoch
 
     def batches(self, steps: Iterable[int]) -> Iterator[Batch]:
-        """The batches of these steps, 0-based over all epochs; of `itertools.count(step)` without end.
+        """The batches of these steps, 0-based over all epochs; infinite for `itertools.count(step)`.
 
-        Raises: DataError when too many images cannot be read, or a shard is gone.
+        Raises: DataError when too many images cannot be read, or a shard is missing.
         """
         answers = Processes(self._reader, self._requests(steps), self._processes)
         return _batches(answers, self.corrupt)
@@ -80,13 +80,13 @@ class Loader:
             yield _Request(self._order.epoch(step), indices, replace=True)
 
 
-class InOrder:
-    """All examples once, in the order of their indices; may be iterated again and again.
+class SequentialLoader:
+    """All examples once, in the order of their indices; may be iterated repeatedly.
 
-    Each of `ranks` processes gets a consecutive part. Images that cannot be read are left out, so any batch
-    may be smaller than `batch_size`. The rest is as for `Loader`.
+    Each of `ranks` processes gets a contiguous part. Unreadable images are skipped, so a batch may be smaller
+    than `batch_size`. The other arguments are those of `Loader`.
 
-    rounds: the batches of the process that has most of them, none of whose images is left out.
+    rounds: the largest number of batches of any process, without skipped images.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class InOrder:
             _Request(0, list(range(at, min(at + batch_size, end))), replace=False)
             for at in range(start, end, batch_size)
         ]
-        self._answers = Processes(_Reader(source, transform, 0, corrupt.most), requests, processes)
+        self._answers = Processes(_Reader(source, transform, 0, corrupt.limit), requests, processes)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises: DataError when too many images cannot be read, or a shard is gone."""
+        """Raises: DataError when too many images cannot be read, or a shard is missing."""
         return _batches(self._answers, self.corrupt)
 
 
@@ -123,7 +123,7 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Answer:
-    """`batch` is None where it would be empty; `unreadable` says which images are, by name, and why."""
+    """`batch` is None if it would be empty; `unreadable` has the reasons by name of the image."""
 
     batch: Batch | None
     unreadable: dict[str, str]
@@ -138,22 +138,22 @@ def _batches(answers: Iterable[_Answer], corrupt: Corrupt) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the batch of a request, in whichever process.
+    """Reads the batch of a request, in a loader process or in this one.
 
-    most: unreadable images; where a batch alone has more, reading on is of no use.
+    most: the largest tolerated number of unreadable images; a batch with more is abandoned.
     """
 
     source: Source
     transform: Transform
     seed: int
-    most: int
+    limit: int
 
     def __call__(self, request: _Request) -> _Answer:
         examples, unreadable = [], dict[str, str]()
-        with _one_thread(), _random_state_kept():
+        with _single_thread(), _preserve_random_state():
             for index in request.indices:
                 example = self._example(index, request, unreadable)
-                if len(unreadable) > self.most:
+                if len(unreadable) > self.limit:
                     return _Answer(None, unreadable)
                 if example is not None:
                     examples.append(example)
@@ -165,18 +165,18 @@ class _Reader:
     def _example(
         self, index: int, request: _Request, unreadable: dict[str, str]
     ) -> tuple[Tensor, int] | None:
-        """The image, transformed, and its class; None where it cannot be read and nothing takes its place."""
+        """The transformed image and its class; None if it cannot be read and is not replaced."""
         examples = len(self.source)
         for at in range(index, index + examples if request.replace else index + 1):
             try:
                 image, label = self.source[at % examples]
             except Unreadable as error:
                 unreadable[error.name] = error.why
-                if len(unreadable) > self.most:
+                if len(unreadable) > self.limit:
                     return None
                 continue
-            # not torch.manual_seed, which takes 50 times as long: it looks for accelerators each time
-            torch.default_generator.manual_seed(mixed(self.seed, request.epoch, at % examples))
+            # not torch.manual_seed, which looks for accelerators at each call and takes 50 times as long
+            torch.default_generator.manual_seed(derive_seed(self.seed, request.epoch, at % examples))
             return self.transform(image), label
         if request.replace:
             raise DataError(f"none of the {examples:,} images can be read, e.g. {self.source.name(index)}")
@@ -184,8 +184,8 @@ class _Reader:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """As in a loader process: a sum, such as a mean over an image, depends on how many threads add up."""
+def _single_thread() -> Iterator[None]:
+    """Use one thread, as in a loader process: the rounding of a sum depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -195,7 +195,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _preserve_random_state() -> Iterator[None]:
     state = torch.default_generator.get_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""A million strings that cost neither an object each nor a copy in each process."""
+"""A compact list of strings in shared memory, for data sets with millions of files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 class Names:
-    """Strings by index, kept end to end in one tensor, which processes share when it is pickled to them."""
+    """Strings by index, concatenated in one tensor, which torch shares between processes when it is pickled."""
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
-        # a byte more than the names: an empty buffer makes no tensor
+        # the extra byte is for frombuffer, which refuses an empty buffer
         self._bytes = torch.frombuffer(bytearray(b"".join((*encoded, b"\n"))), dtype=torch.uint8)
         self._ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
 

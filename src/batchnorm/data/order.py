@@ -1,4 +1,4 @@
-"""The order in which a run sees its examples: a function of its seed and the number of the step."""
+"""The order of training examples, a function of the seed and the step number."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ Shuffle = Literal["shards", "within-shards"]
 
 
 class Order:
-    """Epochs of shuffled examples in full batches; what does not fill a batch is left out of its epoch.
+    """Epochs of shuffled examples in full batches; an incomplete last batch of an epoch is dropped.
 
-    examples: how many there are.
-    batch_size: examples a step, over all processes.
-    shards: how many examples each shard holds, in the order of their indices. None: the data comes in no
-        shards, and a random but fixed choice of `shard_size` examples stands for each, since files may be
-        sorted by class.
-    shuffle: each epoch shuffles the order of the shards; "within-shards" also the examples in each, where
-        with "shards" the same examples follow each other every time (section 4.2.1, item 6).
+    examples: number of examples.
+    batch_size: examples per step, over all processes.
+    shards: number of examples in each shard, in the order of their indices. None: the data has no shards,
+        and random but fixed sets of `shard_size` examples are used, since files may be sorted by class.
+    shuffle: "shards" shuffles the order of the shards in each epoch, but not the examples within a shard;
+        "within-shards" shuffles both (section 4.2.1, item 6).
 
     Raises: DataError when the examples do not fill a batch.
     """
@@ -51,7 +50,7 @@ class Order:
         else:
             self._examples = torch.arange(examples)
             self._shard = torch.arange(len(shards)).repeat_interleave(torch.tensor(shards))
-        # two epochs at hand: the one in training, and the one that population statistics are taken over
+        # cache two epochs: that of training, and that of the batches for population statistics
         self._shuffled = lru_cache(2)(self._shuffle)
 
     def epoch(self, step: int) -> int:
@@ -59,7 +58,7 @@ class Order:
         return step // self.batches_per_epoch
 
     def share(self, ranks: int) -> int:
-        """Examples of a batch in each of `ranks` processes. Raises: ValueError unless that comes out even."""
+        """Examples of a batch per process. Raises: ValueError unless the batch divides evenly among `ranks`."""
         if self.batch_size % ranks:
             raise ValueError(
                 f"a batch of {self.batch_size} does not divide among {ranks} processes: make it a multiple"
@@ -67,9 +66,9 @@ class Order:
         return self.batch_size // ranks
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        """(batch_size / ranks,) int64: the indices of the 0-based `step`, those of one of `ranks` processes.
+        """(batch_size / ranks,) int64: the indices of the examples of one process at the 0-based `step`.
 
-        The processes take consecutive parts: together they see the batch that one alone would.
+        The processes take contiguous parts of the batch that a single process would have.
         """
         share = self.share(ranks)
         epoch, at = divmod(step, self.batches_per_epoch)
@@ -77,8 +76,8 @@ class Order:
         return self._shuffled(epoch)[start : start + share]
 
     def _shuffle(self, epoch: int) -> Tensor:
-        """(N,) int64: all examples, in the order of this epoch."""
-        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
+        """(N,) int64: the indices of all examples, in the order of this epoch."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         places = torch.randperm(int(self._shard[-1]) + 1, generator=generator)
         key = places[self._shard].double()
         if self.shuffle == "within-shards":
@@ -86,6 +85,6 @@ class Order:
         return self._examples[key.argsort(stable=True)]
 
 
-def mixed(*numbers: int) -> int:
-    """A seed of 32 bits, which is what torch's generator takes in, that depends on all of `numbers`."""
+def derive_seed(*numbers: int) -> int:
+    """A 32-bit seed, the size that torch's generator uses, as a hash of `numbers`."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big")

@@ -1,4 +1,4 @@
-"""Requests answered in order, by processes of their own or by this one itself."""
+"""An ordered map over requests, in worker processes or in this one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from batchnorm.children import STOP_SIGNALS, leave_with_parent, signals_blocked
+from batchnorm.children import STOP_SIGNALS, exit_with_parent, signals_blocked
 from batchnorm.data.idx import DataError
 
 Request = TypeVar("Request")
@@ -19,13 +19,13 @@ Answer = TypeVar("Answer")
 
 
 class Processes(Generic[Request, Answer]):
-    """`answer(request)` for each of `requests`, in their order; may be iterated again and again.
+    """`answer(request)` for each of `requests`, in order; may be iterated repeatedly.
 
-    count: processes that do it ahead of time; they start at the first iteration, live as long as this object
-        is in use, and die with their parent. 0: the calls happen here, when an answer is asked for.
+    count: number of worker processes, which work ahead. They start at the first iteration, live as long as
+        this object and end with their parent. 0: the calls are made in this process when needed.
 
-    With processes, `answer` and the requests must be picklable. A DataError from `answer` is raised here;
-    whatever else it raises too, as torch's DataLoader does. Raises: DataError too when a process was killed.
+    With processes, `answer` and the requests must be picklable. Exceptions of `answer` are raised here, as
+    torch's DataLoader does; DataError is also raised when a process was killed.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class Processes(Generic[Request, Answer]):
             _Answers(answer),
             batch_size=None,
             sampler=requests,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             num_workers=count,
             multiprocessing_context="spawn" if count else None,  # torch does not survive a fork
-            worker_init_fn=_start,
+            worker_init_fn=_initialize_worker,
             persistent_workers=count > 0,
-            generator=torch.Generator(),  # the global one is not for us to draw from
+            generator=torch.Generator(),  # so that the loader does not draw from the global one
         )
 
     def __iter__(self) -> Iterator[Answer]:
-        with signals_blocked():  # a process inherits the mask: none dies of Ctrl-C while it is starting
+        with signals_blocked():  # a process inherits the mask, so Ctrl-C does not kill it during startup
             answers = iter(self._answers)
         while True:
             try:
@@ -62,7 +62,7 @@ class Processes(Generic[Request, Answer]):
                 try:
                     raise answer
                 finally:
-                    del answer  # by its traceback it would hold itself, and with that the processes
+                    del answer  # its traceback holds this frame, a cycle that would keep the processes alive
             yield answer
 
 
@@ -73,27 +73,29 @@ class _Answers(Dataset[Answer | DataError], Generic[Request, Answer]):
     def __getitem__(self, request: Request) -> Answer | DataError:
         try:
             return self._answer(request)
-        except DataError as error:  # raised in a process, it would come back with the text of a traceback
+        except (
+            DataError
+        ) as error:  # if raised in a worker, the DataLoader would add a traceback to its message
             return error
 
 
-def _unchanged(answer: Answer) -> Answer:
+def _identity(answer: Answer) -> Answer:
     return answer
 
 
-def _start(_: int) -> None:
-    """Stop when the parent says so, and not by a signal that it gets too."""
+def _initialize_worker(_: int) -> None:
+    """Ignore the signals of the process group, and end when the parent ends or sends SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    leave_with_parent()
+    exit_with_parent()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        Thread(target=_leave_when_told, daemon=True).start()
+        Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     else:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _leave_when_told() -> None:
-    """On the parent's own SIGTERM, which it sends to processes that are in the way of its end."""
+def _exit_on_sigterm_of_parent() -> None:
+    """Exit on a SIGTERM from the parent, which it sends to workers that do not end by themselves."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)

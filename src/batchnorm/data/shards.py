@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files whose samples are consecutive members with one key, 000123.jpg and 000123.cls."""
+"""WebDataset shards: tar files in which consecutive members with one key, 000123.jpg and 000123.cls, are a sample."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _METADATA = re.compile(r"__[^/]*__($|/)")
 _SPLITS = re.compile(r"\{([^{},]*),([^{},]*)\}")
 _BLOCK = 512
 _OPEN_FILES = 16
-_SCANS = 8  # at a time: on a network's disk a scan mostly waits
+_SCANS = 8  # concurrent scans; on a network file system a scan mostly waits for I/O
 
 
 class Index(BaseModel):
-    """What a shard holds, and where: a list entry a sample.
+    """The contents of a shard, with one list entry per sample.
 
-    length, modified: the tar file's size in bytes and its time of modification in ns, when it was scanned.
-    keys: as in the names of the members.
-    offsets, sizes: of the image files' contents in the tar file, in bytes.
+    length, modified: size in bytes and modification time in ns of the tar file when it was scanned.
+    keys: from the names of the members.
+    offsets, sizes: of the image files within the tar file, in bytes.
     labels: classes, from 0.
     """
 
@@ -57,9 +57,9 @@ class Index(BaseModel):
 
     @classmethod
     def of(cls, shard: Path) -> Self:
-        """The index of `shard`: from the file SHARD.index if that is up to date, else scanned and put there.
+        """The index of `shard`: read from SHARD.index if that is up to date, else scanned and stored there.
 
-        Raises: DataError for a shard that is missing, torn, or has samples without an image or a label.
+        Raises: DataError for a shard that is missing, truncated, or has samples without an image or a label.
         """
         stored = shard.with_name(f"{shard.name}.index")
         try:
@@ -70,7 +70,7 @@ class Index(BaseModel):
                     if index.stamp == stamp:
                         return index
                 except (OSError, ValidationError):
-                    pass  # none yet, or torn: written anew
+                    pass  # missing or broken: scan again
                 index = cls._scan(shard, file, stamp)
         except OSError as error:
             raise DataError(f"cannot read {shard}: {error.strerror}") from None
@@ -81,9 +81,9 @@ class Index(BaseModel):
     def _scan(cls, shard: Path, file: IO[bytes], stamp: tuple[int, int]) -> Self:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                grouped = list(_grouped(shard, tar))
+                grouped = list(_group_by_key(shard, tar))
                 file.seek(tar.offset)
-                if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a file that stops between members
+                if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile accepts a file truncated between members
                     raise tarfile.ReadError("it has no end mark")
                 samples = [_sample(shard, tar, key, members) for key, members in grouped]
         except (tarfile.TarError, EOFError) as error:
@@ -92,8 +92,8 @@ class Index(BaseModel):
         return cls(length=stamp[0], modified=stamp[1], keys=keys, offsets=offsets, sizes=sizes, labels=labels)
 
 
-def _grouped(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The key of each sample, and its members by their ending."""
+def _group_by_key(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """The key of each sample, and its members by extension."""
     files = (
         (match[1], match[2].lower(), member)
         for member in tar
@@ -135,11 +135,11 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _store(text: str, path: Path) -> None:
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")  # other processes may be at it too
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")  # other processes may write it too
     try:
         draft.write_text(text)
         draft.replace(path)
-    except OSError:  # a disk that is full or not ours to write to: the next run scans again
+    except OSError:  # the disk is full or read-only: the next run scans again
         draft.unlink(missing_ok=True)
 
 
@@ -148,12 +148,12 @@ def _stamp(stat: os.stat_result) -> tuple[int, int]:
 
 
 class Shards:
-    """The images of a split, by shard and by their order in it.
+    """The images of a split, in the order of the shards.
 
-    paths, indices: the shard files, and what `Index.of` says of each.
-    classes: their number.
+    paths, indices: the shard files, and the `Index` of each.
+    classes: number of classes.
 
-    Raises: DataError for a label beyond the classes, or no samples at all.
+    Raises: DataError for a label outside of the classes, or if there are no samples.
     """
 
     channels = 3
@@ -179,21 +179,21 @@ class Shards:
     def load(cls, pattern: Path, split: Split) -> Shards:
         """The shards that match a pattern such as FOLDER/{train,val}-*.tar, whose braces name both splits.
 
-        The classes are the lines of a classes.txt beside the training shards; without one, as many as the
-        training labels have.
+        The number of classes is that of the lines of classes.txt beside the training shards; without that
+        file, the largest training label plus one.
 
-        Raises: DataError as `Index.of` and `Shards` do, and when nothing matches.
+        Raises: DataError as `Index.of` and `Shards` do, and when no file matches.
         """
-        train = _matches(pattern, "train")
-        classes = _listed_classes(train[0].parent)
+        train = _match_shards(pattern, "train")
+        classes = _count_classes(train[0].parent)
         if split == "train" or classes is None:
-            indices = _indices(train)
+            indices = _read_indices(train)
         if classes is None:
             classes = 1 + max((max(index.labels, default=0) for index in indices), default=0)
         paths = train
         if split == "val":
-            paths = _matches(pattern, "val")
-            indices = _indices(paths)
+            paths = _match_shards(pattern, "val")
+            indices = _read_indices(paths)
         return cls(paths, indices, classes)
 
     def __len__(self) -> int:
@@ -215,7 +215,7 @@ class Shards:
         return f"{self._paths[bisect_right(self._ends, index)]}: {self._keys[index]}"
 
 
-def _matches(pattern: Path, split: Split) -> list[Path]:
+def _match_shards(pattern: Path, split: Split) -> list[Path]:
     names = _SPLITS.search(str(pattern))
     if names is None:
         raise DataError(f"{pattern} does not tell the splits apart: write {{train,val}} where they differ")
@@ -226,12 +226,12 @@ def _matches(pattern: Path, split: Split) -> list[Path]:
     return found
 
 
-def _indices(paths: Sequence[Path]) -> list[Index]:
+def _read_indices(paths: Sequence[Path]) -> list[Index]:
     with ThreadPoolExecutor(_SCANS) as pool:
         return list(pool.map(Index.of, paths))
 
 
-def _listed_classes(folder: Path) -> int | None:
+def _count_classes(folder: Path) -> int | None:
     try:
         return len((folder / "classes.txt").read_text().strip().splitlines()) or None
     except OSError:
@@ -239,23 +239,23 @@ def _listed_classes(folder: Path) -> int | None:
 
 
 class _OpenFiles:
-    """Descriptors of the shards that were read last: a bounded number in each process, none in a pickle."""
+    """A cache of the file descriptors of the last shards read, bounded in each process and empty in a pickle."""
 
     def __init__(self, paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> None:
         self._paths, self._stamps = paths, stamps
-        self._open: dict[int, int] = {}  # by shard, the one read last at the end
+        self._open: dict[int, int] = {}  # by shard, the most recently used last
 
     def __getitem__(self, shard: int) -> int:
-        """Raises: DataError when the shard is gone, or another one than was scanned."""
+        """Raises: DataError when the shard is missing, or has changed since it was scanned."""
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
-            descriptor = self._opened(shard)
+            descriptor = self._open_shard(shard)
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[shard] = descriptor
         return descriptor
 
-    def _opened(self, shard: int) -> int:
+    def _open_shard(self, shard: int) -> int:
         path = self._paths[shard]
         try:
             descriptor = os.open(path, os.O_RDONLY)

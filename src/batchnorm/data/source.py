@@ -1,4 +1,4 @@
-"""Labelled images by index: what a data set is to a loader."""
+"""The interface of data sets: labelled images by index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Split = Literal["train", "val"]
 
 
 class Unreadable(Exception):
-    """One image that cannot be read, while the rest of the data set is fine: its `name`, and `why`."""
+    """An image cannot be read, with its `name` and the reason `why`; the rest of the data set is usable."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(name, why)
@@ -22,12 +22,12 @@ class Unreadable(Exception):
 
 
 class Source(Protocol):
-    """A split of a data set. It can be pickled, and holds no open file when it is.
+    """A split of a data set. It can be pickled; the pickle holds no open files.
 
     classes: number of classes, the same in both splits.
-    channels: 1 or 3, of every image.
-    shards: how many examples each shard file holds, in the order of their indices; None where the data comes
-        in no shards.
+    channels: of every image, 1 or 3.
+    shards: number of examples in each shard file, in the order of their indices; None if the data has no
+        shards.
     """
 
     @property
@@ -42,16 +42,16 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         """An image, uint8 (C, H, W), and its class.
 
-        Raises: Unreadable for an image that is broken; DataError when what it lies in is gone.
+        Raises: Unreadable for a broken image; DataError when its shard is missing.
         """
 
     def name(self, index: int, /) -> str:
-        """What to call an image in a message: its path, or its shard and key."""
+        """The name of an image for messages: its path, or its shard and key."""
 
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """Images of one size, all of them in memory.
+    """A data set of images of one size, in memory.
 
     images: (N, C, H, W) uint8.
     labels: (N,) int64.

@@ -1,4 +1,4 @@
-"""A part of a data set, for a quick look."""
+"""A fixed random subset of a data set."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Subset:
 
     @property
     def classes(self) -> int:
-        """Of the whole."""
+        """The number of classes of the whole data set."""
         return self.source.classes
 
     @property
     def channels(self) -> int:
-        """Of every image."""
+        """The channels of every image."""
         return self.source.channels
 
     def __len__(self) -> int:
@@ -40,5 +40,5 @@ class Subset:
         return self.source[int(self._order[index])]
 
     def name(self, index: int) -> str:
-        """What the source calls it."""
+        """The name of the image in the source."""
         return self.source.name(int(self._order[index]))

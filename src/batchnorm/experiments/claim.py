@@ -1,4 +1,4 @@
-"""A claim of the paper as a value: which networks it needs, and what their curves say of it."""
+"""A claim of the paper: the networks that it needs, and its verdict from their curves."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from batchnorm.records import Chart, Evaluation, Result, Table, Verdict
 
+CLAIMS = "claims to test, separated by commas, or 'all'; 'list' shows them"
+
 
 class Settings(BaseModel):
-    """What a user may choose; with the data it decides every number."""
+    """The settings of an experiment. Together with the data they determine every number of its run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str
-    seeds: int = Field(3, ge=1, description="networks are trained from seeds 0, 1, ...")
-    claims: tuple[str, ...]
+    seeds: int = Field(3, ge=1, description="number of seeds, 0, 1, ..., over which the verdict averages")
+    claims: tuple[str, ...] = Field(description=CLAIMS)
 
 
 class Job(Protocol):
-    """The configuration of one network, or of something else that a worker does."""
+    """The configuration of a job of a worker: the training of a network, or a prediction."""
 
     @property
     def steps(self) -> int:
-        """How many it takes."""
+        """The number of steps."""
 
     @property
     def cost(self) -> float:
-        """How long it takes, in a unit that an experiment's jobs share."""
+        """The expected duration, in a unit that all jobs of an experiment share."""
 
 
 S = TypeVar("S", bound=Settings)
@@ -42,9 +44,9 @@ J = TypeVar("J", bound=Job)
 
 @dataclass
 class Curve(Generic[J]):
-    """What one network recorded: the evaluations, and the result once it has ended.
+    """The records of one network: its evaluations, and its result once it has ended.
 
-    checkpoint: where its state is.
+    checkpoint: the path of its checkpoint.
     """
 
     config: J
@@ -67,7 +69,7 @@ Curves = Mapping[str, Curve[Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What the curves say of a claim."""
+    """The outcome of a claim, from the curves."""
 
     seen: bool
     measured: str
@@ -76,7 +78,7 @@ class Finding:
 
 
 class Claim(ABC, Generic[S, J]):
-    """One claim. `name`, `title`, `source` and `expected` are those of its verdict."""
+    """A claim. `name`, `title`, `source` and `expected` appear in its verdict."""
 
     name: str
     title: str
@@ -85,22 +87,22 @@ class Claim(ABC, Generic[S, J]):
 
     @abstractmethod
     def choices(self, settings: S) -> list[str]:
-        """What the paper leaves open and we chose, a sentence each."""
+        """The choices that the paper leaves open, one sentence each."""
 
     @abstractmethod
     def jobs(self, settings: S, curves: Curves) -> dict[str, J]:
-        """The networks to train, by name, as far as they are known from the `curves` that have ended.
+        """The networks to train, by name, as far as they are known from the finished `curves`.
 
-        Asked again whenever all of them have ended, so that later networks may depend on earlier ones.
+        Called again when all of them have ended, so that later networks may depend on earlier ones.
         """
 
     @abstractmethod
     def charts(self, settings: S, curves: Curves) -> list[Chart]:
-        """The pictures, of whatever curves there are."""
+        """The figures, of the curves so far."""
 
     @abstractmethod
     def find(self, settings: S, curves: Curves) -> Finding:
-        """The finding, once every curve has ended."""
+        """The finding; called when every curve has ended."""
 
     def verdict(self, settings: S, curves: Curves) -> Verdict:
         """The verdict: that of `find` when every network has ended, else "incomplete"."""
@@ -129,31 +131,31 @@ class Claim(ABC, Generic[S, J]):
 
 
 def spread(values: Iterable[float | None], pattern: str = "{:,.0f}") -> str:
-    """'mean ± standard deviation' of the values over seeds, or how many there are when some are missing."""
+    """'mean ± standard deviation' of the values over seeds, or how many seeds have a value if some are None."""
     values = list(values)
-    there = [value for value in values if value is not None]
-    if len(there) < len(values):
-        return "not reached" if not there else f"reached by {len(there)} of {len(values)}"
-    mean = pattern.format(statistics.fmean(there))
-    whole = f"{mean} ± {pattern.format(statistics.stdev(there))}" if len(there) > 1 else mean
-    return whole.replace("%", " %")
+    present = [value for value in values if value is not None]
+    if len(present) < len(values):
+        return "not reached" if not present else f"reached by {len(present)} of {len(values)}"
+    mean = pattern.format(statistics.fmean(present))
+    text = f"{mean} ± {pattern.format(statistics.stdev(present))}" if len(present) > 1 else mean
+    return text.replace("%", " %")
 
 
-def over(seeds: int) -> str:
-    """What numbers with a spread are, in a table's note."""
+def seeds_note(seeds: int) -> str:
+    """The note of a table with mean and standard deviation over `seeds` seeds."""
     return f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share between 0 and 1 for people: '94.8 %'."""
+    """A share between 0 and 1 as a percentage: '94.8 %'."""
     return f"{100 * share:.{digits}f} %"
 
 
-def net(batch_norm: bool) -> Literal["bn", "plain"]:
-    """The name of a network with or without batch normalization in jobs, and its role in a chart."""
+def role(batch_norm: bool) -> Literal["bn", "plain"]:
+    """The role of a network with or without batch normalization, in the names of jobs and in charts."""
     return "bn" if batch_norm else "plain"
 
 
 def label(batch_norm: bool) -> str:
-    """The name of a network with or without batch normalization for people."""
+    """The label of a network with or without batch normalization."""
     return "with BN" if batch_norm else "without BN"

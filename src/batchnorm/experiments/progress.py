@@ -1,4 +1,4 @@
-"""How a run looks in a terminal: a bar for the whole, a line for every network in training, a verdict."""
+"""The terminal output of an experiment: a bar for the whole, a bar per network in training, the verdicts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from batchnorm.training.workers import Progress as Step
 
 
 class Display:
-    """Progress bars on `console`; where that is not a terminal, a line for every network that has ended."""
+    """Progress bars on `console`; without a terminal, a line for each finished network."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -51,13 +51,13 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def planned(self, jobs: Mapping[str, Job]) -> None:
-        """Lengthen the bar by these networks."""
+    def on_jobs(self, jobs: Mapping[str, Job]) -> None:
+        """Extend the total by these networks."""
         self._jobs |= jobs
         self._refresh()
 
-    def progress(self, progress: Step) -> None:
-        """Move the bar of one network, and that of the whole."""
+    def on_progress(self, progress: Step) -> None:
+        """Advance the bar of one network, and that of the whole."""
         job = progress.job
         if job not in self._running:
             steps = self._jobs[job].steps
@@ -69,8 +69,8 @@ class Display:
         self._steps[job] = progress.step
         self._refresh()
 
-    def ended(self, job: str, result: Result) -> None:
-        """Take the bar of one network away and print its end."""
+    def on_result(self, job: str, result: Result) -> None:
+        """Remove the bar of one network and print its result."""
         if job in self._running:
             self._bars.remove_task(self._running.pop(job))
         self._steps[job] = self._jobs[job].steps
@@ -79,9 +79,9 @@ class Display:
         self._console.print(f"  {job:28} {result.steps:>6,} steps  {outcome}", highlight=False)
         self._refresh()
 
-    def stopping(self) -> None:
-        """Say that Ctrl-C was heard."""
-        self._console.print("stopping: writing checkpoints (Ctrl-C again to give them up)")
+    def on_stop_request(self) -> None:
+        """Confirm Ctrl-C."""
+        self._console.print("stopping: writing checkpoints (Ctrl-C again to quit without them)")
 
     def _refresh(self) -> None:
         assert self._all is not None
@@ -94,21 +94,21 @@ class Display:
         )
 
 
-_HEADING = 8  # letters that a column's heading may take however narrow the column
-_ENDLESS = 10_000
+_HEADING = 8  # characters that a column's heading may always have
+_UNLIMITED = 10_000
 _MARKS = {"seen": ("✓", "green"), "not seen here": ("✗", "red"), "incomplete": ("…", "yellow")}
 
 
 def summary(verdicts: Sequence[Verdict]) -> RenderableType:
-    """The verdicts, and the first table of the last one; the others are in the report."""
-    parts: list[RenderableType] = [_Judged(verdict) for verdict in verdicts]
+    """The verdicts, and the first table of the last one; the other tables are in the report."""
+    parts: list[RenderableType] = [_VerdictPanel(verdict) for verdict in verdicts]
     for title, table in list(verdicts[-1].tables.items())[:1] if verdicts else ():
-        parts.append(_Titled(title, table))
+        parts.append(_TitledTable(title, table))
     return Group(*parts)
 
 
-class _Judged:
-    """A verdict in a frame."""
+class _VerdictPanel:
+    """A verdict in a panel."""
 
     def __init__(self, verdict: Verdict) -> None:
         self._verdict = verdict
@@ -117,17 +117,17 @@ class _Judged:
         verdict, inside = self._verdict, options.max_width - 4
         mark, colour = _MARKS[verdict.outcome]
         text = Text.assemble(
-            (_filled(verdict.title, inside), "bold"),
-            "\n\n" + _filled(verdict.measured, inside),
-            ("\n\n" + _filled(f"expected: {verdict.expected}", inside), "dim"),
-            ("\n" + _filled(f"in the paper: {verdict.source}", inside), "dim"),
+            (_wrap(verdict.title, inside), "bold"),
+            "\n\n" + _wrap(verdict.measured, inside),
+            ("\n\n" + _wrap(f"expected: {verdict.expected}", inside), "dim"),
+            ("\n" + _wrap(f"in the paper: {verdict.source}", inside), "dim"),
         )
         heading = f"[bold]{mark} {verdict.outcome}[/]"
         yield Panel(text, title=heading, title_align="left", border_style=colour)
 
 
-class _Titled:
-    """A table under its title; where its lines would be too long, what follows a "±" stands below."""
+class _TitledTable:
+    """A table with its title; if it is too wide, cells are wrapped before "±"."""
 
     def __init__(self, title: str, table: Table) -> None:
         self._title, self._table = title, table
@@ -135,11 +135,11 @@ class _Titled:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows, width = self._table.rows, options.max_width
         grid = self._grid(rows)
-        if Measurement.get(console, options.update(width=_ENDLESS), grid).maximum > width:
+        if Measurement.get(console, options.update(width=_UNLIMITED), grid).maximum > width:
             grid = self._grid([[cell.replace(" ± ", "\n± ") for cell in row] for row in rows])
-        yield Text(f"\n{_filled(self._title, width)}\n", "bold")
+        yield Text(f"\n{_wrap(self._title, width)}\n", "bold")
         yield grid
-        yield Text(f"\n{_filled(self._table.note, width)}", "dim")
+        yield Text(f"\n{_wrap(self._table.note, width)}", "dim")
 
     def _grid(self, rows: Sequence[Sequence[str]]) -> Grid:
         grid = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -152,7 +152,7 @@ class _Titled:
         return grid
 
 
-def _filled(text: str, width: int) -> str:
-    """In lines of at most `width`, none of which begins with the sign of a number."""
-    together = text.replace(" %", "\u00a0%")  # rich would break there too
-    return textwrap.fill(together, max(width, 1), break_on_hyphens=False).replace("\u00a0", " ")
+def _wrap(text: str, width: int) -> str:
+    """The text wrapped at `width`, without a line break before "%"."""
+    protected = text.replace(" %", "\u00a0%")
+    return textwrap.fill(protected, max(width, 1), break_on_hyphens=False).replace("\u00a0", " ")

@@ -1,4 +1,4 @@
-"""Run an experiment: train what the claims need, record it, judge, draw the page; stop and continue anywhere."""
+"""Run an experiment: train the networks that the claims need, record, judge and write the report; resumable."""
 
 from __future__ import annotations
 
@@ -15,82 +15,88 @@ from batchnorm.records import Evaluation, RecordFile, Result, Run, Verdict
 from batchnorm.training.interruption import Interruption
 from batchnorm.training.machine import machine, versions
 from batchnorm.training.tensorboard import EventFiles
-from batchnorm.training.workers import Make, Outcome, Progress, WorkerDied, Workers
+from batchnorm.training.workers import Outcome, Progress, TrainerFactory, WorkerDied, Workers
 
 
 class Stopped(Exception):
-    """The run was interrupted; everything up to now is in its folder."""
+    """The run was interrupted; its records and checkpoints have been written."""
 
 
-class Watcher(Protocol):
-    """Who is told how the run goes; the command line shows a progress bar."""
+class Callback(Protocol):
+    """Called on the events of a run; the command line shows a progress bar."""
 
-    def planned(self, jobs: Mapping[str, Job]) -> None:
-        """These networks are about to be trained, in addition to those before."""
+    def on_jobs(self, jobs: Mapping[str, Job]) -> None:
+        """`jobs` are about to be trained, in addition to earlier ones."""
 
-    def progress(self, progress: Progress) -> None:
-        """A network has come this far."""
+    def on_progress(self, progress: Progress) -> None:
+        """A network has made progress."""
 
-    def ended(self, job: str, result: Result) -> None:
-        """A network has ended."""
+    def on_result(self, job: str, result: Result) -> None:
+        """The training of a network has ended."""
 
-    def stopping(self) -> None:
+    def on_stop_request(self) -> None:
         """The user asked to stop; checkpoints are being written."""
 
 
 class Experiment(Generic[S, J]):
     """Claims of the paper, tested together in one run folder.
 
-    title: what the page is called.
-    claims: judged in this order, so that the last verdict is the last record.
-    data: the data set in words.
-    make: what a worker makes of a job.
+    title: of the report.
+    claims: judged in this order; the last verdict is the last record.
+    data: a description of the data set.
+    make_trainer: creates the trainer of a job, in a worker.
     """
 
     def __init__(
-        self, name: str, title: str, claims: Sequence[Claim[S, J]], data: str, make: Make[J]
+        self, name: str, title: str, claims: Sequence[Claim[S, J]], data: str, make_trainer: TrainerFactory[J]
     ) -> None:
-        self.name, self.title, self.claims, self.data, self.make = name, title, claims, data, make
+        self.name, self.title, self.claims, self.data, self.make_trainer = (
+            name,
+            title,
+            claims,
+            data,
+            make_trainer,
+        )
 
     def run(
         self,
         settings: S,
         folder: Path,
         command: str,
-        watcher: Watcher,
+        callback: Callback,
         workers: int | None = None,
     ) -> list[Verdict]:
-        """Run, or continue, in `folder`; return the verdicts, which are also the last records.
+        """Run, or resume, in `folder`; return the verdicts, which are also the last records.
 
-        command: the command line, for the record.
+        command: the command line, for the run record.
 
-        Raises: Stopped after Ctrl-C or SIGTERM, when records, page and checkpoints have been written.
+        Raises: Stopped after Ctrl-C or SIGTERM, when records, report and checkpoints have been written.
         """
         with ExitStack() as stack:
-            pools: list[Workers[J]] = []  # once there is one; before, nothing is in training
+            pools: list[Workers[J]] = []  # empty until the pool exists
 
             def stop(_: signal.Signals) -> None:
                 for pool in pools:
                     pool.stop()
-                watcher.stopping()
+                callback.on_stop_request()
 
             interrupted = stack.enter_context(Interruption(stop))
             records = stack.enter_context(RecordFile(folder / "records.jsonl"))
             if not records.records:
                 records.append(self._head(settings, command))
             events = stack.enter_context(EventFiles(folder / "tensorboard"))
-            pool = stack.enter_context(Workers(self.make, folder / "checkpoints", workers))
+            pool = stack.enter_context(Workers(self.make_trainer, folder / "checkpoints", workers))
             pools.append(pool)
             curves: dict[str, Curve[J]] = {}
-            while not interrupted.seen:
+            while not interrupted.received:
                 jobs = self._jobs(settings, curves)
                 if not jobs:
                     break
-                watcher.planned(jobs)
+                callback.on_jobs(jobs)
                 try:
-                    self._train(jobs, curves, pool, records, events, watcher)
-                except WorkerDied:  # whoever stopped us may have stopped them too
-                    if not interrupted.seen:
+                    self._train(jobs, curves, pool, records, events, callback)
+                except WorkerDied:  # the signal that stopped this process may have killed the workers
+                    if not interrupted.received:
                         raise
             for claim in self.claims:
                 for chart in claim.charts(settings, curves):
@@ -105,11 +111,11 @@ class Experiment(Generic[S, J]):
         return verdicts
 
     def _jobs(self, settings: S, curves: dict[str, Curve[J]]) -> dict[str, J]:
-        """What the claims need and nobody has trained yet, the longest first so that no core waits at the end."""
-        wanted: dict[str, J] = {}
+        """The jobs that the claims need and that have not run, the longest first, to keep all cores busy."""
+        jobs: dict[str, J] = {}
         for claim in self.claims:
-            wanted |= claim.jobs(settings, curves)
-        missing = [(name, config) for name, config in wanted.items() if name not in curves]
+            jobs |= claim.jobs(settings, curves)
+        missing = [(name, config) for name, config in jobs.items() if name not in curves]
         return dict(sorted(missing, key=lambda job: -job[1].cost))
 
     def _train(
@@ -119,23 +125,23 @@ class Experiment(Generic[S, J]):
         pool: Workers[J],
         records: RecordFile,
         events: EventFiles,
-        watcher: Watcher,
+        callback: Callback,
     ) -> None:
-        """Train `jobs` into `curves`. Records are written network by network in the order of `jobs`.
+        """Train `jobs` and add their `curves`. Records are written network by network, in the order of `jobs`.
 
-        So the file is the same every time, though two processes never end in the same order.
+        This makes the file deterministic although networks end in any order.
         """
         outcomes: dict[str, Outcome] = {}
         waiting = list(jobs)
         for message in pool.train(jobs):
             if isinstance(message, Progress):
-                watcher.progress(message)
+                callback.on_progress(message)
                 if message.evaluation is not None:
                     events.add(message.evaluation)
                 continue
             outcomes[message.job] = message
             if message.finished:
-                watcher.ended(message.job, _result(message))
+                callback.on_result(message.job, _result(message))
             while waiting and waiting[0] in outcomes:
                 outcome = outcomes[waiting.pop(0)]
                 for record in outcome.records:

@@ -1,1 +1,1 @@
-"""How the forward of a module is read and rewritten: calls, traces, patterns, a subclass with a new forward."""
+"""Analysis and rewriting of a module's forward: the call graph, fx traces, fusion patterns, a rewritten subclass."""

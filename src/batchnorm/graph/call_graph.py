@@ -1,4 +1,4 @@
-"""Who calls whom in a model: a layer may change its meaning only where every call of it is known."""
+"""The call graph of a model. A layer may be fused only if all of its calls are known."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from torch import Tensor, fx, nn
 
 from batchnorm.graph.forward_text import reaches_into
 from batchnorm.graph.modules import has_hooks, is_ours, is_patched
-from batchnorm.graph.trace import Inputs, Trace, Untraceable, is_passive, is_sequential, parameters, trace
+from batchnorm.graph.trace import (
+    Inputs,
+    Trace,
+    Untraceable,
+    is_plain_identity,
+    is_sequential,
+    parameters,
+    trace,
+)
 
 MODES = (True, False)
 
 Tails = dict[
     nn.Module, dict[str, Any]
-]  # modules whose output is that of a layer, and the attributes they read
+]  # modules that return the output of a layer, and the attributes that they read
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The forward of one module, by mode of training, and what it was traced with."""
+    """The traces of a module's forward, by training mode, and the types of its inputs."""
 
     by_mode: Mapping[bool, Trace]
     inputs: Inputs
@@ -33,11 +41,11 @@ class Traced:
 class CallGraph:
     """The calls in a model that can reach a layer of ours.
 
-    traced: each module whose forward was traced.
-    opaque: why, for each module that could not be.
-    tails: the modules whose output is that of a layer, so that what follows may be fused, each with the plain
-        attributes that its forward reads.
-    callers: for each module that is called, how often by which others.
+    traced: the traces of each module whose forward was traced.
+    opaque: the reason for each module that could not be traced.
+    tails: the modules that return the output of a layer, so that an activation after them can be fused; each with the
+        plain attributes that its forward reads.
+    callers: for each called module, the number of calls by each caller.
     """
 
     traced: Mapping[nn.Module, Traced]
@@ -47,39 +55,41 @@ class CallGraph:
 
     @classmethod
     def of(cls, model: nn.Module) -> CallGraph:
-        """That of `model`: its forwards are traced, nothing is computed, and the model stays as it is."""
+        """The call graph of `model`, by tracing its forwards; nothing is computed, and the model is not changed."""
         tails = _tails(model)
         traced: dict[nn.Module, Traced] = {}
         opaque: dict[nn.Module, str] = {}
-        for module in model.modules():  # a caller mostly comes before what it calls, and knows its inputs
+        for (
+            module
+        ) in model.modules():  # callers usually come before the modules they call, whose inputs they know
             if is_ours(module) or is_sequential(module) or not any(map(is_ours, module.modules())):
                 continue
             if type(module).forward is nn.Module.forward:  # a ModuleList has none
                 continue
             try:
-                traced[module] = _traced(module, traced, tails)
+                traced[module] = _trace_module(module, traced, tails)
             except Untraceable as reason:
                 opaque[module] = f"the forward of {type(module).__name__} cannot be traced: {reason}"
         return cls(traced, opaque, tails, _callers(model, traced, opaque))
 
     def obstacle(self, layer: nn.Module, owner: nn.Module) -> str | None:
-        """Why calls of `layer` other than the one in `owner` may exist, or None."""
+        """Why there may be calls of `layer` other than the one in `owner`, or None."""
         number = sum(self.callers.get(layer, Counter()).values())
         if number > 1:
             return f"is called from {number} places"
         for module, why in self.opaque.items():
             holds = module is not owner and any(each is layer for each in module.modules())
             if holds and reaches_into(module, layer):
-                return f"{type(module).__name__} may call it in a way of its own: {why}"
+                return f"{type(module).__name__} may call it too: {why}"
         return None
 
     def owner(self, layer: nn.Module) -> nn.Module | None:
-        """The module whose forward calls `layer`, if one is known to."""
+        """The module whose forward calls `layer`, or None if no call is known."""
         return next(iter(self.callers.get(layer, ())), None)
 
 
 def _tails(model: nn.Module) -> Tails:
-    """Those among the modules of `model`, children before their parents."""
+    """The tails of `model`, computed for children before their parents."""
     tails: Tails = {}
     for module in reversed(list(model.modules())):
         attributes = _attributes_of_tail(module, tails)
@@ -89,24 +99,24 @@ def _tails(model: nn.Module) -> Tails:
 
 
 def _attributes_of_tail(module: nn.Module, tails: Tails) -> dict[str, Any] | None:
-    """The attributes that `module` reads, if its output is that of a layer."""
+    """The attributes that `module` reads, if it is a tail."""
     if has_hooks(module) or is_ours(module) or not any(map(is_ours, module.modules())):
         return None
     if is_sequential(module):
-        last = next((each for each in reversed(list(module.children())) if not is_passive(each)), None)
+        last = next((each for each in reversed(list(module.children())) if not is_plain_identity(each)), None)
         return {} if last is not None and _ends_in_layer(last, tails) else None
-    known = parameters(module)
-    if is_patched(module) or known is None or type(module).forward is nn.Module.forward:
+    parameters_by_name = parameters(module)
+    if is_patched(module) or parameters_by_name is None or type(module).forward is nn.Module.forward:
         return None
     try:
-        training, evaluation = (trace(module, _required(known), mode) for mode in MODES)
+        training, evaluation = (trace(module, _required_inputs(parameters_by_name), mode) for mode in MODES)
     except Untraceable:
         return None
-    # its calls may stand in its caller's forward if they are the same in both modes; with more to fuse than its
-    # last layer it is better rewritten itself, which serves all its callers
+    # it can be inlined in its caller's forward if it is the same in both modes; if it has more layers to fuse, it is
+    # rewritten itself instead, for all its callers
     if str(training.graph) != str(evaluation.graph) or training.methods:
         return None
-    last, *others = [each for each in reversed(training.whole) if not is_passive(each)] or [module]
+    last, *others = [each for each in reversed(training.called) if not is_plain_identity(each)] or [module]
     if not _ends_in_layer(last, tails):
         return None
     if any(is_ours(each) or each in tails for each in others):
@@ -115,11 +125,11 @@ def _attributes_of_tail(module: nn.Module, tails: Tails) -> dict[str, Any] | Non
 
 
 def _ends_in_layer(module: nn.Module, tails: Tails) -> bool:
-    """Whether the output of `module` is that of a layer which nothing was fused into."""
+    """Whether the output of `module` is that of a layer without an activation."""
     return module in tails or (is_ours(module) and module.activation is None and not has_hooks(module))
 
 
-def _traced(module: nn.Module, callers: Mapping[nn.Module, Traced], tails: Tails) -> Traced:
+def _trace_module(module: nn.Module, callers: Mapping[nn.Module, Traced], tails: Tails) -> Traced:
     """The forward of `module` in both modes. Raises: Untraceable."""
     if is_patched(module):
         raise Untraceable("it was replaced on the instance")
@@ -128,12 +138,12 @@ def _traced(module: nn.Module, callers: Mapping[nn.Module, Traced], tails: Tails
 
 
 def _inputs_of(module: nn.Module, callers: Mapping[nn.Module, Traced]) -> Inputs:
-    """The arguments that its callers give `module`, if they agree; else those that it must be given."""
-    known = parameters(module)
-    if known is None:
+    """The arguments that the callers of `module` pass, if they all agree; else its required arguments."""
+    parameters_by_name = parameters(module)
+    if parameters_by_name is None:
         raise Untraceable("it takes *args or **kwargs")
-    required = _required(known)
-    given = [_given(node, known) for node in _nodes_calling(module, callers)]
+    required = _required_inputs(parameters_by_name)
+    given = [_passed_arguments(node, parameters_by_name) for node in _nodes_calling(module, callers)]
     if not given or any(each != given[0] for each in given) or not required.keys() <= given[0].keys():
         return required
     return given[0]
@@ -150,7 +160,7 @@ def _nodes_calling(module: nn.Module, callers: Mapping[nn.Module, Traced]) -> It
 def _callers(
     model: nn.Module, traced: Mapping[nn.Module, Traced], opaque: Mapping[nn.Module, str]
 ) -> dict[nn.Module, Counter[nn.Module]]:
-    """For each module that is called when `model` runs, how often by which others."""
+    """For each module that is called when `model` runs, the number of calls by each caller."""
     callers: dict[nn.Module, Counter[nn.Module]] = {}
     seen: set[nn.Module] = set()
 
@@ -163,8 +173,8 @@ def _callers(
         elif module in traced:
             called = Counter()
             for each in traced[module].by_mode.values():
-                called |= Counter(each.whole)
-        else:  # what is below it may run
+                called |= Counter(each.called)
+        else:  # any module below it may be called
             if module in opaque or module is model:
                 for child in module.modules():
                     visit(child)
@@ -178,24 +188,24 @@ def _callers(
 
 
 def _output(graph: fx.Graph, module: nn.Module) -> nn.Module | None:
-    """The child whose output is that of `graph`, and nothing else's."""
+    """The child whose output is returned by `graph` and not used otherwise, or None."""
     (value,) = next(iter(reversed(graph.nodes))).args
     while isinstance(value, fx.Node) and value.op == "call_module" and len(value.users) == 1:
         child = module.get_submodule(str(value.target))
-        if not is_passive(child):
+        if not is_plain_identity(child):
             return child
         value = value.args[0]
     return None
 
 
-def _required(known: dict[str, Parameter]) -> Inputs:
-    return {name: Tensor for name, each in known.items() if each.default is each.empty}
+def _required_inputs(parameters_by_name: dict[str, Parameter]) -> Inputs:
+    return {name: Tensor for name, each in parameters_by_name.items() if each.default is each.empty}
 
 
-def _given(node: fx.Node, known: dict[str, Parameter]) -> dict[str, type]:
-    values = {**dict(zip(known, node.args, strict=False)), **node.kwargs}
+def _passed_arguments(node: fx.Node, parameters_by_name: dict[str, Parameter]) -> dict[str, type]:
+    values = {**dict(zip(parameters_by_name, node.args, strict=False)), **node.kwargs}
     return {
         name: list if isinstance(value, list | tuple) else Tensor
         for name, value in values.items()
-        if name not in known or known[name].default is not value
+        if name not in parameters_by_name or parameters_by_name[name].default is not value
     }

@@ -1,4 +1,4 @@
-"""The pattern: a layer of ours, perhaps a residual that is added, an activation that has a kernel."""
+"""The fusion pattern: a layer of ours, an optional residual add, and an activation that has a kernel."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.nn import functional as F
 
 from batchnorm.graph.modules import activation_of, has_hooks, is_ours, leaky_relu
 from batchnorm.graph.rewrite import add_residual
-from batchnorm.graph.trace import Trace, is_in_place, is_passive
+from batchnorm.graph.trace import Trace, is_in_place, is_plain_identity
 from batchnorm.kernels.call import Activation
 
 
 class Unfusable(Exception):
-    """The message says why."""
+    """A layer cannot be fused; the message says why."""
 
 
 @dataclass
 class Chain:
-    """What follows a call of a layer, each value read by the next node alone."""
+    """A call of a layer and the nodes after it that can be fused; each value has the next node as its only user."""
 
     layer: fx.Node
     activation: Activation
     last: fx.Node  # the activation
-    between: list[fx.Node]  # identities and the addition
+    intermediate: list[fx.Node]  # identities and the addition
     add: fx.Node | None = None
     residual: fx.Node | None = None
 
@@ -45,28 +45,28 @@ def follow(layer: fx.Node, trace: Trace, module: nn.Module) -> Chain:
     """
     if len(layer.args) != 1 or layer.kwargs:
         raise Unfusable("is not called with its input alone")
-    value, between = layer, list[fx.Node]()
+    value, intermediate = layer, list[fx.Node]()
     add = residual = None
     while True:
         user = _only_user(value)
         child = module.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if child is not None and is_passive(child):
-            between.append(user)
+        if child is not None and is_plain_identity(child):
+            intermediate.append(user)
             value = user
             continue
-        other = _added(user, value) if add is None else None
+        other = _added_operand(user, value) if add is None else None
         if other is not None:
             add, residual = user, other
-            between.append(user)
+            intermediate.append(user)
             value = user
             continue
-        chain = Chain(layer, _activation(user, child), user, between, add, residual)
+        chain = Chain(layer, _activation(user, child), user, intermediate, add, residual)
         _check(chain, trace, module)
         return chain
 
 
 def activation_module(module: nn.Module) -> Activation:
-    """What a layer's `activation` has to be to stand for `module`.
+    """The value of a layer's `activation` that is equivalent to `module`.
 
     Raises: Unfusable.
     """
@@ -91,8 +91,8 @@ def _only_user(value: fx.Node) -> fx.Node:
     return users[0]
 
 
-def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """What `node` adds to `value`, if that is what it does."""
+def _added_operand(node: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The other operand, if `node` is an addition to `value`; else None."""
     in_place = node.target in (operator.iadd, "add_")
     if node.target not in (operator.add, operator.iadd, torch.add, "add", "add_") or len(node.args) != 2:
         return None
@@ -137,35 +137,35 @@ def _is_plain(rest: tuple[Any, ...]) -> bool:
 
 def _check(chain: Chain, trace: Trace, module: nn.Module) -> None:
     method = next((trace.methods[node] for node in [chain.layer, chain.last] if node in trace.methods), None)
-    # called on its own, the method still applies the activation: harmless only where twice is the same as once
+    # other callers of the method apply the activation again, which is harmless only if it is idempotent
     if method is not None and (chain.add is not None or chain.activation not in ("relu", "relu6")):
         raise Unfusable(f"is called in {method}(), which others may call too")
     if chain.add is not None:
         source = chain.layer.args[0]
         if isinstance(source, fx.Node) and _may_change(source, chain.layer, chain.add, module):
-            raise Unfusable("its input may be changed in place before the residual is added")
+            raise Unfusable("its input may be modified in place before the residual is added")
 
 
 def _may_change(source: fx.Node, layer: fx.Node, add: fx.Node, module: nn.Module) -> bool:
-    """Whether what shares memory with `source` may be written to after `layer` and before `add`."""
-    shared, waiting = {source}, [source]
-    while waiting:
-        node = waiting.pop()
-        near = [user for user in node.users if not _is_fresh(user, module)]
+    """Whether a tensor that may share memory with `source` may be written after `layer` and before `add`."""
+    aliases, pending = {source}, [source]
+    while pending:
+        node = pending.pop()
+        neighbours = [user for user in node.users if not _is_fresh(user, module)]
         if not _is_fresh(node, module):
-            near += node.all_input_nodes
-        waiting += [each for each in near if each not in shared]
-        shared.update(near)
+            neighbours += node.all_input_nodes
+        pending += [neighbour for neighbour in neighbours if neighbour not in aliases]
+        aliases.update(neighbours)
     node = layer.next
     while node is not add:
-        if _writes(node, module) and not shared.isdisjoint(node.all_input_nodes):
+        if _writes(node, module) and not aliases.isdisjoint(node.all_input_nodes):
             return True
         node = node.next
     return False
 
 
 def _is_fresh(node: fx.Node, module: nn.Module) -> bool:
-    """Whether the output of `node` surely shares no memory with its inputs."""
+    """Whether the output of `node` is known to share no memory with its inputs."""
     if node.op == "call_module":
         return isinstance(module.get_submodule(str(node.target)), _FRESH)
     return node.op in ("get_attr", "output") or node.target in (

@@ -1,4 +1,4 @@
-"""What the text of a forward proves about a module that cannot be traced: whether it only calls a child whole."""
+"""Static analysis of the source of a forward that cannot be traced: whether it only calls its children as a whole."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Use = Literal["whole", "elements", "opened"]
 
 
 def reaches_into(module: nn.Module, layer: nn.Module) -> bool:
-    """Whether `module`, whose forward is known by its text alone, may call `layer` other than through its children.
+    """Whether `module`, which cannot be traced, may call `layer` other than through its children.
 
-    False is proven: each child that holds `layer` is only called as a whole, or is a list whose elements are.
+    False is certain: each child that contains `layer` is only called as a whole, or is a list whose elements are.
     """
     if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
-        return False  # DataParallel, a compiled module, ...: they call what they wrap
+        return False  # DataParallel, a compiled module, ...: they call the wrapped module
     uses = None if is_patched(module) else _uses(module)
     for name, child in module.named_children():
         if not any(each is layer for each in child.modules()):
@@ -35,39 +35,39 @@ def reaches_into(module: nn.Module, layer: nn.Module) -> bool:
 
 
 def _uses(module: nn.Module) -> dict[str, Use] | None:
-    """How the forward of `module` and the methods it calls use each child; None if it cannot be told."""
+    """How the forward of `module` and the methods it calls use each child; None if this cannot be determined."""
     uses: dict[str, Use] = {}
-    kind, seen, waiting = type(module), set[str](), ["forward"]
-    while waiting:
-        method = waiting.pop()
-        if method in seen:
+    kind, visited, pending = type(module), set[str](), ["forward"]
+    while pending:
+        method = pending.pop()
+        if method in visited:
             continue
-        seen.add(method)
+        visited.add(method)
         for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
             if method not in vars(owner):
                 continue
-            function = _function(getattr(owner, method))
+            function = _parse_function(getattr(owner, method))
             if function is None or not function.args.args:
                 return None
-            for name, use in _mentions(function):
+            for name, use in _attribute_uses(function):
                 if name is None:
                     return None
                 if name in module._modules:
                     uses[name] = max(use, uses.get(name, "whole"), key=_SEVERITY.index)
-                elif callable(getattr(nn.Module, name, None)) and name not in _HARMLESS:
+                elif callable(getattr(nn.Module, name, None)) and name not in _SAFE_METHODS:
                     return None  # children(), named_modules(), get_submodule(), ...
                 elif name in ("_modules", "__dict__"):
                     return None
                 elif callable(getattr(kind, name, None)) or isinstance(getattr(kind, name, None), property):
-                    waiting.append(name)
+                    pending.append(name)
     return uses
 
 
 _SEVERITY: list[Use] = ["whole", "elements", "opened"]
-_HARMLESS = ("forward", "train", "eval", "parameters", "state_dict", "requires_grad_", "__init__")
+_SAFE_METHODS = ("forward", "train", "eval", "parameters", "state_dict", "requires_grad_", "__init__")
 
 
-def _function(method: object) -> ast.FunctionDef | None:
+def _parse_function(method: object) -> ast.FunctionDef | None:
     try:
         text = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))  # type: ignore[arg-type]
         found = ast.parse(text).body[0]
@@ -76,15 +76,15 @@ def _function(method: object) -> ast.FunctionDef | None:
     return found if isinstance(found, ast.FunctionDef) else None
 
 
-def _mentions(function: ast.FunctionDef) -> Iterator[tuple[str | None, Use]]:
-    """Each `self.name` of a method and how it is used there; None as a name: self itself is handed on."""
-    me = function.args.args[0].arg
+def _attribute_uses(function: ast.FunctionDef) -> Iterator[tuple[str | None, Use]]:
+    """Each attribute of self in a method, and its use. A name of None means that self itself is passed on."""
+    self_name = function.args.args[0].arg
     parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
     called = {node.func for node in ast.walk(function) if isinstance(node, ast.Call)}
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and _is_super(node.value):
             yield node.attr, "whole"
-        if not (isinstance(node, ast.Name) and node.id == me):
+        if not (isinstance(node, ast.Name) and node.id == self_name):
             continue
         attribute = parents[node]
         if not (isinstance(attribute, ast.Attribute) and attribute.value is node):
@@ -120,9 +120,9 @@ def _is_super(node: ast.AST) -> bool:
 def _only_elements_are_called(
     attribute: ast.Attribute, parents: dict[ast.AST, ast.AST], function: ast.FunctionDef
 ) -> bool:
-    """Whether `attribute` is what a `for` runs over, and the loop does nothing with an element but call it."""
+    """Whether `attribute` is the iterable of a `for` loop that does nothing with an element but call it."""
     node: ast.AST = attribute
-    last = False  # of several names, only the last is the element
+    last = False  # whether only the last loop variable is the element
     while isinstance(parent := parents[node], ast.Call | ast.Attribute):
         if isinstance(parent, ast.Attribute) and parent.attr not in ("values", "items"):
             return False

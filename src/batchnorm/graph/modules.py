@@ -1,4 +1,4 @@
-"""What the passes ask of a module: what it is, whether anybody hooked or patched it, what activation it computes."""
+"""Predicates on modules: normalization layers, hooks, patched forwards, activations."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def is_ours(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 
 def is_normalization(module: nn.Module) -> bool:
-    """Whether the report has a line for `module`: batch normalization in any form we know to look for."""
+    """Whether `module` is a batch normalization of any library, and so has a line in reports."""
     name = str(
         getattr(module, "original_name", type(module).__name__)
-    )  # what was scripted keeps its name there
+    )  # of a scripted module, the class name
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
 
 
@@ -30,21 +30,21 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether calling `module` runs something that was put on the instance and not its class's forward."""
+    """Whether `forward` or `_call_impl` was replaced on the instance."""
     return "forward" in vars(module) or "_call_impl" in vars(module)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """The batch normalization of `model`, torch's and ours, by its path; a layer that several hold is listed once."""
+    """The batch normalization layers of `model`, torch's and ours, by path; a shared layer is listed once."""
     return {
-        name: each
-        for name, each in model.named_modules()
-        if isinstance(each, nn.modules.batchnorm._BatchNorm)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
     }
 
 
 def activation_of(module: nn.Module) -> Activation:
-    """What `activation=` has to be to mean the same as `module`, or None where no kernel has it."""
+    """The value of `activation=` that is equivalent to `module`, or None if no kernel supports it."""
     if is_patched(module):
         return None
     match module:

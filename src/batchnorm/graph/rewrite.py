@@ -1,7 +1,7 @@
-"""A module whose forward is written anew: the same object, of a subclass of its class made for it.
+"""Replace the forward of a module by changing its class to a new subclass of it.
 
-A subclass and not an attribute `forward`, for torch asks the class in many places (torch.fx traces type(model).forward,
-DataParallel copies the attributes), and what asked the class would run the old forward with the new layers.
+A subclass, and not an instance attribute `forward`, because torch uses the class in many places: torch.fx traces
+type(model).forward, and DataParallel copies the attributes. These would run the old forward with the fused layers.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _MARK = "_batchnorm_rewritten"
 
 
 class Unwritable(Exception):
-    """The graph cannot be written down; the message says why."""
+    """The graph cannot be converted to code; the message says why."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A graph as code that can be stored: its text, and where to import each name it uses from."""
+    """A graph as picklable code: its text, and the imports of the names that it uses."""
 
     text: str
-    names: tuple[tuple[str, str, str], ...]  # as in: from module import path as name
+    names: tuple[tuple[str, str, str], ...]  # (name, module, path): from module import path as name
 
     @classmethod
     def of(cls, graph: fx.Graph) -> Source:
@@ -43,31 +43,35 @@ class Source:
         for name, value in sorted(code.globals.items()):
             if name == "__builtins__":
                 continue
-            module, path = _home(value)
+            module, path = _import_path(value)
             names.append((name, module, path))
         return cls(code.src, tuple(names))
 
     def function(self) -> Callable[..., Any]:
-        names = {name: _imported(module, path) for name, module, path in self.names}
+        names = {name: _import(module, path) for name, module, path in self.names}
         exec(compile(self.text, f"<upgraded forward {hash(self) & 0xFFFFFFFF:08x}>", "exec"), names)
         return names["forward"]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What a forward has become, and for which calls that holds; made of plain values, so that it can be stored."""
+    """A rewritten forward, and the conditions (guards) under which it is valid; made of plain values, so picklable."""
 
     training: Source
     evaluation: Source
-    inputs: tuple[tuple[str, str], ...]  # name and "Tensor" or "list"; all other arguments at their defaults
-    attributes: tuple[tuple[str, str, Any], ...]  # constants of the graph: of which module, name and value
-    children: tuple[tuple[str, tuple[str, ...]], ...]  # of the module itself, and of what was looked into
-    layers: tuple[str, ...]  # those that were fused
+    inputs: tuple[
+        tuple[str, str], ...
+    ]  # name, and "Tensor" or "list"; other arguments must have their defaults
+    attributes: tuple[tuple[str, str, Any], ...]  # constants of the graph: path of the module, name and value
+    children: tuple[
+        tuple[str, tuple[str, ...]], ...
+    ]  # names of the children of the module and of inlined modules
+    layers: tuple[str, ...]  # the paths of the fused layers
 
     def arguments(
         self, module: nn.Module, defaults: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Any] | None:
-        """The inputs of the graph, or None where the forward as it was must run."""
+        """The inputs of the graph, or None if a guard fails and the original forward must run."""
         given = {**dict(zip(defaults, args, strict=False)), **kwargs}
         if len(args) + len(kwargs) != len(given):
             return None
@@ -90,12 +94,12 @@ class Rewriting:
         for path in self.layers:
             layer = _find(module, path)
             if not isinstance(layer, _BatchNorm) or layer.activation is None:
-                return None  # converted, or set by hand
+                return None  # replaced, or its activation was changed
         return values
 
 
 def rewrite(module: nn.Module, rewriting: Rewriting) -> None:
-    """Give `module` a forward that runs `rewriting`.
+    """Replace the forward of `module` by `rewriting`.
 
     Raises: TypeError when its class cannot be extended.
     """
@@ -104,10 +108,10 @@ def rewrite(module: nn.Module, rewriting: Rewriting) -> None:
 
 
 def is_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Whether the forward of `module` is a graph already, of plain arguments: then that is what is changed."""
+    """Whether `module` is an fx.GraphModule with plain arguments, whose graph can be changed directly."""
     return (
         isinstance(module, fx.GraphModule)
-        and type(module).__base__ is fx.GraphModule  # each has a class of its own
+        and type(module).__base__ is fx.GraphModule  # each instance has its own class
         and type(module.graph._codegen) is fx.graph.CodeGen
         and not any(node.op == "placeholder" and node.args for node in module.graph.nodes)
     )
@@ -117,23 +121,25 @@ def is_rewritten(module: nn.Module) -> bool:
     return hasattr(type(module), _MARK)
 
 
-def writable(module: nn.Module) -> None:
-    """Raises: Unwritable, where a subclass would change more than the forward."""
+def check_writable(module: nn.Module) -> None:
+    """Raises: Unwritable, if a subclass would change more than the forward."""
     kind = type(module)
     if is_graph(module):
         return
     if is_rewritten(module):
-        raise Unwritable(f"the forward of {kind.__name__} is rewritten already")
+        raise Unwritable(f"the forward of {kind.__name__} has been rewritten already")
     if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
-        raise Unwritable(f"{kind.__name__} has a way of its own to be copied and stored")
+        raise Unwritable(f"{kind.__name__} defines its own __reduce__")
 
 
-def children_of(module: nn.Module, inlined: dict[str, nn.Module]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def guarded_children(
+    module: nn.Module, inlined: dict[str, nn.Module]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return (("", _children(module)), *((path, _children(each)) for path, each in inlined.items()))
 
 
 def add_residual(layer: _BatchNorm, x: Tensor, residual: Any, in_place: bool) -> Tensor:
-    """layer(x, residual), where that is what the model's own addition and activation would give."""
+    """layer(x, residual), if that equals the model's own addition and activation; else these."""
     if any(isinstance(value, fx.Proxy) for value in (x, residual)):
         return layer(x, residual)  # type: ignore[no-any-return]
     if isinstance(residual, Tensor):
@@ -163,26 +169,26 @@ def _children(module: nn.Module | None) -> tuple[str, ...]:
     )
 
 
-@functools.cache  # blocks that were written alike share their class, as they did before
+@functools.cache  # modules with the same rewriting share their class, as they did before
 def _subclass(base: Any, rewriting: Rewriting) -> type[nn.Module]:
     functions = {True: rewriting.training.function(), False: rewriting.evaluation.function()}
     old: Callable[..., Any] = base.forward
-    _, *known = inspect.signature(old).parameters.values()
-    defaults = {each.name: each.default for each in known}
+    _, *signature = inspect.signature(old).parameters.values()
+    defaults = {each.name: each.default for each in signature}
 
     @functools.wraps(old)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         values = rewriting.arguments(self, defaults, args, kwargs)
         if values is None:
-            _undo(self, base, rewriting)
+            _restore(self, base, rewriting)
             return old(self, *args, **kwargs)
         return functions[self.training](self, *values)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
-        made, (kind, *rest), *state = reduced
-        assert made is copyreg.__newobj__ and kind is type(self)  # type: ignore[attr-defined]
-        return _made, (base, rewriting, *rest), *state
+        constructor, (kind, *rest), *state = reduced
+        assert constructor is copyreg.__newobj__ and kind is type(self)  # type: ignore[attr-defined]
+        return _reconstruct, (base, rewriting, *rest), *state
 
     names = {
         "forward": forward,
@@ -195,13 +201,13 @@ def _subclass(base: Any, rewriting: Rewriting) -> type[nn.Module]:
     return types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(names))
 
 
-def _made(base: Any, rewriting: Rewriting, *args: Any) -> nn.Module:
+def _reconstruct(base: Any, rewriting: Rewriting, *args: Any) -> nn.Module:
     kind = _subclass(base, rewriting)
     return kind.__new__(kind, *args)
 
 
-def _undo(module: nn.Module, base: type[nn.Module], rewriting: Rewriting) -> None:
-    """Make `module` what it was, its layers without what was fused into them."""
+def _restore(module: nn.Module, base: type[nn.Module], rewriting: Rewriting) -> None:
+    """Restore the original class of `module`, and remove the activations of its fused layers."""
     for path in rewriting.layers:
         layer = _find(module, path)
         if isinstance(layer, _BatchNorm):
@@ -209,8 +215,8 @@ def _undo(module: nn.Module, base: type[nn.Module], rewriting: Rewriting) -> Non
     module.__class__ = base
 
 
-def _home(value: Any) -> tuple[str, str]:
-    """The module and the path that `value` can be imported by."""
+def _import_path(value: Any) -> tuple[str, str]:
+    """The module and the path from which `value` can be imported."""
     if isinstance(value, types.ModuleType):
         return value.__name__, ""
     if isinstance(value, float):
@@ -223,18 +229,18 @@ def _home(value: Any) -> tuple[str, str]:
     try:
         module, _, path = fx.node._get_qualified_name(value).rpartition(".")
         found.append((module, path))
-    except Exception:  # it knows functions only
+    except Exception:  # it supports functions only
         pass
     for module, path in found:
         try:
-            if _imported(module, path) is value:
+            if _import(module, path) is value:
                 return module, path
         except (ImportError, AttributeError, ValueError):
             continue
     raise Unwritable(f"it uses {name or value}, which cannot be imported by name")
 
 
-def _imported(module: str, path: str) -> Any:
+def _import(module: str, path: str) -> Any:
     value: Any = importlib.import_module(module)
     for name in filter(None, path.split(".")):
         value = getattr(value, name)

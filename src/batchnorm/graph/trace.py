@@ -1,4 +1,4 @@
-"""One module's own forward as a graph, its children as leaves; or a sentence that says why there is none."""
+"""Trace the forward of one module to an fx graph, with its children as leaves; or say why it cannot be traced."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.graph.modules import has_hooks, is_patched
 
-Inputs = Mapping[str, type]  # each argument that a forward is traced with, and what it is: Tensor or list
-PLAIN = (bool, int, float, str, type(None))  # attributes that can be compared later, and stored
+Inputs = Mapping[str, type]  # the type, Tensor or list, of each argument that a forward is traced with
+PLAIN = (bool, int, float, str, type(None))  # types of attributes that can be compared and pickled
 
 
 class Untraceable(Exception):
-    """The forward does something that a graph does not hold; the message says what."""
+    """The forward does something that a graph cannot represent; the message says what."""
 
 
 @dataclass
 class Trace:
-    """A forward in one mode."""
+    """The trace of a forward in one mode, training or evaluation."""
 
     graph: fx.Graph
-    whole: list[nn.Module]  # the modules that were called, those that were looked into among them
-    inlined: dict[str, nn.Module]  # those that were looked into
-    attributes: dict[str, Any]  # the plain attributes that were read: constants of the graph
+    called: list[nn.Module]  # the modules that were called, including inlined ones
+    inlined: dict[str, nn.Module]  # modules whose own forward was traced too, by path
+    attributes: dict[str, Any]  # plain attributes that were read: constants of the graph
     methods: dict[fx.Node, str] = field(
         default_factory=dict
-    )  # nodes made in a public method that forward calls
+    )  # nodes created in a public method that forward calls, and its name
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -52,13 +52,13 @@ def is_sequential(module: nn.Module) -> bool:
     )
 
 
-def is_passive(module: nn.Module) -> bool:
-    """Whether `module` hands on its input, and nobody looks."""
+def is_plain_identity(module: nn.Module) -> bool:
+    """Whether `module` is an nn.Identity without hooks."""
     return type(module) is nn.Identity and not has_hooks(module) and not is_patched(module)
 
 
 def parameters(module: nn.Module) -> dict[str, inspect.Parameter] | None:
-    """The parameters of a forward that can be bound by name, self left out; None if it takes *args or **kwargs."""
+    """The parameters of a forward without self; None if it takes *args, **kwargs or positional-only parameters."""
     try:
         _, *found = inspect.signature(type(module).forward).parameters.values()
     except (TypeError, ValueError):
@@ -68,19 +68,19 @@ def parameters(module: nn.Module) -> dict[str, inspect.Parameter] | None:
 
 
 def trace(module: nn.Module, inputs: Inputs, training: bool, transparent: Container[nn.Module] = ()) -> Trace:
-    """What `module.forward` does with `inputs`, the other arguments left at their defaults, in that mode.
+    """Trace `module.forward` with `inputs`, the other arguments at their defaults, in training or evaluation mode.
 
-    Nothing is computed, and the module is left as it was. Children are leaves, but those that are `transparent`.
+    Nothing is computed, and the module is not changed. Children are leaves, except those in `transparent`.
 
     Raises: Untraceable.
     """
     tracer = _Tracer(inputs, transparent)
     with ExitStack() as stack:
-        stack.enter_context(_restored(module))
-        stack.enter_context(_mode(module, training))
-        reads = stack.enter_context(_recorded(module))
-        stack.enter_context(torch.enable_grad())  # so that a forward that turns it off is seen to
-        stack.enter_context(_Computation())  # type: ignore[no-untyped-call]
+        stack.enter_context(_undo_changes(module))
+        stack.enter_context(_set_training(module, training))
+        reads = stack.enter_context(_record_reads(module))
+        stack.enter_context(torch.enable_grad())  # to detect a forward that disables gradients
+        stack.enter_context(_RefuseComputation())  # type: ignore[no-untyped-call]
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refuse_autocast))
@@ -91,18 +91,18 @@ def trace(module: nn.Module, inputs: Inputs, training: bool, transparent: Contai
         except fx.proxy.TraceError as error:
             raise Untraceable(f"what it does depends on values ({_first_line(error)})") from None
         except NameError as error:
-            raise Untraceable(f"it calls a module that is no child of it ({_first_line(error)})") from None
+            raise Untraceable(f"it calls a module that is not its child ({_first_line(error)})") from None
         except Exception as error:
             raise Untraceable(f"{type(error).__name__}: {_first_line(error)}") from None
     own = vars(module)
     attributes = {name: own[name] for name in reads if name in own and isinstance(own[name], PLAIN)}
     attributes.pop("training", None)
     _chain_in_place(graph)
-    return Trace(graph, tracer.whole, tracer.inlined, attributes, tracer.methods)
+    return Trace(graph, tracer.called, tracer.inlined, attributes, tracer.methods)
 
 
 def is_in_place(node: fx.Node) -> bool:
-    """Whether `node` changes its first argument, as far as its name says."""
+    """Whether `node` modifies its first argument, judged by its name."""
     if node.kwargs.get("inplace") is True or "out" in node.kwargs:
         return True
     if node.op == "call_method":
@@ -124,14 +124,14 @@ _AUGMENTED = {
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # a buffer is read when the forward runs, not now
+    proxy_buffer_attributes = True  # buffers are read when the forward runs, not while tracing
 
     def __init__(self, inputs: Inputs, transparent: Container[nn.Module]) -> None:
         super().__init__()
         self.inputs = inputs
         self.transparent = transparent
-        self.within = 0  # how many modules that were looked into are running
-        self.whole: list[nn.Module] = []
+        self.depth = 0  # of nested inlined modules
+        self.called: list[nn.Module] = []
         self.inlined: dict[str, nn.Module] = {}
         self.methods: dict[fx.Node, str] = {}
 
@@ -143,7 +143,7 @@ class _Tracer(fx.Tracer):
         def _call(root: nn.Module, *values: Any) -> Any:
             return root_fn(root, **dict(zip(names, values, strict=True)))
 
-        _call.__annotations__ = {}  # they would be written into the graph's code
+        _call.__annotations__ = {}  # fx would write them into the graph's code
         return _call, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -153,20 +153,20 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self.path_of_module(m)
-        if not self.within:
-            self.whole.append(m)
+        if not self.depth:
+            self.called.append(m)
         if m not in self.transparent:
             return super().call_module(m, forward, args, kwargs)
         self.inlined[path] = m
-        self.within += 1
+        self.depth += 1
         try:
             return super().call_module(m, forward, args, kwargs)
         finally:
-            self.within -= 1
+            self.depth -= 1
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if not torch.is_grad_enabled():
-            raise Untraceable("it switches gradients off, or has a gradient of its own")
+            raise Untraceable("it disables gradients, or defines its own gradient")
         node = super().create_node(kind, *args, **kwargs)
         method = self._method()
         if method:
@@ -177,7 +177,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def _method(self) -> str | None:
-        """The public method of the module, other than forward, that is running."""
+        """The public method of the module, other than forward, on the call stack; or None."""
         frame: FrameType | None = sys._getframe(2)
         found = None
         while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
@@ -194,7 +194,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Value(fx.Proxy):
-    """A value in the graph, which answers for an input's type what the trace assumes, and refuses for others."""
+    """A proxy whose __class__ is, for an input, the type that the trace assumes; for other values it raises."""
 
     @property  # type: ignore[misc]  # read-only here
     def __class__(self) -> type:
@@ -204,7 +204,7 @@ class _Value(fx.Proxy):
             return _Value
         node = object.__getattribute__(self, "node")
         if node.op != "placeholder":
-            raise Untraceable("it asks for the type of a value")
+            raise Untraceable("it depends on the type of a value")
         inputs: Inputs = object.__getattribute__(self, "tracer").inputs
         return inputs[node.target]
 
@@ -214,7 +214,7 @@ class _Value(fx.Proxy):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if not hasattr(Tensor, name):  # hasattr(x, name) must be False where it will be
+        if not hasattr(Tensor, name):  # so that hasattr(x, name) is False as it is for a tensor
             raise AttributeError(f"a tensor has no attribute {name}")
         return super().__getattr__(name)
 
@@ -226,25 +226,25 @@ def _augmented(operation: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-# a Proxy has none of them: x += y would be taken for x = x + y, which leaves the tensor as it was
+# fx.Proxy lacks them: x += y would be traced as x = x + y, which does not modify the tensor
 for _name, _operation in _AUGMENTED.items():
     setattr(_Value, f"__{_name}__", _augmented(_operation))
 
 
-class _Computation(TorchDispatchMode):
-    """Refuses what would be computed while tracing: the graph would hold its result for ever."""
+class _RefuseComputation(TorchDispatchMode):
+    """Raises for any computation while tracing, whose result would become a constant of the graph."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise Untraceable(f"it computes {func.overloadpacket.__name__} on something that is not its input")
 
 
 def _refuse_autocast(*_: Any) -> None:
-    raise Untraceable("it switches autocast")
+    raise Untraceable("it uses autocast")
 
 
 @contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Undo, and refuse, what a forward changes in the module beside computing its output."""
+def _undo_changes(module: nn.Module) -> Iterator[None]:
+    """Undo, and raise for, changes that a forward makes to the module, and random numbers that it draws."""
     before = [(each, dict(vars(each)), _containers(each)) for each in module.modules()]
     python, numpy = random.getstate(), _numpy_state()
     try:
@@ -263,14 +263,14 @@ def _restored(module: nn.Module) -> Iterator[None]:
                     changed.append(name)
                     content.clear()
                     getattr(content, "extend" if isinstance(content, list) else "update")(copied)
-        drew = random.getstate() != python or _numpy_state() != numpy
-        if drew:
+        used_rng = random.getstate() != python or _numpy_state() != numpy
+        if used_rng:
             random.setstate(python)
             if numpy is not None:
                 sys.modules["numpy"].random.set_state(numpy)
     if changed:
         raise Untraceable(f"it changes {', '.join(sorted(set(changed)))}")
-    if drew:
+    if used_rng:
         raise Untraceable("it draws random numbers in Python")
 
 
@@ -299,9 +299,9 @@ def _numpy_state() -> Any:
 
 
 @contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Set `training`, without calling train(), which a module may have made its own."""
-    if module.training == training:  # the children's flags, which may differ, are those it runs with
+def _set_training(module: nn.Module, training: bool) -> Iterator[None]:
+    """Set `training` without calling train(), which a module may override."""
+    if module.training == training:  # keep the children's flags, which may differ
         yield
         return
     before = [(each, each.training) for each in module.modules()]
@@ -315,7 +315,7 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(module: nn.Module) -> Iterator[set[str]]:
+def _record_reads(module: nn.Module) -> Iterator[set[str]]:
     """Collect the names of the attributes of `module` that are read."""
     reads: set[str] = set()
     kind: Any = type(module)
@@ -337,7 +337,7 @@ def _recorded(module: nn.Module) -> Iterator[set[str]]:
 
 
 def _chain_in_place(graph: fx.Graph) -> None:
-    """Let what reads a tensor after an in-place method read the method's result, which is the same tensor."""
+    """Let users of a tensor after an in-place method use the method's result, which is the same tensor."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         changed = node.args[0] if node.args else None
@@ -347,8 +347,8 @@ def _chain_in_place(graph: fx.Graph) -> None:
         if node.op == "call_method" and is_in_place(node):
             for user in later:
                 user.replace_input_with(changed, node)
-        elif node.target in _AUGMENTED.values() and later:  # a tensor is the same one, a number is not
-            raise Untraceable(f"it reads a value again that {node.target.__name__} has changed")
+        elif node.target in _AUGMENTED.values() and later:  # in place for a tensor, but not for a number
+            raise Untraceable(f"it uses a value again after {node.target.__name__}")
 
 
 def _first_line(error: BaseException) -> str:

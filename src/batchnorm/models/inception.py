@@ -16,11 +16,11 @@ from batchnorm.layers import BatchNorm2d
 Nonlinearity = Literal["relu", "sigmoid"]
 Stem = Literal["imagenet", "small"]
 _NONLINEARITIES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
-_EPS = 1e-3  # the paper gives none; TF-slim and soumith's version for Torch have this one
+_EPS = 1e-3  # not in the paper; that of TF-slim and of soumith's version for Torch
 
 
 class Row(NamedTuple):
-    """A row of figure 5: widths of a module's convolutions. Without `one` and `projection` it has stride 2."""
+    """A row of figure 5: the widths of a module's convolutions. If `one` and `projection` are 0 it has stride 2."""
 
     name: str
     one: int
@@ -32,8 +32,8 @@ class Row(NamedTuple):
     projection: int
 
 
-# Figure 5 prints a projection of 128 in 4c and 4d, which does not add up to the 576 channels that it prints as their
-# output; with 96 it does, and that is what Google's own TF-slim has.
+# Figure 5 prints a projection of 128 in 4c and 4d, which is inconsistent with its 576 output channels. 96 is
+# consistent, and is the value of Google's TF-slim.
 FIGURE_5 = (
     Row("3a", 64, 64, 64, 64, 96, "average", 32),
     Row("3b", 64, 64, 96, 64, 96, "average", 64),
@@ -51,7 +51,7 @@ _NATURAL_SIZE = {"imagenet": 224, "small": 28}
 
 
 class Outputs(NamedTuple):
-    """What a network with an auxiliary head says in training: two sets of logits, (N, num_classes) each."""
+    """The outputs in training of a network with an auxiliary head: two sets of logits, (N, num_classes) each."""
 
     logits: Tensor
     auxiliary: Tensor
@@ -60,13 +60,12 @@ class Outputs(NamedTuple):
 class BNInception(nn.Module):
     """Inception with batch normalization before every nonlinearity (Ioffe & Szegedy 2015, sec. 4.2 and figure 5).
 
-    By default as TF-slim reads figure 5: 96 channels from the pooling branch in 4c and 4d, where the printed 128
-    contradicts the printed sums, and a separable first convolution. 11.19 M parameters; with the auxiliary head
-    13.60 M, which may be what the paper counted as 13.6 M. 69 BN layers, and one in the auxiliary head, whose hidden
-    layer has none.
+    By default as in TF-slim: 96 channels from the pooling branch in 4c and 4d, since the printed 128 contradicts the
+    printed sums, and a separable first convolution. It has 11.19 M parameters; with the auxiliary head 13.60 M, which
+    may be the 13.6 M of the paper. It has 69 BN layers, and one more in the auxiliary head, not after its hidden layer.
 
     Without batch normalization convolutions have biases (all but the depthwise one), and nothing else changes: networks
-    with and without BN start from the same weights when `generator` has the same seed.
+    with and without BN have the same initial weights when `generator` has the same seed.
 
     Args:
         num_classes: number of outputs, logits.
@@ -116,15 +115,15 @@ class BNInception(nn.Module):
     ) -> None:
         super().__init__()
         _check(activation, stem, width, pool_proj_4cd, image_size, per_activation, batch_norm)
-        make = _Maker(batch_norm, activation, width)
+        factory = _UnitFactory(batch_norm, activation, width)
         size = _NATURAL_SIZE[stem] if image_size is None else image_size
         if stem == "imagenet":
-            self.stem = _imagenet_stem(make, in_channels, separable_stem, local_response_norm)
+            self.stem = _imagenet_stem(factory, in_channels, separable_stem, local_response_norm)
             size = -(-size // 8)
         else:
-            self.stem = _small_stem(make, in_channels, local_response_norm)
+            self.stem = _small_stem(factory, in_channels, local_response_norm)
             size = -(-size // 2)
-        channels = make.channels(192)
+        channels = factory.channels(192)
         self.blocks = nn.ModuleDict()
         for row in FIGURE_5:
             if row.name in ("4c", "4d"):
@@ -132,7 +131,7 @@ class BNInception(nn.Module):
             if row.one == 0:
                 size = -(-size // 2)
             spatial = (size, size) if row.name in per_activation else None
-            block = Mixed(channels, row, replace(make, spatial=spatial))
+            block = Mixed(channels, row, replace(factory, spatial=spatial))
             self.blocks[row.name] = block
             channels = block.out_channels
             if row.name == _AUXILIARY_AFTER:
@@ -140,13 +139,13 @@ class BNInception(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(channels, num_classes)
         self.auxiliary_after = None
-        if auxiliary:  # last, so that the other weights are the same without it
+        if auxiliary:  # created last, so that it does not change the initial weights of the rest
             self.auxiliary_after = _AUXILIARY_AFTER
-            self.auxiliary = _auxiliary_head(make, *halfway, num_classes)
+            self.auxiliary = _auxiliary_head(factory, *halfway, num_classes)
         _initialise(self, activation, init_gain, generator)
 
     def forward(self, images: Tensor) -> Tensor | Outputs:
-        """Logits (N, num_classes) of `images`, (N, in_channels, H, W); in training those of an auxiliary head too."""
+        """Logits (N, num_classes) of `images`, (N, in_channels, H, W); in training also those of the auxiliary head."""
         x = self.stem(images)
         auxiliary = None
         for name, block in self.blocks.items():
@@ -158,41 +157,41 @@ class BNInception(nn.Module):
 
 
 class Mixed(nn.Module):
-    """An Inception module: branches of one input, side by side in the output's channels."""
+    """An Inception module: branches on the same input, concatenated along the channels."""
 
-    def __init__(self, channels: int, row: Row, make: _Maker) -> None:
+    def __init__(self, channels: int, row: Row, factory: _UnitFactory) -> None:
         super().__init__()
         stride = 1 if row.one else 2
         self.branches = nn.ModuleDict()
         if row.one:
-            self.branches["1x1"] = make.unit(channels, row.one, 1)
+            self.branches["1x1"] = factory.unit(channels, row.one, 1)
         self.branches["3x3"] = nn.Sequential(
-            make.unit(channels, row.three_reduce, 1),
-            make.unit(make.channels(row.three_reduce), row.three, 3, stride),
+            factory.unit(channels, row.three_reduce, 1),
+            factory.unit(factory.channels(row.three_reduce), row.three, 3, stride),
         )
         self.branches["double_3x3"] = nn.Sequential(
-            make.unit(channels, row.double_reduce, 1),
-            make.unit(make.channels(row.double_reduce), row.double, 3),
-            make.unit(make.channels(row.double), row.double, 3, stride),
+            factory.unit(channels, row.double_reduce, 1),
+            factory.unit(factory.channels(row.double_reduce), row.double, 3),
+            factory.unit(factory.channels(row.double), row.double, 3, stride),
         )
         pool: nn.Module = nn.MaxPool2d(3, stride, 1)
         if row.pool == "average":
             pool = nn.AvgPool2d(3, stride, 1, count_include_pad=False)
-        passed = make.channels(row.projection) if row.projection else channels
+        pool_channels = factory.channels(row.projection) if row.projection else channels
         self.branches["pool"] = (
-            nn.Sequential(pool, make.unit(channels, row.projection, 1)) if row.projection else pool
+            nn.Sequential(pool, factory.unit(channels, row.projection, 1)) if row.projection else pool
         )
-        widths = [make.channels(each) for each in (row.one, row.three, row.double) if each]
-        self.out_channels = sum(widths) + passed
+        widths = [factory.channels(width) for width in (row.one, row.three, row.double) if width]
+        self.out_channels = sum(widths) + pool_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """The branches' outputs, (N, out_channels, H, W) or halved."""
+        """The concatenated branches, (N, out_channels, H, W), or H/2 and W/2 with stride 2."""
         return torch.cat([branch(x) for branch in self.branches.values()], 1)
 
 
 @dataclass(frozen=True)
-class _Maker:
-    """What all units of a network have in common; `spatial` where their BN is per activation."""
+class _UnitFactory:
+    """Builds convolution units with common settings; `spatial` is the size of maps with BN per activation."""
 
     batch_norm: bool
     activation: Nonlinearity
@@ -204,44 +203,48 @@ class _Maker:
 
     def unit(self, channels: int, number: int, kernel: int, stride: int = 1) -> nn.Sequential:
         """A convolution from `channels` to the scaled `number` of channels, BN and the nonlinearity."""
-        return self.normalised(
+        return self.convolution_bn(
             nn.Conv2d(channels, self.channels(number), kernel, stride, kernel // 2, bias=not self.batch_norm)
         )
 
-    def normalised(self, convolution: nn.Conv2d) -> nn.Sequential:
+    def convolution_bn(self, convolution: nn.Conv2d) -> nn.Sequential:
         """`convolution`, BN and the nonlinearity."""
         if not self.batch_norm:
             nonlinearity = _NONLINEARITIES[self.activation]()
-            return _named(convolution=convolution, nonlinearity=nonlinearity)
+            return _sequential(convolution=convolution, nonlinearity=nonlinearity)
         width = convolution.out_channels
         features = width if self.spatial is None else (width, *self.spatial)
-        return _named(convolution=convolution, norm=BatchNorm2d(features, _EPS, activation=self.activation))
+        return _sequential(
+            convolution=convolution, norm=BatchNorm2d(features, _EPS, activation=self.activation)
+        )
 
 
-def _named(**modules: nn.Module) -> nn.Sequential:
+def _sequential(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
-def _imagenet_stem(make: _Maker, in_channels: int, separable: bool, lrn: bool) -> nn.Sequential:
-    width, bias = make.channels(64), not make.batch_norm
+def _imagenet_stem(factory: _UnitFactory, in_channels: int, separable: bool, lrn: bool) -> nn.Sequential:
+    width, bias = factory.channels(64), not factory.batch_norm
     if separable:
         depthwise = nn.Conv2d(in_channels, 8 * in_channels, 7, 2, 3, groups=in_channels, bias=False)
-        pointwise = make.normalised(nn.Conv2d(8 * in_channels, width, 1, bias=bias))
+        pointwise = factory.convolution_bn(nn.Conv2d(8 * in_channels, width, 1, bias=bias))
         first = {"depthwise": depthwise, "first": pointwise}
     else:
-        first = {"first": make.normalised(nn.Conv2d(in_channels, width, 7, 2, 3, bias=bias))}
-    return _named(
-        **first, pool=nn.MaxPool2d(3, 2, 1), **_second(make, lrn), second_pool=nn.MaxPool2d(3, 2, 1)
+        first = {"first": factory.convolution_bn(nn.Conv2d(in_channels, width, 7, 2, 3, bias=bias))}
+    return _sequential(
+        **first, pool=nn.MaxPool2d(3, 2, 1), **_second(factory, lrn), second_pool=nn.MaxPool2d(3, 2, 1)
     )
 
 
-def _small_stem(make: _Maker, in_channels: int, lrn: bool) -> nn.Sequential:
-    return _named(first=make.unit(in_channels, 64, 3), pool=nn.MaxPool2d(3, 2, 1), **_second(make, lrn))
+def _small_stem(factory: _UnitFactory, in_channels: int, lrn: bool) -> nn.Sequential:
+    return _sequential(
+        first=factory.unit(in_channels, 64, 3), pool=nn.MaxPool2d(3, 2, 1), **_second(factory, lrn)
+    )
 
 
-def _second(make: _Maker, lrn: bool) -> dict[str, nn.Module]:
-    """The stem's 1×1 and 3×3 convolutions; LRN where GoogLeNet has it, before and after them."""
-    reduce, second = make.unit(make.channels(64), 64, 1), make.unit(make.channels(64), 192, 3)
+def _second(factory: _UnitFactory, lrn: bool) -> dict[str, nn.Module]:
+    """The stem's 1×1 and 3×3 convolutions, with LRN before and after them as in GoogLeNet."""
+    reduce, second = factory.unit(factory.channels(64), 64, 1), factory.unit(factory.channels(64), 192, 3)
     if not lrn:
         return {"reduce": reduce, "second": second}
     return {
@@ -252,17 +255,17 @@ def _second(make: _Maker, lrn: bool) -> dict[str, nn.Module]:
     }
 
 
-def _auxiliary_head(make: _Maker, channels: int, size: int, num_classes: int) -> nn.Sequential:
+def _auxiliary_head(factory: _UnitFactory, channels: int, size: int, num_classes: int) -> nn.Sequential:
     if size < 5:
         raise ValueError(f"the auxiliary head pools 5×5, but images leave {size}×{size} after 4d")
     pooled = ((size - 5) // 3 + 1) ** 2
-    hidden = make.channels(768)
+    hidden = factory.channels(768)
     return nn.Sequential(
         nn.AvgPool2d(5, 3),
-        make.unit(channels, 128, 1),
+        factory.unit(channels, 128, 1),
         nn.Flatten(),
-        nn.Linear(make.channels(128) * pooled, hidden),
-        _NONLINEARITIES[make.activation](),
+        nn.Linear(factory.channels(128) * pooled, hidden),
+        _NONLINEARITIES[factory.activation](),
         nn.Linear(hidden, num_classes),
     )
 
@@ -305,4 +308,6 @@ def _check(
     if unknown:
         raise ValueError(f"per_activation: no module {unknown[0]!r} of stride 1: {', '.join(modules)}")
     if per_activation and not batch_norm:
-        raise ValueError("per_activation is about batch normalization, which batch_norm=False leaves out")
+        raise ValueError(
+            "per_activation needs batch normalization: it cannot be combined with batch_norm=False"
+        )

@@ -17,9 +17,9 @@ _NONLINEARITIES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn
 class MLP(nn.Module):
     """Fully connected layers z = g(Wu + b) and a linear output (Ioffe & Szegedy 2015, sec. 4.1).
 
-    With batch normalization z = g(BN(Wu)): BN stands immediately before the nonlinearity and the bias,
-    which β would replace, is dropped (sec. 3.2). Networks with and without BN start from the same weights
-    when `generator` has the same seed.
+    With batch normalization z = g(BN(Wu)): BN is applied immediately before the nonlinearity, and the bias
+    is dropped, as β replaces it (sec. 3.2). Networks with and without BN have the same initial weights when
+    `generator` has the same seed.
 
     Args:
         inputs: number of input values.
@@ -66,7 +66,7 @@ class MLP(nn.Module):
 
     @property
     def last_nonlinearity(self) -> nn.Module:
-        """The module whose input figure 1(b, c) watches: the nonlinearity of the last hidden layer."""
+        """The nonlinearity of the last hidden layer, whose input is shown in figure 1(b, c)."""
         return [m for m in self.layers if isinstance(m, tuple(_NONLINEARITIES.values()))][-1]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from batchnorm.graph.modules import is_ours, layers_of
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
-from batchnorm.passes.swap import become_ours
+from batchnorm.passes.swap import convert_layers
 from batchnorm.statistics.population import Population, thawed
 from batchnorm.statistics.sync import Sync
 
@@ -53,7 +53,7 @@ def convert_sync(model: M, process_group: Any = None) -> tuple[M, Report]:
         )
     groups = [process_group or _group(layer) for layer in layers.values()]
     with unchanged_on_failure(model):
-        for layer, group in zip(become_ours(layers), groups, strict=True):
+        for layer, group in zip(convert_layers(layers), groups, strict=True):
             sync = Sync(group)
             layer.statistics = Population(sync) if isinstance(layer.statistics, Population) else sync
     return model, Report(tuple(LayerReport(name, "synchronized") for name in layers))

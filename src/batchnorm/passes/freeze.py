@@ -9,7 +9,7 @@ from torch import nn
 from batchnorm.graph.modules import is_ours, layers_of
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
-from batchnorm.passes.swap import become_ours
+from batchnorm.passes.swap import convert_layers
 from batchnorm.statistics.population import Population, thawed
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,11 +48,11 @@ def freeze(model: M, stats: bool = True, affine: bool = False) -> tuple[M, Repor
     without = [name for name, layer in layers.items() if stats and layer.running_mean is None]
     if without:
         raise ValueError(
-            f"cannot freeze the statistics of {_listed(without)}: there are none "
+            f"cannot freeze the statistics of {_join_names(without)}: there are none "
             "(track_running_stats=False); affine=True with stats=False freezes weight and bias alone"
         )
     with unchanged_on_failure(model):
-        for layer in become_ours(layers) if stats else ():
+        for layer in convert_layers(layers) if stats else ():
             if not isinstance(layer.statistics, Population):
                 layer.statistics = Population(layer.statistics)
         if affine:
@@ -94,7 +94,7 @@ def _require_gradients(model: nn.Module, required: bool) -> None:
                 values.requires_grad_(required)
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return ", ".join(name or "the model itself" for name in names)
 
 

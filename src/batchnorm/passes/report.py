@@ -1,4 +1,4 @@
-"""What a pass did to a model, layer by layer; `print(report)` is a table."""
+"""The report of a pass: the outcome for each layer; `print(report)` is a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pass that fails leaves the model as it was."""
+"""Restore a model when a pass fails."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Give `model` back, should the block raise, what it had before: classes, attributes, children, buffers, hooks.
+    """If the block raises, restore the classes, attributes, children, buffers and hooks of `model`.
 
-    Tensors are put back, not their values: a pass that writes into them has to do so last.
+    The tensors are restored, but not their values: a pass that writes into tensors must do so last.
     """
     before = [(module, type(module), _attributes(module)) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -26,13 +26,15 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         for module, kind, attributes in before:
             _restore(module, kind, attributes)
         for parameter, gradient in required:
-            if parameter.requires_grad != gradient:  # of a lazy layer's it cannot be set
+            if (
+                parameter.requires_grad != gradient
+            ):  # only if it differs: it cannot be set for lazy parameters
                 parameter.requires_grad_(gradient)
         raise
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute, and what a dict, list or set among them holds."""
+    """Each attribute, and for a dict, list or set a copy of its contents."""
     return {
         name: (value, value.copy() if type(value) in _CONTAINERS else None)
         for name, value in vars(module).items()

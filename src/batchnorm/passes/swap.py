@@ -1,7 +1,7 @@
-"""A layer of torch's becomes ours without leaving its place: the same object, of our class.
+"""Convert a layer of torch's to ours by changing its class; the object stays the same.
 
-Whatever holds it goes on holding it: several parents, an optimizer (by its parameters), hooks and their handles,
-a list in the model's forward. torch.nn.utils.parametrize changes a module's class in the same way.
+So all references stay valid: those of several parents, of an optimizer (to its parameters), of hooks and of lists in
+the model's forward. torch.nn.utils.parametrize changes a module's class in the same way.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ OURS: dict[type[nn.Module], type[_BatchNorm]] = {
 _ANY_RANK = {**OURS, nn.SyncBatchNorm: layers.BatchNorm}
 
 
-def become_ours(layers: dict[str, nn.modules.batchnorm._BatchNorm]) -> list[_BatchNorm]:
-    """All of `layers`, after those of torch's have become ours, its SyncBatchNorm among them.
+def convert_layers(layers: dict[str, nn.modules.batchnorm._BatchNorm]) -> list[_BatchNorm]:
+    """Convert `layers` of torch, including SyncBatchNorm, to ours; return all `layers`.
 
-    Raises: ValueError that names the layers that cannot, and why; then none has been changed.
+    Raises: ValueError that names the layers that cannot be converted, and why; then no layer has been changed.
     """
     kept = {name: obstacle(each, _ANY_RANK) for name, each in layers.items() if not is_ours(each)}
     reasons = [f"{name or 'the model itself'} {why}" for name, why in kept.items() if why is not None]
@@ -40,7 +40,7 @@ def become_ours(layers: dict[str, nn.modules.batchnorm._BatchNorm]) -> list[_Bat
 
 
 def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] = OURS) -> str | None:
-    """Why `layer` cannot become one of `ours`, or None."""
+    """Why `layer` cannot be converted to one of `ours`, or None."""
     kind = type(layer)
     if is_ours(layer):
         return "is ours already"
@@ -52,7 +52,7 @@ def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] 
         return "is lazy: run a batch through the model first"
     if kind is nn.SyncBatchNorm and kind not in ours:
         return "is SyncBatchNorm: bn.convert_sync makes it ours"
-    if kind not in ours and not _is_timms(layer):
+    if kind not in ours and not _is_timm(layer):
         return f"is {kind.__name__} of {kind.__module__}, not exactly a layer of torch's"
     if is_patched(layer):
         return "its forward was replaced on the instance"
@@ -63,7 +63,7 @@ def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] 
     for name in ("activation", "statistics", "debiased", "on_single", "domains", "num_batches_skipped"):
         if hasattr(layer, name):
             return f"has an attribute {name} of its own, a name that ours needs"
-    if _is_timms(layer):
+    if _is_timm(layer):
         if type(layer.drop) is not nn.Identity:
             return f"drops between normalization and activation ({layer.drop})"
         if has_hooks(layer.drop):
@@ -72,9 +72,9 @@ def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] 
 
 
 def swap(layer: nn.Module) -> None:
-    """Make `layer`, to which there is no `obstacle`, one of ours."""
-    timms = _is_timms(layer)
-    kind = _ANY_RANK[nn.BatchNorm2d if timms else type(layer)]
+    """Convert `layer`, which has no `obstacle`, to ours."""
+    timm_layer = _is_timm(layer)
+    kind = _ANY_RANK[nn.BatchNorm2d if timm_layer else type(layer)]
     group = vars(layer).pop("process_group", None)
     statistics = Sync(group) if type(layer) is nn.SyncBatchNorm else None
     layer.__class__ = kind
@@ -83,17 +83,17 @@ def swap(layer: nn.Module) -> None:
     for name, value in vars(kind(1, affine=False, track_running_stats=False)).items():
         vars(layer).setdefault(name, value)  # the attributes that only ours has
     layer.statistics = statistics
-    act = layer._modules.get("act") if timms else None
+    act = layer._modules.get("act") if timm_layer else None
     if act is not None and (type(act) is not nn.Identity or has_hooks(act)):
-        named = None if has_hooks(act) else activation_of(act)
-        # beside the children: it is registered as `act` already, and the state_dict must not hold it twice
-        vars(layer)["activation"] = named if isinstance(named, str) else act
+        activation = None if has_hooks(act) else activation_of(act)
+        # not as a child: it is registered as `act` already, and must not be in the state_dict twice
+        vars(layer)["activation"] = activation if isinstance(activation, str) else act
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _is_timms(layer: nn.Module) -> bool:
+def _is_timm(layer: nn.Module) -> bool:
     """Whether `layer` is timm's batch normalization with an activation in it."""
     kind = type(layer)
     return kind.__name__ == "BatchNormAct2d" and kind.__module__.partition(".")[0] == "timm"

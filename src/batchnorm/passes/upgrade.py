@@ -1,4 +1,4 @@
-"""`model, report = upgrade(model)`: torch's layers become ours, and what follows them is fused into them."""
+"""`model, report = upgrade(model)`: convert torch's layers to ours, and fuse the activations that follow them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm.graph import rewrite
 from batchnorm.graph.call_graph import MODES, CallGraph, Tails, Traced
 from batchnorm.graph.chain import Chain, Unfusable, activation_module, follow
 from batchnorm.graph.modules import has_hooks, is_normalization, is_ours
-from batchnorm.graph.trace import Trace, is_passive, is_sequential
+from batchnorm.graph.trace import Trace, is_plain_identity, is_sequential
 from batchnorm.layers import _BatchNorm
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
@@ -78,7 +78,7 @@ def _upgrade(model: nn.Module, fuse: bool) -> Report:
             return LayerReport(name, "fused", fusion.what)
         if layer in obstacles:
             return LayerReport(name, "left alone", why=obstacles[layer])
-        if is_ours(layer) and layer.activation is not None:  # timm's brought it along
+        if is_ours(layer) and layer.activation is not None:  # the one of timm's layer
             if isinstance(layer.activation, str):
                 return LayerReport(name, "fused", layer.activation)
             return LayerReport(name, "swapped", why=f"{type(layer.activation).__name__} has no fused kernel")
@@ -99,13 +99,13 @@ Fusions = dict[nn.Module, Fusion]
 
 
 def _fuse(model: nn.Module, layers: list[_BatchNorm]) -> Fusions:
-    """Fuse what follows each of `layers`."""
+    """Fuse the residual and activation after each of `layers`."""
     calls = CallGraph.of(model)
     fusions: Fusions = {}
     by_block: dict[nn.Module, list[_BatchNorm]] = {}
     for layer in layers:
         try:
-            owner, follower = _place(layer, calls)
+            owner, follower = _find_follower(layer, calls)
             if follower is None:
                 by_block.setdefault(owner, []).append(layer)
             else:
@@ -117,22 +117,22 @@ def _fuse(model: nn.Module, layers: list[_BatchNorm]) -> Fusions:
     return fusions
 
 
-def _place(layer: _BatchNorm, calls: CallGraph) -> tuple[nn.Module, str | None]:
-    """The module in which something may follow `layer`; its name there, if that module is a Sequential.
+def _find_follower(layer: _BatchNorm, calls: CallGraph) -> tuple[nn.Module, str | None]:
+    """The module whose forward contains the next operation; and, if it is a Sequential, the name of the next module.
 
-    Raises: Unfusable where not every call of the layer leads there.
+    Raises: Unfusable if not all calls of the layer are known.
     """
     if layer.activation is not None:
         raise Unfusable("has an activation already")
     if has_hooks(layer):
-        raise Unfusable("has hooks, which would see what is fused")
+        raise Unfusable("has hooks, which would see the fused output")
     child: nn.Module = layer
     while (owner := calls.owner(child)) is not None:
         why = calls.obstacle(child, owner)
         if why is not None:
             raise Unfusable(why)
         if is_sequential(owner):
-            follower = _behind(child, owner)
+            follower = _next_module(child, owner)
             if follower is not None:
                 return owner, follower
         elif owner not in calls.tails:
@@ -146,18 +146,18 @@ def _place(layer: _BatchNorm, calls: CallGraph) -> tuple[nn.Module, str | None]:
     raise Unfusable(calls.opaque[holders[-1]] if holders else "no call of it was found")
 
 
-def _behind(child: nn.Module, owner: nn.Module) -> str | None:
-    """The name of what follows `child` in a Sequential."""
+def _next_module(child: nn.Module, owner: nn.Module) -> str | None:
+    """The name of the module that follows `child` in a Sequential, or None."""
     children = [(name, each) for name, each in owner._modules.items() if each is not None]
     place = next(index for index, (_, each) in enumerate(children) if each is child)
-    return next((name for name, each in children[place + 1 :] if not is_passive(each)), None)
+    return next((name for name, each in children[place + 1 :] if not is_plain_identity(each)), None)
 
 
 def _in_sequential(layer: _BatchNorm, owner: nn.Module, name: str, calls: CallGraph) -> Fusion:
     """Fuse the activation of that name in a Sequential into `layer`."""
     follower = owner.get_submodule(name)
     activation = activation_module(follower)
-    if any(follower in trace.whole for traced in calls.traced.values() for trace in traced.by_mode.values()):
+    if any(follower in trace.called for traced in calls.traced.values() for trace in traced.by_mode.values()):
         raise Unfusable(f"{type(follower).__name__}, which follows, is called from elsewhere too")
     layer.activation = activation
     owner._modules[name] = nn.Identity().train(follower.training)
@@ -165,17 +165,17 @@ def _in_sequential(layer: _BatchNorm, owner: nn.Module, name: str, calls: CallGr
 
 
 def _in_block(owner: nn.Module, layers: list[_BatchNorm], calls: CallGraph) -> Fusions:
-    """Fuse what follows `layers` in the forward of `owner`, if in both modes it is the same."""
+    """Fuse the residual and activation after `layers` in the forward of `owner`, if they are the same in both modes."""
     traced = calls.traced[owner]
     fusions: Fusions = {}
     fused: dict[str, _BatchNorm] = {}
     for layer in layers:
         try:
-            rewrite.writable(owner)
+            rewrite.check_writable(owner)
             chains = {mode: _chain(layer, traced.by_mode[mode], owner) for mode in MODES}
             found = [chain for chain in chains.values() if chain is not None]
             if any(each.what != found[0].what for each in found):
-                raise Unfusable("what follows differs between training and evaluation")
+                raise Unfusable("the next operation differs between training and evaluation")
             for mode, chain in chains.items():
                 if chain is not None:
                     path = str(chain.layer.target)
@@ -202,7 +202,7 @@ def _in_block(owner: nn.Module, layers: list[_BatchNorm], calls: CallGraph) -> F
 
 
 def _rewriting(owner: nn.Module, traced: Traced, tails: Tails, fused: tuple[str, ...]) -> rewrite.Rewriting:
-    """What the forward of `owner` becomes, in which the layers of these paths were fused. Raises: Unwritable."""
+    """The rewritten forward of `owner`, with the layers at these paths fused. Raises: Unwritable."""
     training, evaluation = (traced.by_mode[mode] for mode in MODES)
     inlined = {**training.inlined, **evaluation.inlined}
     read = {"": {**training.attributes, **evaluation.attributes}}
@@ -212,13 +212,13 @@ def _rewriting(owner: nn.Module, traced: Traced, tails: Tails, fused: tuple[str,
         rewrite.Source.of(evaluation.graph),
         tuple((name, kind.__name__) for name, kind in traced.inputs.items()),
         tuple((path, name, value) for path, each in read.items() for name, value in sorted(each.items())),
-        rewrite.children_of(owner, inlined),
+        rewrite.guarded_children(owner, inlined),
         fused,
     )
 
 
 def _chain(layer: _BatchNorm, trace: Trace, owner: nn.Module) -> Chain | None:
-    """What follows `layer` in `trace`; None if it is not called there."""
+    """The chain after `layer` in `trace`; None if it is not called there."""
     for node in trace.graph.nodes:
         if node.op == "call_module" and owner.get_submodule(str(node.target)) is layer:
             return follow(node, trace, owner)
@@ -226,17 +226,17 @@ def _chain(layer: _BatchNorm, trace: Trace, owner: nn.Module) -> Chain | None:
 
 
 def _contract(graph: fx.Graph, chain: Chain) -> None:
-    """Let the one call of the layer stand for all of `chain`."""
-    whole = chain.layer
+    """Replace the nodes of `chain` by one call of the layer."""
+    called = chain.layer
     if chain.add is not None:
         with graph.inserting_before(chain.add):
             layer = graph.get_attr(str(chain.layer.target))
             in_place = chain.add.target in (operator.iadd, "add_")
-            whole = graph.call_function(
+            called = graph.call_function(
                 rewrite.add_residual, (layer, chain.layer.args[0], chain.residual, in_place)
             )
-    chain.last.replace_all_uses_with(whole)
-    for node in (chain.last, *reversed(chain.between)):
+    chain.last.replace_all_uses_with(called)
+    for node in (chain.last, *reversed(chain.intermediate)):
         graph.erase_node(node)
-    if whole is not chain.layer:
+    if called is not chain.layer:
         graph.erase_node(chain.layer)

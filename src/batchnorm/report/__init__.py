@@ -1,6 +1,6 @@
-"""A run's records as pictures and one page. Knows nothing of torch: a page can be rebuilt years later.
+"""The report of a run: figures and one HTML page, made from its records alone. Does not import torch.
 
-records.jsonl  ->  contents  what the run says      ->  page     report.html, one file
+records.jsonl  ->  contents  the records by subject ->  page     report.html, one file
                                                     ->  figures  figures/NAME.png and NAME.svg
 """
 
@@ -16,9 +16,9 @@ from batchnorm.report.page import render as render
 
 
 def build(run: Path) -> Path:
-    """Draw the figures and write the page of the run in folder `run`; return the page's path.
+    """Write the figures and report.html of the run in folder `run`; return the path of report.html.
 
-    Raises: RecordError when there is no such folder, or its records are missing or wrong.
+    Raises: RecordError when the folder does not exist, or its records are missing or invalid.
     """
     if run.is_file():
         raise records.RecordError(
@@ -45,7 +45,7 @@ def build(run: Path) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of one."""
+    """Write a file atomically: a reader sees the old content or the new."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         new.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What a run says, gathered from its records: every chart, verdict and network once, the last word on each."""
+"""The records of a run by subject: each chart, verdict and network once, in its latest version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from batchnorm.records import (
 
 @dataclass
 class Network:
-    """One network: where it stands, and how it ended if it has."""
+    """The records of one network: its evaluations, and its result if it has ended."""
 
     job: str
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Network:
 
     @property
     def normalized(self) -> bool:
-        """Whether it has batch normalization: only then is there an accuracy by the moving averages."""
+        """Whether it has batch normalization; if not configured, whether there is an accuracy by moving averages."""
         if self.result is not None and isinstance(self.result.config.get("batch_norm"), bool):
             return bool(self.result.config["batch_norm"])
         if self.result is not None and self.result.accuracy_moving is not None:
@@ -45,7 +45,7 @@ class Network:
 
 @dataclass
 class Contents:
-    """The records of one run, by what they are about."""
+    """The records of one run, by subject."""
 
     run: Run
     verdicts: list[Verdict]
@@ -54,27 +54,27 @@ class Contents:
 
     @property
     def judged(self) -> bool:
-        """Whether the run is about claims; one of `batchnorm train` is about its network."""
+        """Whether the run tests claims; a run of `batchnorm train` does not."""
         return self.run.experiment != "train"
 
     @property
     def finished(self) -> bool:
-        """Whether there is a verdict, and each of them was reached; without claims, whether the network has ended."""
+        """Whether all verdicts are complete; for a run without claims, whether the network has ended."""
         if not self.judged:
             return any(network.result is not None for network in self.networks)
         return bool(self.verdicts) and all(verdict.outcome != "incomplete" for verdict in self.verdicts)
 
     @property
     def resume(self) -> str:
-        """The command that goes on with the run."""
+        """The command that resumes the run."""
         command = self.run.command.rstrip()
         return command if "--resume" in command.split() else f"{command} --resume"
 
 
 def gather(records: Iterable[Record]) -> Contents:
-    """Sort `records`; of a chart or verdict written several times the last counts, in the place of the first.
+    """Group `records` by subject; the last version of a chart or verdict replaces earlier ones, in their position.
 
-    Raises: RecordError when no record says what run this is.
+    Raises: RecordError when the run record is missing.
     """
     run: Run | None = None
     verdicts: dict[str, Verdict] = {}
@@ -99,7 +99,7 @@ def gather(records: Iterable[Record]) -> Contents:
 
 
 def ratios(verdict: Verdict) -> dict[float, float]:
-    """The ratios of a verdict that are numbers, by accuracy in per cent, ascending."""
+    """The finite ratios of a verdict, by accuracy in per cent, ascending."""
     found = {
         float(accuracy): ratio
         for accuracy, ratio in (verdict.steps_ratio or {}).items()
@@ -110,7 +110,7 @@ def ratios(verdict: Verdict) -> dict[float, float]:
 
 @dataclass(frozen=True)
 class Headline:
-    """What the page says first; `others` are further ratios, (accuracy, ratio)."""
+    """The headline of the page; `others` are further ratios, (accuracy, ratio)."""
 
     number: str
     sentence: str
@@ -119,15 +119,15 @@ class Headline:
 
 
 def headline(contents: Contents) -> Headline:
-    """The ratio of steps where there is one, else how many claims were seen, else how far the run came.
+    """The ratio of steps if there is one, else the number of claims seen, else the state of the run.
 
-    Of a run without claims, how accurate its network is.
+    For a run without claims, the accuracy of its network.
     """
     if not contents.judged:
         return _of_network(contents.networks[0] if contents.networks else None)
     best = ratios(contents.verdicts[0]) if contents.verdicts else {}
     if best:
-        # the claim is about some accuracy of 80 % or more, so the largest ratio of those
+        # the claim is about some accuracy of 80 % or more: take the largest of these ratios
         accuracy = max((a for a in best if a >= 80), key=lambda a: best[a], default=max(best))
         ratio = best[accuracy]
         sentence = f"steps to {accuracy:g} % test accuracy with batch normalization"
@@ -152,7 +152,7 @@ def headline(contents: Contents) -> Headline:
 
 
 def _of_network(network: Network | None) -> Headline:
-    """How accurate a network is, as far as it has come."""
+    """The accuracy of a network at its last evaluation."""
     last = network.last if network is not None else None
     if network is None or last is None:
         return Headline("", "Not evaluated yet")
@@ -164,7 +164,7 @@ def _of_network(network: Network | None) -> Headline:
 
 
 def progress(contents: Contents) -> Chart | None:
-    """Accuracy against steps for every network, for a run that came to no verdict."""
+    """Accuracy against steps for every network, for a run without a verdict."""
     lines: list[Line] = []
     groups = {
         "with batch normalization": [n for n in contents.networks if n.evaluations and n.normalized],
@@ -174,7 +174,7 @@ def progress(contents: Contents) -> Chart | None:
     for (name, networks), role in zip(groups.items(), ("bn", "plain"), strict=True):
         for number, network in enumerate(networks):
             steps = sorted(network.evaluations)
-            # many networks share one name and one look: their colour tells what matters
+            # many networks share one label and colour per group
             group = f"{name} ({len(networks)})" if number == 0 else ""
             lines.append(
                 Line(

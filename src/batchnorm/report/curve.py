@@ -1,4 +1,4 @@
-"""A line of a panel as it is drawn: gaps as nan, a colour from its role, dashes that tell it from its like."""
+"""The curves of a panel, ready to draw: gaps as nan, a colour per role, dashes to distinguish lines of one role."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.records import Line, Panel
-from batchnorm.report.ink import Ink
+from batchnorm.report.palette import Palette
 
-_HUGE = 1e100  # beyond it, as good as infinite: a gap
+_INFINITE = 1e100  # larger values are treated as infinite, and drawn as gaps
 
-# Lines of one role: the first as it is, further ones by their dashes and tone, then by markers too.
+# Styles of the lines of one role, in order; further lines have markers too.
 _SOLID: list[Any] = ["-", (0, (7, 2, 1.5, 2)), (0, (7, 2, 1.5, 2, 1.5, 2))]
 _DASHED: list[Any] = [(0, (4, 2.5)), (0, (1.5, 1.8)), (0, (9, 3))]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of a line, and how."""
+    """The points and the style of a line."""
 
     label: str
     x: NDArray[np.float64]
@@ -35,30 +35,30 @@ class Curve:
 
     @property
     def end(self) -> tuple[float, float] | None:
-        """The last point, None without one."""
-        there = np.flatnonzero(np.isfinite(self.y))
-        return (float(self.x[there[-1]]), float(self.y[there[-1]])) if there.size else None
+        """The last point, or None."""
+        finite = np.flatnonzero(np.isfinite(self.y))
+        return (float(self.x[finite[-1]]), float(self.y[finite[-1]])) if finite.size else None
 
 
-def curves(panel: Panel, ink: Ink) -> list[Curve]:
+def curves(panel: Panel, palette: Palette) -> list[Curve]:
     """The lines of `panel` in order."""
-    alike: dict[tuple[str, bool], int] = {}
+    count_by_role: dict[tuple[str, bool], int] = {}
     found = []
     for line in panel.lines:
-        # a line without a name belongs to the one before it, and looks like it
-        number = max(alike.get((line.role, line.dashed), -1) + bool(line.label), 0)
-        alike[line.role, line.dashed] = number
-        tones = ink.tones(line.role)
+        # a line without a label belongs to the previous one and has the same style
+        number = max(count_by_role.get((line.role, line.dashed), -1) + bool(line.label), 0)
+        count_by_role[line.role, line.dashed] = number
+        tones = palette.tones(line.role)
         styles = _DASHED if line.dashed else _SOLID
         x = np.asarray(line.x, dtype=np.float64)
-        away = ~(np.abs(x) <= _HUGE) | (x <= 0 if panel.x_log else False)
+        undrawable = ~(np.abs(x) <= _INFINITE) | (x <= 0 if panel.x_log else False)
         found.append(
             Curve(
                 label=printable(line.label),
-                x=np.where(away, np.nan, x),
-                y=_values(line.y, away),
-                low=None if line.low is None else _values(line.low, away),
-                high=None if line.high is None else _values(line.high, away),
+                x=np.where(undrawable, np.nan, x),
+                y=_values(line.y, undrawable),
+                low=None if line.low is None else _values(line.low, undrawable),
+                high=None if line.high is None else _values(line.high, undrawable),
                 colour=tones[number % 2],
                 name_colour=tones[0],
                 style=styles[number % len(styles)],
@@ -69,17 +69,17 @@ def curves(panel: Panel, ink: Ink) -> list[Curve]:
 
 
 def heights(line: Line) -> list[float]:
-    """Every height at which something of the line is drawn."""
+    """All y values of the line and its band."""
     values = [*line.y, *(line.low or ()), *(line.high or ())]
-    return [value for value in values if value is not None and abs(value) <= _HUGE]
+    return [value for value in values if value is not None and abs(value) <= _INFINITE]
 
 
 def printable(text: str) -> str:
-    """The text on one line, without control characters, which an SVG file cannot hold."""
+    """The text on one line, without control characters, which are invalid in SVG."""
     words = (word for word in text.split(" ") if word)
     return " ".join("".join(c if c.isprintable() or c == "\u00a0" else " " for c in word) for word in words)
 
 
-def _values(values: list[float | None], away: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _values(values: list[float | None], undrawable: NDArray[np.bool_]) -> NDArray[np.float64]:
     array = np.asarray([math.nan if value is None else value for value in values], dtype=np.float64)
-    return np.where(away | ~(np.abs(array) <= _HUGE), np.nan, array)
+    return np.where(undrawable | ~(np.abs(array) <= _INFINITE), np.nan, array)

@@ -1,4 +1,4 @@
-"""The page of a run: `render(records) -> str`, one HTML file that needs nothing else and has no script."""
+"""The page of a run: `render(records) -> str`, a self-contained HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm.records import Chart, Panel, Record
-from batchnorm.report import contents as gathered
+from batchnorm.report import contents as report_contents
 from batchnorm.report import figures, tables
-from batchnorm.report.ink import DARK, LIGHT
-from batchnorm.report.scale import on_one_scale
+from batchnorm.report.palette import DARK, LIGHT
+from batchnorm.report.scale import share_y_range
 
 _ENVIRONMENT = Environment(
     loader=PackageLoader("batchnorm.report", "."),
@@ -23,14 +23,14 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-# a number stays on one line with its "%" and with its spread
+# no line break between a number and its "%" or its spread
 _ENVIRONMENT.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
-_MANY = 30  # a longer table of networks starts folded
+_MANY = 30  # a longer table of networks is folded initially
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A panel of a chart: for a phone or half a page, and, when it stands alone, for a whole page."""
+    """A panel of a chart: narrow, and also wide if it is the only one of its chart."""
 
     title: str
     narrow: Markup
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its panels drawn."""
+    """A chart with its panels as SVG."""
 
     title: str
     caption: str
@@ -47,21 +47,21 @@ class Figure:
 
 
 def render(records: Iterable[Record]) -> str:
-    """The page of a run as HTML; the same records give the same text.
+    """The page of a run as HTML; deterministic.
 
-    Raises: RecordError when no record says what run this is.
+    Raises: RecordError when the run record is missing.
     """
-    contents = gathered.gather(records)
+    contents = report_contents.gather(records)
     charts = {chart.name: _figure(chart, f"f{number}") for number, chart in enumerate(contents.charts, 1)}
     claimed = {verdict.claim for verdict in contents.verdicts}
-    progress = None if contents.verdicts else gathered.progress(contents)
+    progress = None if contents.verdicts else report_contents.progress(contents)
     networks = tables.networks(contents)
     return _ENVIRONMENT.get_template("page.html.j2").render(
         run=contents.run,
         light=Markup(LIGHT.css()),
         dark=Markup(DARK.css()),
-        started=tables.moment(contents.run.started),
-        headline=gathered.headline(contents),
+        started=tables.format_time(contents.run.started),
+        headline=report_contents.headline(contents),
         judged=contents.judged,
         finished=contents.finished,
         resume=contents.resume,
@@ -80,16 +80,16 @@ def render(records: Iterable[Record]) -> str:
 def _figure(chart: Chart, prefix: str) -> Figure:
     alone = len(chart.panels) == 1
     pictures = []
-    for number, panel in enumerate(on_one_scale(chart.panels), 1):
-        label = _spoken(chart, panel)
+    for number, panel in enumerate(share_y_range(chart.panels), 1):
+        label = _aria_label(chart, panel)
         narrow = figures.inline_svg(panel, f"{prefix}-{number}", figures.NARROW, label)
         wide = figures.inline_svg(panel, f"{prefix}-{number}w", figures.WIDE, label) if alone else None
         pictures.append(Picture(panel.title, Markup(narrow), Markup(wide) if wide else None))
     return Figure(chart.title, chart.caption, pictures)
 
 
-def _spoken(chart: Chart, panel: Panel) -> str:
-    """What a screen reader says in place of a panel."""
+def _aria_label(chart: Chart, panel: Panel) -> str:
+    """The description of a panel for screen readers."""
     names = ", ".join(line.label for line in panel.lines if line.label)
     title = f"{chart.title}, {panel.title}" if panel.title else chart.title
     return f"{title}: {panel.y_label} against {panel.x_label}" + (f"; lines: {names}" if names else "")

@@ -1,4 +1,4 @@
-"""What an axis covers and how it says its numbers: 100, 1k, 10k; 20 %; 10⁻⁵."""
+"""The limits, ticks and tick labels of axes: 100, 1k, 10k; 20 %; 10⁻⁵."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def scale(axes: Axes, panel: Panel, *, drawn: bool, wide: bool) -> None:
-    """Set the limits and ticks of `axes`, which hold the lines already; `drawn` says that there is a point."""
+    """Set the limits and ticks of `axes`, which have the lines already; `drawn` is False if there is no point."""
     axes.margins(x=0.015, y=_Y_MARGIN)
     if panel.x_log:
         axes.set_xscale("log")
@@ -34,22 +34,22 @@ def scale(axes: Axes, panel: Panel, *, drawn: bool, wide: bool) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 5, steps=_STEPS))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
-    # only the ticks within the limits, for the widest of them sets the margin
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    # only ticks within the limits, since the widest tick label determines the margin
     low, high = axes.get_ylim()
     ticks = MaxNLocator(5, steps=_STEPS).tick_values(low, high)
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    say = percent if panel.y_percent else human
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: say(value)))
+    format_value = percent if panel.y_percent else format_number
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
 
 
-def on_one_scale(panels: Sequence[Panel]) -> list[Panel]:
-    """Panels that measure the same thing get one range of y, or side by side they would mislead."""
+def share_y_range(panels: Sequence[Panel]) -> list[Panel]:
+    """Give panels with the same y label the same y range, so that they can be compared."""
     ranges: dict[str, tuple[float, float]] = {}
     for label in {panel.y_label for panel in panels}:
-        alike = [panel for panel in panels if panel.y_label == label]
-        values = [value for panel in alike for line in panel.lines for value in heights(line)]
-        if len(alike) > 1 and values and min(values) < max(values):
+        same_quantity = [panel for panel in panels if panel.y_label == label]
+        values = [value for panel in same_quantity for line in panel.lines for value in heights(line)]
+        if len(same_quantity) > 1 and values and min(values) < max(values):
             margin = _Y_MARGIN * (max(values) - min(values))
             ranges[label] = (min(values) - margin, max(values) + margin)
     return [
@@ -57,8 +57,8 @@ def on_one_scale(panels: Sequence[Panel]) -> list[Panel]:
     ]
 
 
-def human(value: float) -> str:
-    """A number as an axis says it: 100, 1k, 10k, 2.5M, 0.001, 10⁻⁵."""
+def format_number(value: float) -> str:
+    """A tick label: 100, 1k, 10k, 2.5M, 0.001, 10⁻⁵."""
     size = abs(value)
     sign = "−" if value < 0 else ""
     if size == 0:
@@ -74,5 +74,5 @@ def human(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as an axis says it."""
-    return f"{human(round(value * 100, 6))}\u00a0%"
+    """A share as a tick label in per cent."""
+    return f"{format_number(round(value * 100, 6))}\u00a0%"

@@ -1,4 +1,4 @@
-"""The tables of the page: cells as text, and which columns are numbers."""
+"""The tables of the page: cells as text, and which columns are numeric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from batchnorm.records import Table
 from batchnorm.report.contents import Contents, Network
 
-# "1,990", "−0.5", "15.8 ± 1.2", "96 %", "1.5e-3", "14–17", "∞"; what stands for a missing number may join them
+# "1,990", "−0.5", "15.8 ± 1.2", "96 %", "1.5e-3", "14–17", "∞"; a numeric column may have _MISSING cells too
 _NUMBER = re.compile(r"[<>≤≥~≈+−-]?\s*(\d|\.\d|∞)")
 _MISSING = {"", "—", "–", "-", "never", "not reached", "diverged"}
 
@@ -28,7 +28,7 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as it is set: the first column names the row, numbers stand right."""
+    """A table of text cells: the first column names the row, numeric columns are right-aligned."""
 
     title: str
     columns: list[str]
@@ -36,7 +36,7 @@ class Grid:
     note: str = ""
 
     def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers, by most of its cells; one without any words counts as such."""
+        """Whether a column is numeric: it is not the first, and at least half of its non-missing cells are numbers."""
         cells = [row[column].strip() for row in self.rows if column < len(row)]
         numbers = sum(bool(_NUMBER.match(cell)) for cell in cells)
         words = sum(not _NUMBER.match(cell) and cell not in _MISSING for cell in cells)
@@ -49,7 +49,7 @@ def of_verdict(tables: dict[str, Table]) -> list[Grid]:
 
 
 def networks(contents: Contents) -> Grid | None:
-    """How each network ended, or how far it came; columns that nobody filled are left out."""
+    """The result of each network, or its last evaluation; empty columns are left out."""
     if not contents.networks:
         return None
     columns = ["network", "steps", "test", "moving", "training", "loss", "travel", "time", "ended"]
@@ -68,7 +68,7 @@ def networks(contents: Contents) -> Grid | None:
 def configurations(contents: Contents) -> Grid | None:
     """The settings in which the networks that have ended differ."""
     configs = {
-        network.job: _flat(network.result.config)
+        network.job: _flatten(network.result.config)
         for network in contents.networks
         if network.result is not None
     }
@@ -80,8 +80,8 @@ def configurations(contents: Contents) -> Grid | None:
     return Grid("Where the networks’ settings differ", ["network", *differing], rows)
 
 
-def moment(iso: str) -> str:
-    """A time in ISO 8601 for people; as it stands when it is none."""
+def format_time(iso: str) -> str:
+    """A readable form of a time in ISO 8601; other text is returned unchanged."""
     try:
         time = datetime.fromisoformat(iso)
     except ValueError:
@@ -89,26 +89,26 @@ def moment(iso: str) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d, %H:%M} UTC" if time.tzinfo else iso
 
 
-def share(value: float | None) -> str:
+def format_share(value: float | None) -> str:
     """An accuracy as a percentage."""
     if value is None or not math.isfinite(value):
-        return "" if value is None else _odd(value)
+        return "" if value is None else _format_non_finite(value)
     return f"{value * 100:.2f}\u00a0%"
 
 
 def number(value: float | None) -> str:
     """A number to three digits."""
     if value is None or not math.isfinite(value):
-        return "" if value is None else _odd(value)
+        return "" if value is None else _format_non_finite(value)
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.1e}".replace("-", "−")
     return f"{value:.3g}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}".replace("-", "−")
 
 
-def duration(seconds: float) -> str:
-    """A time as a clock shows it."""
+def format_duration(seconds: float) -> str:
+    """A duration in s, min or h."""
     if not math.isfinite(seconds):
-        return _odd(seconds)
+        return _format_non_finite(seconds)
     if seconds < 10:
         return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
@@ -125,21 +125,21 @@ def _network(network: Network) -> list[str]:
         return [
             network.job,
             f"{result.steps:,}",
-            share(result.accuracy),
-            share(result.accuracy_moving),
-            share(result.train_accuracy),
+            format_share(result.accuracy),
+            format_share(result.accuracy_moving),
+            format_share(result.train_accuracy),
             number(result.loss),
             travel,
-            duration(result.seconds),
+            format_duration(result.seconds),
             "diverged" if result.diverged else "yes",
         ]
-    if last is None:  # pragma: no cover - a network is known by one or the other
+    if last is None:  # pragma: no cover - every network has one or the other
         return [network.job, *[""] * 8]
     return [
         network.job,
         f"{last.step:,}",
-        share(last.accuracy),
-        share(last.accuracy_moving),
+        format_share(last.accuracy),
+        format_share(last.accuracy_moving),
         "",
         number(last.loss),
         travel,
@@ -148,18 +148,18 @@ def _network(network: Network) -> list[str]:
     ]
 
 
-def _odd(value: float) -> str:
+def _format_non_finite(value: float) -> str:
     if math.isnan(value):
         return "not a number"
     return "∞" if value > 0 else "−∞"
 
 
-def _flat(config: dict[str, JsonValue], prefix: str = "") -> dict[str, str]:
+def _flatten(config: dict[str, JsonValue], prefix: str = "") -> dict[str, str]:
     """Nested settings under dotted names."""
     flat: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}.")
         elif isinstance(value, bool):
             flat[prefix + name] = "yes" if value else "no"
         else:

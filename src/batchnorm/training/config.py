@@ -1,4 +1,4 @@
-"""What decides a training run, as it stands in run.toml: with the data, these values decide every number."""
+"""The configuration of a training run, as in run.toml. Together with the data it determines every number of the run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from batchnorm.models.inception import Nonlinearity, Stem
 
-# What may change when a run is continued: where it runs and how often its state is saved, but no number.
-ELSEWHERE = {"machine", "checkpoints"}
+# The sections that may change when a run is resumed: where it runs and how often it is saved.
+RESUMABLE_SECTIONS = {"machine", "checkpoints"}
 INCEPTION: Literal["bn-inception"] = "bn-inception"
 
 
@@ -22,19 +22,21 @@ class InceptionModel(_Section):
 
     name: Literal["bn-inception"] = Field(
         INCEPTION,
-        description="or any classification model of torchvision, which has dropout for a key at most",
+        description="or any classification model of torchvision, whose only other key is dropout",
     )
     batch_norm: bool = Field(True, description="before every nonlinearity")
-    activation: Nonlinearity = Field("relu", description="or sigmoid")
+    activation: Nonlinearity = Field("relu", description='or "sigmoid"')
     width: float = Field(1.0, gt=0, description="multiplies every number of channels")
-    stem: Stem = Field("imagenet", description="for images of 224 pixels, or small for 28 to 64")
-    pool_proj_4cd: int = Field(96, ge=1, description="of modules 4c and 4d; 128 as figure 5 prints")
+    stem: Stem = Field("imagenet", description='for images of 224 pixels; "small" for 28 to 64')
+    pool_proj_4cd: int = Field(
+        96, ge=1, description="channels of the pooling branch in modules 4c and 4d; figure 5 prints 128"
+    )
     separable_stem: bool = Field(True, description="the first convolution depthwise, then 1×1")
     auxiliary: bool = Field(False, description="a second classifier after module 4d")
     dropout: float = Field(0.4, ge=0, lt=1, description="before the classifier; 0.4 is GoogLeNet's")
     local_response_norm: bool = Field(False, description="in the stem, as in GoogLeNet")
     per_activation: tuple[str, ...] = Field(
-        (), description="modules whose BN has moments for every single activation"
+        (), description="modules whose BN has separate moments for every activation"
     )
     init_gain: float = Field(1.0, gt=0, description="multiplies the convolutions' initial weights")
 
@@ -59,7 +61,7 @@ Model = Annotated[
 
 
 class Data(_Section):
-    """`[data]`: which images, how they are cropped and distorted, in which order they come."""
+    """`[data]`: the data set, its cropping and distortion, and its order."""
 
     source: str = Field(
         "mnist-10k",
@@ -101,49 +103,47 @@ class Optimizer(_Section):
     weight_decay: float = Field(
         2e-4, ge=0, description="L2, on the weights of convolutions and linear layers"
     )
-    decay: float = Field(0.96, gt=0, le=1, description="factor on the rate ...")
-    decay_every: int = Field(
-        320_000, ge=1, description="... every so many steps; 320,000 are 8 epochs of ImageNet"
-    )
+    decay: float = Field(0.96, gt=0, le=1, description="the rate is multiplied by it every decay_every steps")
+    decay_every: int = Field(320_000, ge=1, description="steps; 320,000 are 8 epochs of ImageNet")
 
 
 class Schedule(_Section):
-    """`[training]`: how long, in which batches, with which numbers."""
+    """`[training]`: number of steps, batch size, seed and precision."""
 
-    steps: int = Field(ge=1, description="of SGD")
-    batch_size: int = Field(32, ge=2, description="images a step, over all processes")
+    steps: int = Field(ge=1, description="number of SGD steps")
+    batch_size: int = Field(32, ge=2, description="images per step, over all processes")
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="at most so many at a time in one process; the statistics and gradients are the whole batch's",
+        description="largest number of images per pass in one process; statistics and gradients are the whole batch's",
     )
     seed: int = Field(0, ge=0, description="of initial weights, data order, distortions and dropout")
     sync: bool = Field(False, description="BN normalises by the samples of all processes")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="of activations; float64 that of the weights too, to compare runs by"
+        "float32", description="of activations; float64 applies to the weights too, for comparing runs"
     )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, kept beside them"
     )
     auxiliary_weight: float = Field(0.3, ge=0, description="of the auxiliary head's loss; GoogLeNet's")
     patience: int | None = Field(
-        None, ge=1, description="stop after so many evaluations in a row without a new best accuracy"
+        None, ge=1, description="stop after this many evaluations in a row without a new best accuracy"
     )
 
 
 class Evaluations(_Section):
-    """`[evaluation]`: when, and by which statistics."""
+    """`[evaluation]`: when the network is evaluated, and on what."""
 
-    every: int | None = Field(None, ge=1, description="steps; unless given, an epoch")
+    every: int | None = Field(None, ge=1, description="steps between evaluations; unless given, an epoch")
     apart: float | None = Field(
-        None, gt=0, description="instead: a share of the steps so far, at least 10, to the next evaluation"
+        None, gt=0, description="instead of every: the gap as a share of the steps so far, at least 10 steps"
     )
     first: int = Field(1, ge=1, description="no evaluation before this step")
     images: int | None = Field(
-        None, ge=1, description="of the validation set, chosen once at random; unless given, all"
+        None, ge=1, description="size of a fixed random subset of the validation set; unless given, all"
     )
     population_batches: int = Field(20, ge=1, description="training batches over which Algorithm 2 averages")
-    batch_size: int = Field(250, ge=1, description="images at a time in one process")
+    batch_size: int = Field(250, ge=1, description="images per forward pass in one process")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -153,18 +153,24 @@ class Evaluations(_Section):
 
 
 class Checkpoints(_Section):
-    """`[checkpoints]`: when, and how many are kept beside the best one."""
+    """`[checkpoints]`: how often they are written, and how many are kept."""
 
-    every_seconds: float = Field(600, gt=0, description="and when the run ends or is stopped")
-    keep: int = Field(3, ge=1, description="the newest so many, beside the best network and the final one")
+    every_seconds: float = Field(
+        600,
+        gt=0,
+        description="seconds between checkpoints; one is also written when the run ends or is stopped",
+    )
+    keep: int = Field(
+        3, ge=1, description="number of newest checkpoints kept, besides the best and final networks"
+    )
 
 
 class Machine(_Section):
-    """`[machine]`: what must not change a result but for rounding; may differ when a run is continued."""
+    """`[machine]`: where the run computes. Affects results by rounding only; may differ when a run is resumed."""
 
     device: Literal["auto", "cpu"] = Field("auto", description="an accelerator where there is one")
     threads: int | None = Field(
-        None, ge=1, description="of one process on a CPU; unless given, torch's default"
+        None, ge=1, description="threads of one process on a CPU; unless given, torch's default"
     )
     loaders: int = Field(
         0, ge=0, description="processes that read and distort images, for each training process"
@@ -176,7 +182,7 @@ class Machine(_Section):
 class Config(_Section):
     """A whole run.toml.
 
-    As a job among others it takes `steps`, and a `cost` that all jobs of an experiment have in a common unit.
+    It is also a job of an experiment, with `steps` and a `cost` in the unit that all jobs share.
     """
 
     model: Model = InceptionModel()
@@ -187,17 +193,17 @@ class Config(_Section):
     checkpoints: Checkpoints = Checkpoints()
     machine: Machine = Machine()
 
-    def changed(self, section: str, **values: object) -> Self:
-        """A copy in which these keys of a section have these values, which are not checked again."""
+    def with_values(self, section: str, **values: object) -> Self:
+        """A copy with new `values` for keys of `section`. They are not validated."""
         part = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: part})
 
     @property
     def steps(self) -> int:
-        """How many it takes, at most."""
+        """The largest number of steps."""
         return self.training.steps
 
     @property
     def cost(self) -> float:
-        """How long it takes, in steps; a network's width is not looked at."""
+        """The expected duration in steps, whatever the width of the network."""
         return float(self.training.steps)

@@ -1,7 +1,7 @@
-"""The networks of the MNIST experiment: from a configuration and the digits to a stream of records.
+"""The training loop of the MNIST experiment: from a configuration and the digits to a stream of records.
 
-Everything a step depends on is in `state_dict`, or follows from the configuration and the number of the
-step, so a run that was stopped anywhere continues to the same numbers, bit for bit on the same machine.
+Everything a step depends on is in `state_dict` or follows from the configuration and the step number, so a
+resumed run gives the same numbers as an uninterrupted one, bit for bit on the same machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.schedule import evaluation_steps
 
-# The training batches over which Algorithm 2 averages: 1,200 samples.
+# The number of training batches over which Algorithm 2 averages: 1,200 samples.
 POPULATION_BATCHES = 20
 _PERCENTILES = torch.tensor([0.15, 0.50, 0.85])
 
@@ -46,28 +46,28 @@ class Training(BaseModel):
     hidden: tuple[int, ...] = (100, 100, 100)
     dropout: float = Field(0.0, ge=0, lt=1)
     batch_size: int = Field(60, ge=2)
-    watch: bool = Field(False, description="record what the last hidden layer's nonlinearities see")
+    watch: bool = Field(False, description="record percentiles of the inputs to the last hidden nonlinearity")
 
     @property
     def cost(self) -> float:
-        """How long it takes, in steps without BN; a step with BN takes about two of them."""
+        """The expected duration in steps without BN; a step with BN takes about twice as long."""
         return self.steps * (2 if self.batch_norm else 1)
 
 
 class DigitsTrainer:
     """One network in training.
 
-    config: what to train and how.
-    data: the digits; images become binary, 1 where a pixel is above half (the paper's "binary image").
+    config: the network and its training.
+    data: the digits; images are made binary, 1 where a pixel is above half (the paper's "binary image").
     job: the network's name in the records.
     """
 
     def __init__(self, config: Training, data: Digits, job: str) -> None:
         self.config, self.job = config, job
-        self.images, self.labels = _binary(data.train_images), data.train_labels.long()
-        self.test_images, self.test_labels = _binary(data.test_images), data.test_labels.long()
+        self.images, self.labels = _binarize(data.train_images), data.train_labels.long()
+        self.test_images, self.test_labels = _binarize(data.test_images), data.test_labels.long()
         data.expect_batch(config.batch_size)
-        torch.manual_seed(config.seed)  # dropout; everything else has a generator of its own
+        torch.manual_seed(config.seed)  # for dropout; everything else has its own generator
         self.model = MLP(
             self.images.size(1),
             config.hidden,
@@ -81,18 +81,18 @@ class DigitsTrainer:
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.rate)
         self.step = 0
-        self.loss_sum, self.losses = torch.zeros(()), 0
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.seconds = 0.0
         self.evaluations: list[Evaluation] = []
-        self.watched: list[Tensor] = []  # (3, units) percentiles, an entry for each evaluation
+        self.watched: list[Tensor] = []  # (3, units) percentiles of each evaluation
         self._epoch, self._order = -1, torch.empty(0)
-        # full batches of random training images, the same at every evaluation: the files may be sorted by class
+        # random full batches, as the files may be sorted by class; the same at every evaluation
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
         full = order[: len(order) // config.batch_size * config.batch_size]
         self._population = full.split(config.batch_size)[:POPULATION_BATCHES]
 
     def run(self) -> Iterator[Evaluation | Result | None]:
-        """Train; yield what is worth recording, and None after every other step, a good moment to stop."""
+        """Train; yield each record, and None after every other step, where the run may be stopped."""
         due = set(evaluation_steps(self.config.steps))
         while self.step < self.config.steps and not self._diverged:
             started = time.perf_counter()
@@ -102,20 +102,20 @@ class DigitsTrainer:
             loss.backward()
             self.optimizer.step()
             self.loss_sum += loss.detach()
-            self.losses += 1
+            self.loss_count += 1
             self.step += 1
             self.seconds += time.perf_counter() - started
             yield self._evaluate() if self.step in due else None
         yield self._result()
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        """The batch of this step: epochs of shuffled samples, the remainder left out, all batches full."""
+        """The batch of this step. Each epoch is shuffled; an incomplete last batch is dropped."""
         size = self.config.batch_size
-        epoch, at = divmod(self.step, len(self.images) // size)
+        epoch, batch_index = divmod(self.step, len(self.images) // size)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
-        chosen = self._order[at * size : (at + 1) * size]
+        chosen = self._order[batch_index * size : (batch_index + 1) * size]
         return self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
 
     def _evaluate(self) -> Evaluation:
@@ -132,13 +132,13 @@ class DigitsTrainer:
         evaluation = Evaluation(
             job=self.job,
             step=self.step,
-            loss=(self.loss_sum / self.losses).item(),
+            loss=(self.loss_sum / self.loss_count).item(),
             accuracy=accuracy,
             accuracy_moving=self._accuracy_moving(),
             percentiles=percentiles,
             travel=_travel(self.watched),
         )
-        self.loss_sum, self.losses = torch.zeros(()), 0
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.evaluations.append(evaluation)
         return evaluation
 
@@ -157,7 +157,7 @@ class DigitsTrainer:
         )
 
     def _inference_model(self) -> MLP:
-        """A copy for inference, its BN by the population statistics of Algorithm 2, lines 8-11."""
+        """A copy in evaluation mode with the population statistics of Algorithm 2, lines 8-11."""
         return inference_copy(
             self.model, (self.images.index_select(0, chosen) for chosen in self._population)
         )
@@ -175,7 +175,7 @@ class DigitsTrainer:
         return bool(self.evaluations) and not math.isfinite(self.evaluations[-1].loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, and what it has recorded; tensors and plain values."""
+        """The state of the run and its records; tensors and plain values."""
         return {
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
@@ -183,19 +183,19 @@ class DigitsTrainer:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "loss_sum": self.loss_sum,
-            "losses": self.losses,
+            "losses": self.loss_count,
             "seconds": self.seconds,
             "evaluations": [evaluation.model_dump_json() for evaluation in self.evaluations],
             "watched": self.watched,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Raises: CheckpointError if that was another run."""
+        """Resume from a `state_dict`. Raises: CheckpointError if it is of a run with other settings."""
         if state.get("config") != self.config.model_dump(mode="json"):
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
-        self.step, self.loss_sum, self.losses = state["step"], state["loss_sum"], state["losses"]
+        self.step, self.loss_sum, self.loss_count = state["step"], state["loss_sum"], state["losses"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
@@ -203,7 +203,7 @@ class DigitsTrainer:
         self.evaluations = [Evaluation.model_validate_json(line) for line in state["evaluations"]]
 
 
-def _binary(images: Tensor) -> Tensor:
+def _binarize(images: Tensor) -> Tensor:
     return (images > 127).flatten(1).float()
 
 
@@ -222,10 +222,10 @@ def _travel(watched: list[Tensor]) -> float | None:
 
 
 def digits_trainer(source: str, config: Training, job: str, folder: Path) -> DigitsTrainer:
-    """What a worker trains; `source` names the data, which a process loads once."""
-    return DigitsTrainer(config, _loaded(source), job)
+    """The trainer of a job in a worker; each process loads the data set `source` once."""
+    return DigitsTrainer(config, _load_digits(source), job)
 
 
 @cache
-def _loaded(source: str) -> Digits:
+def _load_digits(source: str) -> Digits:
     return Digits.load(source)

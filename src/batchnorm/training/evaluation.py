@@ -1,12 +1,12 @@
-"""What a trained network says about labelled images: probabilities of classes, by one crop of each image or by 144.
+"""A trained network's class probabilities on labelled images, by one crop of each image or by 144.
 
-    saved = load_network(network_file(Path("runs/NAME")))           # best.pt: checked, on its device, in eval mode
+    saved = load_network(network_file(Path("runs/NAME")))           # best.pt: verified, on its device, in eval mode
     for part in predict(saved.network, source, saved.config.data.image_size, crops=144, indices=range(done, total)):
-        parts.append(part); done += len(part)                       # a good moment to stop, or to save
-    Predictions.joined(parts).score.accuracy                        # of one network
+        parts.append(part); done += len(part)                       # may be stopped or saved here
+    Predictions.concatenate(parts).score.accuracy                   # of one network
     Predictions.mean(of_each_network).score.accuracy                # of an ensemble
 
-Rows stand for `indices`, one for one, so that the probabilities of several networks can be averaged.
+Each row belongs to one of `indices`, so the probabilities of several networks can be averaged.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ STATISTICS: dict[Statistics, str] = {
     "average": "averaged weights, Algorithm 2",
 }
 
-_PARTS = {"config", "classes", "channels", "step", "population", "moving"}
-_GIVE = "give a run's folder, or best.pt or final.pt of its checkpoints"
+_REQUIRED_KEYS = {"config", "classes", "channels", "step", "population", "moving"}
+_ADVICE = "give a run's folder, or best.pt or final.pt of its checkpoints"
 _UNREADABLE = -1
 
 
@@ -57,19 +57,21 @@ class SavedNetwork:
 
     @property
     def has_norms(self) -> bool:
-        """Whether it is a matter which statistics it takes."""
+        """Whether it has BN, so that the choice of statistics matters."""
         return has_norms(self.network)
 
     def expect(self, source: Source, name: str) -> None:
-        """Raise NetworkError unless the images of `source`, called `name`, are of the kind it was trained on."""
-        theirs, mine = (_kind(each.channels, each.classes) for each in (source, self))
-        if theirs != mine:
-            raise NetworkError(f"{self.path} was trained on {mine}, {name} has {theirs}: choose other data")
+        """Raise NetworkError unless `source`, the data set `name`, has the channels and classes of the training set."""
+        given, expected = (_describe(each.channels, each.classes) for each in (source, self))
+        if given != expected:
+            raise NetworkError(
+                f"{self.path} was trained on {expected}, {name} has {given}: choose other data"
+            )
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is said about images, and what is right.
+    """Class probabilities of images, and their labels.
 
     probabilities: (n, classes) float32; NaN for an image that could not be read.
     labels: (n,) int64; -1 for an image that could not be read.
@@ -83,50 +85,50 @@ class Predictions:
 
     @property
     def score(self) -> Score:
-        """Of the images that could be read."""
+        """The score over the images that could be read."""
         read = self.labels != _UNREADABLE
         return Score.of(self.probabilities[read], self.labels[read])
 
     @classmethod
-    def joined(cls, parts: Iterable[Predictions]) -> Predictions:
-        """Of one network about all images of `parts`."""
-        every = list(parts)
+    def concatenate(cls, parts: Iterable[Predictions]) -> Predictions:
+        """The predictions of one network on the images of all `parts`."""
+        parts = list(parts)
         return cls(
-            torch.cat([part.probabilities for part in every]), torch.cat([part.labels for part in every])
+            torch.cat([part.probabilities for part in parts]), torch.cat([part.labels for part in parts])
         )
 
     @classmethod
     def mean(cls, networks: Sequence[Predictions]) -> Predictions:
-        """Of an ensemble: the arithmetic mean of the networks' probabilities (section 4.2.3)."""
+        """The predictions of an ensemble: the arithmetic mean of the networks' probabilities (section 4.2.3)."""
         total = torch.zeros_like(networks[0].probabilities)
-        for each in networks:
-            total += each.probabilities
-        return cls(total / len(networks), torch.stack([each.labels for each in networks]).amin(0))
+        for network in networks:
+            total += network.probabilities
+        return cls(total / len(networks), torch.stack([network.labels for network in networks]).amin(0))
 
 
 def network_file(place: Path, name: str = "best.pt") -> Path:
-    """The file of a network: `place` itself or, of a run's folder, checkpoints/`name`. Raises: NetworkError."""
+    """The file of a network: `place` itself or, if it is a run's folder, checkpoints/`name`. Raises: NetworkError."""
     path = place / "checkpoints" / name if place.is_dir() else place
     if not path.is_file():
         what = f"{place} holds no checkpoints/{name}" if place.is_dir() else f"there is no file {path}"
-        raise NetworkError(f"{what}: {_GIVE}")
+        raise NetworkError(f"{what}: {_ADVICE}")
     return path
 
 
 def load_network(path: Path, statistics: Statistics = "population") -> SavedNetwork:
     """The network in a best.pt or final.pt, on the accelerator if there is one and its configuration allows it.
 
-    statistics: what BN normalises by: those of Algorithm 2, or the moving averages of training; "average" is the
-        average of the weights (training.ema) by statistics of Algorithm 2 of its own.
+    statistics: those that BN uses: "population" (Algorithm 2) or "moving" (the moving averages of training). "average"
+        loads the moving average of the weights (training.ema) with its own statistics of Algorithm 2.
 
-    Raises: NetworkError for a file that is something else, or is broken.
+    Raises: NetworkError for a file that is broken or of another kind.
     """
     try:
         state = checkpoint.load(path) or {}
     except (CheckpointError, OSError):
-        raise NetworkError(f"{path} is broken, or no file of batchnorm train: {_GIVE}") from None
-    if not state.keys() >= _PARTS:
-        raise NetworkError(f"{path} holds no network to be used: {_GIVE}")
+        raise NetworkError(f"{path} is broken, or no file of batchnorm train: {_ADVICE}") from None
+    if not state.keys() >= _REQUIRED_KEYS:
+        raise NetworkError(f"{path} holds no network for evaluation: {_ADVICE}")
     if state.get(statistics) is None:
         raise NetworkError(f"{path} holds no averaged weights: it was trained without training.ema")
     try:
@@ -155,19 +157,19 @@ def predict(
     corrupt: Corrupt | None = None,
     loaders: int = 0,
 ) -> Iterator[Predictions]:
-    """What `network` says about images of `source`, after every max(1, batch_size // crops) of them.
+    """The predictions of `network` on images of `source`, in parts of max(1, batch_size // crops) images.
 
-    crops: by how many of image_size pixels each image is seen; their probabilities are averaged.
-    indices: of the images, in this order; unless given, all. Continued with the rest of them, after whole parts, it
-        goes on to the same numbers.
-    batch_size: crops that the network sees at a time.
+    crops: number of crops of each image, of image_size pixels; their probabilities are averaged.
+    indices: of the images, in this order; unless given, all. A second call with the remaining indices, after whole
+        parts, gives the same numbers as one call.
+    batch_size: crops per forward pass.
     corrupt: counts the images that cannot be read; unless given, none may be unreadable.
-    loaders: processes that read ahead single crops; the 144 are too large to be handed over.
+    loaders: loader processes for single crops; 144 crops are too large to be sent between processes.
 
     Raises: DataError for images that cannot be read; ValueError for a network that is not in evaluation mode.
     """
     if network.training:
-        raise ValueError("the network is in training mode, its BN would see the batch: call network.eval()")
+        raise ValueError("the network is in training mode, its BN would use the batch: call network.eval()")
     corrupt = Corrupt(0, len(source)) if corrupt is None else corrupt
     indices = range(len(source)) if indices is None else indices
     images = max(1, batch_size // crops)
@@ -179,10 +181,10 @@ def predict(
 
 @dataclass(frozen=True)
 class _Images:
-    """Crops and labels of the images at `places` of a request; `unreadable` says why the others are not there."""
+    """Crops and labels of the images at `positions` of a request; `unreadable` has the reasons for the others."""
 
     requested: int
-    places: list[int]
+    positions: list[int]
     crops: list[Tensor]
     labels: list[int]
     unreadable: dict[str, str]
@@ -190,20 +192,20 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the images of a request, in whichever process."""
+    """Reads the images of a request, in a loader process or in this one."""
 
     source: Source
     crop: Callable[[Tensor], Tensor]
 
     def __call__(self, indices: Sequence[int]) -> _Images:
         images = _Images(len(indices), [], [], [], {})
-        for place, index in enumerate(indices):
+        for position, index in enumerate(indices):
             try:
                 image, label = self.source[index]
             except Unreadable as error:
                 images.unreadable[error.name] = error.why
                 continue
-            images.places.append(place)
+            images.positions.append(position)
             images.crops.append(self.crop(image))
             images.labels.append(label)
         return images
@@ -216,23 +218,23 @@ def _predictions(
         corrupt.add(images.unreadable)
         rows = torch.full((images.requested, classes), torch.nan)
         labels = torch.full((images.requested,), _UNREADABLE)
-        if images.places:
-            rows[images.places] = _mean_over_crops(network, torch.stack(images.crops), batch_size)
-            labels[images.places] = torch.tensor(images.labels)
+        if images.positions:
+            rows[images.positions] = _mean_over_crops(network, torch.stack(images.crops), batch_size)
+            labels[images.positions] = torch.tensor(images.labels)
         yield Predictions(rows, labels)
 
 
 @torch.inference_mode()
 def _mean_over_crops(network: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Of images, (N, C, S, S), or of all their crops, (N, crops, C, S, S), which the network sees side by side."""
+    """Mean probabilities of images, (N, C, S, S), or of all their crops, (N, crops, C, S, S), as one large batch."""
     weight = next(network.parameters())
-    seen = [
+    parts = [
         probabilities(network, part.to(weight.device, weight.dtype, memory_format=torch.channels_last))
         for part in images.flatten(0, -4).split(batch_size)
     ]
-    of_images: Tensor = torch.cat(seen).unflatten(0, (len(images), -1))
-    return of_images.mean(1).float().cpu()
+    per_image: Tensor = torch.cat(parts).unflatten(0, (len(images), -1))
+    return per_image.mean(1).float().cpu()
 
 
-def _kind(channels: int, classes: int) -> str:
+def _describe(channels: int, classes: int) -> str:
     return f"images of {channels} channel{'s' * (channels > 1)} in {classes} classes"

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM as a polite request; a second one is as rude as ever.
+"""Graceful shutdown: the first SIGINT or SIGTERM is a request to stop, the second raises KeyboardInterrupt.
 
-Under torchrun one request may come twice: from a scheduler that tells every process of a job, and from torchrun, which
-passes on what it was told.
+Under torchrun one request may arrive twice: from a scheduler that signals every process of a job, and from torchrun,
+which forwards the signal that it received.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from types import FrameType
 
 
 class Interruption:
-    """A context manager: the first SIGINT or SIGTERM in it is noted and told, the second raises KeyboardInterrupt.
+    """A context manager: the first SIGINT or SIGTERM in it is stored in `received`, the second raises.
 
-    told: called with the signal, once.
+    on_signal: called with the first signal.
     """
 
-    _ECHO = 1.0  # seconds in which another signal is the same request
+    _DUPLICATE_SECONDS = 1.0  # another signal within this time is the same request
 
-    def __init__(self, told: Callable[[signal.Signals], None]) -> None:
-        self.seen: signal.Signals | None = None
-        self._told = told
-        self._at = 0.0
+    def __init__(self, on_signal: Callable[[signal.Signals], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._on_signal = on_signal
+        self._received_at = 0.0
 
     def __enter__(self) -> Interruption:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.seen is not None:
-            if time.monotonic() - self._at < self._ECHO:
+        if self.received is not None:
+            if time.monotonic() - self._received_at < self._DUPLICATE_SECONDS:
                 return
             raise KeyboardInterrupt
-        self.seen, self._at = signal.Signals(number), time.monotonic()
-        self._told(self.seen)
+        self.received, self._received_at = signal.Signals(number), time.monotonic()
+        self._on_signal(self.received)

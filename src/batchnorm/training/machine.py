@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on besides its configuration: the machine and the versions."""
+"""The machine and the package versions of a run, for its record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchnorm.training.workers import available_cores
 
 
 def versions() -> dict[str, str]:
-    """The versions that a record names."""
+    """The versions of Python, batchnorm and torch."""
     return {"python": platform.python_version()} | {name: version(name) for name in ("batchnorm", "torch")}
 
 

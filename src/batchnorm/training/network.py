@@ -1,4 +1,4 @@
-"""The network that a configuration asks for."""
+"""Build the network of a configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NetworkError(Exception):
 def build(config: Config, classes: int, channels: int) -> nn.Module:
     """The network of `config.model` for images of `channels` channels, its weights drawn from the seed.
 
-    Raises: NetworkError for a name or an argument that there is not.
+    Raises: NetworkError for an unknown name or argument.
     """
     model = config.model
     try:

@@ -1,4 +1,4 @@
-"""What a trained network says of images it has not seen, in one crop and in 144; resumable as training is."""
+"""A trained network's predictions on validation images, by one crop and by 144, as a resumable job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchnorm.training.evaluation import Crops, Predictions, predict
 from batchnorm.training.trainer import Trainer
 
 CROPS: Literal[144] = 144
-_TRAINING = 3  # times what a forward pass costs
+_TRAINING = 3  # cost of a training step in forward passes
 
 
 class Prediction(BaseModel):
@@ -45,9 +45,9 @@ class Prediction(BaseModel):
 
 
 class Predictor:
-    """A prediction in progress.
+    """Runs a `Prediction`.
 
-    said: by one crop of each image so far, and by 144.
+    predictions: those so far, by one crop of each image and by 144.
 
     Raises: DataError when the validation set cannot be loaded.
     """
@@ -56,31 +56,31 @@ class Predictor:
         self.config, self.job = config, job
         self.evaluations: list[Evaluation] = []
         self.source = Subset(load(config.config.data.source, "val"), config.images)
-        nothing = Predictions(torch.empty(0, self.source.classes), torch.empty(0, dtype=torch.int64))
-        self.said: dict[Crops, Predictions] = {1: nothing, CROPS: nothing}
+        empty = Predictions(torch.empty(0, self.source.classes), torch.empty(0, dtype=torch.int64))
+        self.predictions: dict[Crops, Predictions] = {1: empty, CROPS: empty}
         self._checkpoint = folder / f"{config.network}.pt"
 
     @property
     def step(self) -> int:
-        """How many images have been seen in all their crops."""
-        return len(self.said[CROPS])
+        """The number of images predicted by 144 crops."""
+        return len(self.predictions[CROPS])
 
     def run(self) -> Iterator[Evaluation | Result | None]:
-        """Predict; yield None after every few images, and in the end how many were right by 144 crops.
+        """Predict; yield None after every few images, and at the end the accuracy by 144 crops.
 
         Raises: CheckpointError when the network has not been trained.
         """
         if self.step < len(self.source):
             network, data = self._network(), self.config.config.data
-            for crops in self.said:
-                rest = range(len(self.said[crops]), len(self.source))
+            for crops in self.predictions:
+                rest = range(len(self.predictions[crops]), len(self.source))
                 corrupt = Corrupt(data.corrupt_share, len(self.source))
                 for part in predict(
                     network, self.source, data.image_size, crops=crops, indices=rest, corrupt=corrupt
                 ):
-                    self.said[crops] = Predictions.joined([self.said[crops], part])
+                    self.predictions[crops] = Predictions.concatenate([self.predictions[crops], part])
                     yield None
-        accuracy = self.said[CROPS].score.accuracy
+        accuracy = self.predictions[CROPS].score.accuracy
         if not self.evaluations:
             self.evaluations.append(
                 Evaluation(job=self.job, step=self.step, loss=self._loss(), accuracy=accuracy)
@@ -97,44 +97,46 @@ class Predictor:
         )
 
     def _loss(self) -> float:
-        """Cross-entropy of the mean over the crops, nats, of the images that could be read."""
-        said = self.said[CROPS]
-        read = said.labels >= 0
-        return float(nn.functional.nll_loss(said.probabilities[read].log(), said.labels[read]))
+        """Cross-entropy, nats, of the mean probabilities over the crops, over the images that could be read."""
+        predictions = self.predictions[CROPS]
+        read = predictions.labels >= 0
+        return float(nn.functional.nll_loss(predictions.probabilities[read].log(), predictions.labels[read]))
 
     def _network(self) -> nn.Module:
         state = checkpoint.load(self._checkpoint)
         if state is None:
-            raise CheckpointError(f"there is no {self._checkpoint}: the network is to be trained first")
+            raise CheckpointError(f"there is no {self._checkpoint}: train the network first")
         trainer = Trainer(self.config.config, self.config.network)
         trainer.load_state_dict(state)
         return trainer.inference_network()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is predicted so far."""
+        """The predictions so far; tensors and plain values."""
         return {
             "config": self.config.model_dump(mode="json"),
-            "probabilities": {crops: said.probabilities for crops, said in self.said.items()},
-            "labels": {crops: said.labels for crops, said in self.said.items()},
+            "probabilities": {
+                crops: predictions.probabilities for crops, predictions in self.predictions.items()
+            },
+            "labels": {crops: predictions.labels for crops, predictions in self.predictions.items()},
             "evaluations": [evaluation.model_dump_json() for evaluation in self.evaluations],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises: CheckpointError if that was another prediction."""
+        """Resume from this state. Raises: CheckpointError if it is of another prediction."""
         if state.get("config") != self.config.model_dump(mode="json"):
             raise CheckpointError(f"the checkpoint of {self.job} is of another prediction: delete it")
-        self.said = _said(state)
+        self.predictions = _predictions_of(state)
         self.evaluations = [Evaluation.model_validate_json(line) for line in state["evaluations"]]
 
 
-def predicted(path: Path) -> dict[Crops, Predictions]:
-    """What an ended prediction says by one crop, and by 144. Raises: CheckpointError."""
+def load_predictions(path: Path) -> dict[Crops, Predictions]:
+    """The predictions in the checkpoint at `path`, by one crop and by 144. Raises: CheckpointError."""
     state = checkpoint.load(path)
     if state is None:
         raise CheckpointError(f"there is no {path}")
-    return _said(state)
+    return _predictions_of(state)
 
 
-def _said(state: dict[str, Any]) -> dict[Crops, Predictions]:
+def _predictions_of(state: dict[str, Any]) -> dict[Crops, Predictions]:
     labels = state["labels"]
-    return {crops: Predictions(of, labels[crops]) for crops, of in state["probabilities"].items()}
+    return {crops: Predictions(rows, labels[crops]) for crops, rows in state["probabilities"].items()}

@@ -1,4 +1,4 @@
-"""How the training of one network looks in a terminal: a bar with images/s and the time left, a line an evaluation."""
+"""The terminal output of `batchnorm train`: a progress bar with images/s and remaining time, a line per evaluation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from batchnorm.records import Evaluation
 from batchnorm.training.trainer import Trainer
 
 _REFRESH = 0.2  # seconds
-_SPEED_OVER = 10.0  # seconds that images/s is a mean of
+_SPEED_WINDOW = 10.0  # seconds over which images/s is averaged
 
 
 class Bar:
-    """A progress bar on `console`, a context manager; where that is no terminal, only the lines of evaluations."""
+    """A progress bar on `console`, a context manager; without a terminal it prints only the lines of evaluations."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -33,9 +33,9 @@ class Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self._shown = 0.0
-        self._marks: list[tuple[float, int]] = []  # (seconds in training, step)
-        self._named: dict[Corrupt, int] = {}  # how many images of each were named
+        self._refreshed_at = 0.0
+        self._speed_samples: list[tuple[float, int]] = []  # (seconds in training, step)
+        self._reported: dict[Corrupt, int] = {}  # the number of unreadable images reported so far
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -46,30 +46,34 @@ class Bar:
     ) -> None:
         self._bar.stop()
 
-    def started(self, trainer: Trainer, source: Path | None) -> None:
-        """Say what is trained, on what, and from where."""
+    def on_start(self, trainer: Trainer, source: Path | None) -> None:
+        """Print the model, the data and the checkpoint, and add the bar."""
         config = trainer.config
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-        processes = trainer.processes
-        self._say(
+        processes = trainer.accelerator
+        self._print(
             f"{config.model.name}, {parameters:,} parameters, on {len(trainer.source):,} images of "
             f"{config.data.source}; {processes.num_processes} process{'es' * (processes.num_processes > 1)} "
             f"on {processes.device}"
         )
         if source is not None:
-            self._say(f"going on from {source}")
+            self._print(f"resuming from {source}")
         self._task = self._bar.add_task("", total=config.training.steps, completed=trainer.step, speed="")
 
-    def step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: Trainer) -> None:
         """Move the bar."""
         self._name_corrupt(trainer)
         now = time.monotonic()
-        if now - self._shown < _REFRESH:
+        if now - self._refreshed_at < _REFRESH:
             return
-        self._shown = now
-        self._marks = [mark for mark in self._marks if trainer.seconds - mark[0] < _SPEED_OVER]
-        self._marks.append((trainer.seconds, trainer.step))
-        seconds, steps = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
+        self._refreshed_at = now
+        self._speed_samples = [
+            sample for sample in self._speed_samples if trainer.seconds - sample[0] < _SPEED_WINDOW
+        ]
+        self._speed_samples.append((trainer.seconds, trainer.step))
+        seconds, steps = (
+            last - first for first, last in zip(self._speed_samples[0], self._speed_samples[-1], strict=True)
+        )
         speed = steps * trainer.config.training.batch_size / seconds if seconds else 0.0
         self._bar.update(
             self._task,
@@ -78,7 +82,7 @@ class Bar:
             speed=f"{speed:,.0f} images/s" if speed else "",
         )
 
-    def evaluated(self, evaluation: Evaluation) -> None:
+    def on_evaluation(self, evaluation: Evaluation) -> None:
         """Print a line."""
         extra = "".join(
             f"  {name} {value:.2%}"
@@ -88,20 +92,20 @@ class Bar:
             )
             if value is not None
         )
-        self._say(
+        self._print(
             f"step {evaluation.step:>9,}  loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}{extra}"
         )
 
-    def stopping(self) -> None:
-        """Say that Ctrl-C was heard."""
-        self._say("stopping: writing a checkpoint (Ctrl-C again to give it up)")
+    def on_stop_request(self) -> None:
+        """Confirm Ctrl-C."""
+        self._print("stopping: writing a checkpoint (Ctrl-C again to quit without it)")
 
     def _name_corrupt(self, trainer: Trainer) -> None:
         for corrupt in trainer.corrupt.values():
-            if len(corrupt) > (named := self._named.get(corrupt, 0)):
-                for name, why in list(corrupt.found.items())[named:]:
-                    self._say(f"skipped an image that cannot be read, {name}: {why}")
-                self._named[corrupt] = len(corrupt)
+            if len(corrupt) > (reported := self._reported.get(corrupt, 0)):
+                for name, why in list(corrupt.found.items())[reported:]:
+                    self._print(f"skipped an image that cannot be read, {name}: {why}")
+                self._reported[corrupt] = len(corrupt)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,10 +1,10 @@
-"""How the paper makes the most of batch normalization: the seven changes of section 4.2.1 as data.
+"""The seven changes of section 4.2.1, by which the paper accelerates networks with batch normalization, as data.
 
     changed, applied = recipe.apply(config, "bn-x5")
     for line in applied: print(line)
 
-Each step changes one thing of any configuration; what it changed, and what it found changed already or not there, is
-said. Leaving one out (`without`) gives the ablation that the paper never printed.
+Each step changes one key of any configuration. `applied` reports each change, and each key that had the value already
+or does not exist. Leaving a step out (`without`) gives an ablation, which the paper does not print.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from batchnorm.training.config import Config
 from batchnorm.training.toml import literal
 
-# Where the paper gives a factor, this is it.
+# The factors that the paper gives.
 L2_FACTOR = 5
 DECAY_FACTOR = 6
 
 
 @dataclass(frozen=True)
 class Step:
-    """One change: its number and words in section 4.2.1, the key that it sets, and to what.
+    """One change: its number and quotation from section 4.2.1, the key that it sets, and the new value.
 
-    value: of the configuration; None where there is nothing to set.
+    value: computes the new value from the configuration; None if the key does not exist or is not set.
     """
 
     number: int
@@ -37,7 +37,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the networks of section 4.2.2: how many times Inception's rate, and which nonlinearity.
+    """One of the networks of section 4.2.2.
+
+    rate: factor on Inception's learning rate.
 
     steps: whether the seven changes are made; BN-Baseline is Inception with BN and nothing else.
     """
@@ -51,7 +53,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Applied:
-    """What a step, or the variant itself, did to a configuration. `before` equals `after` where nothing was to do."""
+    """The effect of a step, or of the variant itself, on one key. `before` equals `after` if it did not change."""
 
     what: str
     key: str
@@ -61,7 +63,7 @@ class Applied:
 
     @property
     def changed(self) -> bool:
-        """Whether the configuration is another one."""
+        """Whether the value differs."""
         return bool(self.before != self.after)
 
     def __str__(self) -> str:
@@ -92,7 +94,9 @@ def steps(rate_factor: float) -> tuple[Step, ...]:
             "optimizer.rate",
             lambda c: c.optimizer.rate * rate_factor,
         ),
-        Step(2, "no dropout", "Remove Dropout.", "model.dropout", lambda c: _if_there(c.model.dropout, 0.0)),
+        Step(
+            2, "no dropout", "Remove Dropout.", "model.dropout", lambda c: _unless_none(c.model.dropout, 0.0)
+        ),
         Step(
             3,
             "less L2",
@@ -112,7 +116,7 @@ def steps(rate_factor: float) -> tuple[Step, ...]:
             "no LRN",
             "Remove Local Response Normalization.",
             "model.local_response_norm",
-            lambda c: _if_there(getattr(c.model, "local_response_norm", None), False),
+            lambda c: _unless_none(getattr(c.model, "local_response_norm", None), False),
         ),
         Step(
             6,
@@ -132,12 +136,12 @@ def steps(rate_factor: float) -> tuple[Step, ...]:
 
 
 def apply(config: Config, variant: str, without: Collection[int] = ()) -> tuple[Config, list[Applied]]:
-    """`config` as the `variant` of the paper (a name in `VARIANTS`), and what was changed, in order.
+    """`config` changed to the `variant` of the paper (a name in `VARIANTS`), and the changes in order.
 
-    config: that of the variant "inception", whose rate the others multiply.
-    without: numbers of steps of section 4.2.1 to leave out, 1 to 7.
+    config: that of the variant "inception"; the other variants multiply its rate.
+    without: numbers of the steps of section 4.2.1 to leave out, 1 to 7.
 
-    Raises: ValueError for a variant or step that there is not, and for a step left out where none is made.
+    Raises: ValueError for an unknown variant or step, and for a step left out of a variant that has no steps.
     """
     if variant not in VARIANTS:
         raise ValueError(f"no recipe {variant!r}: choose from {', '.join(VARIANTS)}")
@@ -149,8 +153,8 @@ def apply(config: Config, variant: str, without: Collection[int] = ()) -> tuple[
     applied = []
     for key, value in (("batch_norm", chosen.batch_norm), ("activation", chosen.activation)):
         if value is not None:
-            config, change = _set(
-                config, variant, f"model.{key}", _if_there(getattr(config.model, key, None), value)
+            config, change = _change(
+                config, variant, f"model.{key}", _unless_none(getattr(config.model, key, None), value)
             )
             applied.append(change)
     for step in steps(chosen.rate) if chosen.steps else ():
@@ -159,12 +163,12 @@ def apply(config: Config, variant: str, without: Collection[int] = ()) -> tuple[
             key = step.key
             applied.append(Applied(what, key, None, None, "left out"))
             continue
-        config, change = _set(config, what, step.key, step.value(config))
+        config, change = _change(config, what, step.key, step.value(config))
         applied.append(change)
     return config, applied
 
 
-def _set(config: Config, what: str, key: str, value: Any) -> tuple[Config, Applied]:
+def _change(config: Config, what: str, key: str, value: Any) -> tuple[Config, Applied]:
     section, name = key.split(".")
     part = getattr(config, section)
     before = getattr(part, name, None)
@@ -172,12 +176,12 @@ def _set(config: Config, what: str, key: str, value: Any) -> tuple[Config, Appli
         model = config.model.name
         note = f"{key} is not set, {model} keeps its own" if hasattr(part, name) else f"{model} has no {name}"
         return config, Applied(what, key, before, before, note)
-    return config.changed(section, **{name: value}), Applied(what, key, before, value)
+    return config.with_values(section, **{name: value}), Applied(what, key, before, value)
 
 
-def _if_there(present: Any, value: Any) -> Any:
-    """`value` for what a model has; None for what it has not."""
-    return None if present is None else value
+def _unless_none(current: Any, value: Any) -> Any:
+    """`value`, or None where the model has no `current` value."""
+    return None if current is None else value
 
 
 def _toml(value: Any) -> str:

@@ -1,10 +1,10 @@
-"""`batchnorm train`: one network in a folder of its own, from run.toml to records, checkpoints and a page.
+"""`batchnorm train`: the training of one network in its run folder: records, checkpoints, TensorBoard, report.
 
 records.jsonl               the configuration, then every evaluation, then the result
-checkpoints/step-NUMBER.pt  what a stopped run continues from; the newest few
-checkpoints/best.pt         the network of the best evaluation, by population statistics and by moving averages
-checkpoints/final.pt        the same of the end
-tensorboard/, report.html   the same for the eye
+checkpoints/step-NUMBER.pt  checkpoints to resume from; the newest few are kept
+checkpoints/best.pt         the network of the best evaluation, with population statistics and with moving averages
+checkpoints/final.pt        the network after the last step, likewise
+tensorboard/, report.html   the records as plots
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from batchnorm.training.tensorboard import EventFiles
 from batchnorm.training.trainer import Trainer
 
 JOB = "network"
-_AGREE_EVERY = 10  # yields between two moments at which several processes ask each other whether to stop
+_AGREE_EVERY_STEPS = 10  # between two all_reduces by which several processes agree on stopping and saving
 
 
 class Stopped(Exception):
-    """The run was asked to stop; a checkpoint was written. `signal` says by what."""
+    """The run was stopped by `signal`, after writing a checkpoint."""
 
     def __init__(self, by: signal.Signals) -> None:
         super().__init__(by.name)
@@ -42,132 +42,132 @@ class Stopped(Exception):
 
 
 class Diverged(Exception):
-    """The loss is no number any more; the message names the last good checkpoint."""
+    """The loss became inf or nan; the message names the last good checkpoint."""
 
 
-class Watcher(Protocol):
-    """Who is told how the run goes, in the first process only; the command line shows a progress bar."""
+class Callback(Protocol):
+    """Called on the events of a run, in the main process only; the command line shows a progress bar."""
 
-    def started(self, trainer: Trainer, source: Path | None) -> None:
-        """Training begins, or goes on from the checkpoint `source`."""
+    def on_start(self, trainer: Trainer, source: Path | None) -> None:
+        """Training begins, or resumes from the checkpoint `source`."""
 
-    def step(self, trainer: Trainer) -> None:
-        """A step was made, or a part of an evaluation."""
+    def on_step(self, trainer: Trainer) -> None:
+        """A training step or a batch of an evaluation was computed."""
 
-    def evaluated(self, evaluation: Evaluation) -> None:
+    def on_evaluation(self, evaluation: Evaluation) -> None:
         """The network was evaluated."""
 
-    def stopping(self) -> None:
+    def on_stop_request(self) -> None:
         """The user asked to stop; a checkpoint is being written."""
 
 
 class Session:
     """The training of one network in `folder`.
 
-    command: the command line, for the record.
+    command: the command line, for the run record.
     """
 
-    def __init__(self, config: Config, folder: Path, command: str, watcher: Watcher) -> None:
-        self.config, self.folder, self.command, self.watcher = config, folder, command, watcher
+    def __init__(self, config: Config, folder: Path, command: str, callback: Callback) -> None:
+        self.config, self.folder, self.command, self.callback = config, folder, command, callback
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints.keep)
-        self._asked = 0
+        self._yields = 0
 
     def run(self) -> Result:
-        """Train, from the newest checkpoint if there is one, to the end.
+        """Train to the end, from the newest checkpoint if there is one.
 
-        Raises: Stopped after SIGINT or SIGTERM; Diverged; OSError when something cannot be written; CheckpointError,
-            RecordError, DataError, NetworkError for what is there and cannot be used. In each case the last good
-            checkpoint is left as it was.
+        Raises: Stopped after SIGINT or SIGTERM; Diverged; OSError when a file cannot be written; CheckpointError,
+            RecordError, DataError, NetworkError for files and settings that cannot be used. In each case the last
+            good checkpoint is left as it was.
         """
         with ExitStack() as stack:
-            interruption = stack.enter_context(Interruption(lambda _: self.watcher.stopping()))
+            interruption = stack.enter_context(Interruption(lambda _: self.callback.on_stop_request()))
             trainer = Trainer(self.config, JOB)
-            source = self._newest()
+            source = self._newest_checkpoint()
             if source is not None and (state := checkpoint.load(source)) is not None:
                 try:
                     trainer.load_state_dict(state)
                 except CheckpointError as error:
                     raise CheckpointError(f"{source}: {error}") from None
-            paper = None
-            if trainer.processes.is_main_process:  # the others train along and say nothing
-                paper = stack.enter_context(_Paper(self.folder))
-                paper.begin(self._head(trainer), trainer.evaluations)
-                self.watcher.started(trainer, source)
+            writer = None
+            if trainer.accelerator.is_main_process:  # only this one writes records and reports progress
+                writer = stack.enter_context(RunWriter(self.folder))
+                writer.write_head(self._run_record(trainer), trainer.evaluations)
+                self.callback.on_start(trainer, source)
             try:
-                result = self._train(trainer, interruption, paper)
+                result = self._train(trainer, interruption, writer)
             except (Stopped, Diverged):
-                if paper is not None:
-                    paper.draw()
+                if writer is not None:
+                    writer.write_report()
                 raise
-            if paper is not None:
-                paper.draw()
+            if writer is not None:
+                writer.write_report()
         return result
 
-    def _newest(self) -> Path | None:
-        """The checkpoint to go on from: what the first process sees, for a shared folder may lag behind elsewhere."""
-        seen = [self.checkpoints.newest]
-        broadcast_object_list(seen)
-        return seen[0]
+    def _newest_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, as the main process sees it: on other machines a shared folder may lag."""
+        newest = [self.checkpoints.newest]
+        broadcast_object_list(newest)
+        return newest[0]
 
-    def _train(self, trainer: Trainer, interruption: Interruption, paper: _Paper | None) -> Result:
+    def _train(self, trainer: Trainer, interruption: Interruption, writer: RunWriter | None) -> Result:
         best = max((evaluation.accuracy for evaluation in trainer.evaluations), default=-1.0)
         complete = trainer.result is not None
         saved = time.monotonic()
         for record in trainer.run():
             if isinstance(record, Result):
                 if not complete:
-                    self._finish(trainer, record, paper)
+                    self._finish(trainer, record, writer)
                 return record
-            if paper is not None:
-                self.watcher.step(trainer)
+            if writer is not None:
+                self.callback.on_step(trainer)
             if record is not None:
-                if paper is not None:
-                    paper.write(record)
-                    self.watcher.evaluated(record)
+                if writer is not None:
+                    writer.write(record)
+                    self.callback.on_evaluation(record)
                 if record.accuracy > best and not trainer.diverged:
                     best = record.accuracy
                     self._save_networks(trainer, "best.pt")
             due = time.monotonic() - saved > self.config.checkpoints.every_seconds
-            stop, save = self._agreed(trainer, interruption.seen or 0, due)
+            stop, save = self._agree_on_stop_and_save(trainer, interruption.received or 0, due)
             if stop or save:
                 self._save(trainer)
                 saved = time.monotonic()
             if stop:
-                trainer.processes.wait_for_everyone()  # torchrun ends the others when the first leaves
+                trainer.accelerator.wait_for_everyone()  # torchrun kills the other processes when one exits
                 raise Stopped(signal.Signals(stop))
-        raise AssertionError("a trainer ends with a result")
+        raise AssertionError("Trainer.run yields a result last")
 
-    def _finish(self, trainer: Trainer, result: Result, paper: _Paper | None) -> None:
+    def _finish(self, trainer: Trainer, result: Result, writer: RunWriter | None) -> None:
         if result.diverged:
-            self._say_diverged(result)
+            self._raise_diverged(result)
         self._save_networks(trainer, "final.pt")
-        if paper is not None:
-            paper.write(result)
-        self._save(trainer)  # last: whoever finds the result in it will do none of this again
+        if writer is not None:
+            writer.write(result)
+        self._save(trainer)  # last: a resumed run that finds the result in it skips the rest
 
     def _save(self, trainer: Trainer) -> None:
-        state = trainer.state_dict()  # of all processes, so all must ask for it
-        if trainer.processes.is_main_process and trainer.sound:
+        state = trainer.state_dict()  # a collective operation: all processes must call it
+        if trainer.accelerator.is_main_process and trainer.is_finite:
             self.checkpoints.save(state, trainer.step)
 
-    def _agreed(self, trainer: Trainer, stop: int, save: bool) -> tuple[int, bool]:
-        """What one process wants all must do at the same moment: stop by a signal, save."""
-        if trainer.processes.num_processes == 1:
+    def _agree_on_stop_and_save(self, trainer: Trainer, stop: int, save: bool) -> tuple[int, bool]:
+        """Whether to stop, and by which signal, and whether to save: the same answer in all processes."""
+        if trainer.accelerator.num_processes == 1:
             return stop, save
-        self._asked += 1
-        if self._asked % _AGREE_EVERY:
+        self._yields += 1
+        if self._yields % _AGREE_EVERY_STEPS:
             return 0, False
-        wanted = torch.tensor([stop, save], dtype=torch.int32, device=trainer.processes.device)
-        dist.all_reduce(wanted, dist.ReduceOp.MAX)
-        return int(wanted[0]), bool(wanted[1])
+        flags = torch.tensor([stop, save], dtype=torch.int32, device=trainer.accelerator.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return int(flags[0]), bool(flags[1])
 
     def _save_networks(self, trainer: Trainer, name: str) -> None:
-        """The network as it is used and as it was trained, and what is needed to build it again."""
+        """Write the network with population statistics and with moving averages, and the arguments to rebuild it."""
         inference = trainer.inference or trainer.inference_network()
         average = trainer.average_inference
         if average is None and trainer.average is not None:
             average = trainer.inference_network(averaged=True)
-        if trainer.processes.is_main_process:
+        if trainer.accelerator.is_main_process:
             networks = {
                 "config": trainer.config.model_dump(mode="json"),
                 "classes": trainer.source.classes,
@@ -179,15 +179,15 @@ class Session:
             }
             checkpoint.save(networks, self.checkpoints.folder / name)
 
-    def _say_diverged(self, result: Result) -> None:
+    def _raise_diverged(self, result: Result) -> None:
         newest = self.checkpoints.newest
-        good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        last_good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise Diverged(
             f"the loss became {result.loss} by step {result.steps:,}: start a new run with a lower optimizer.rate; "
-            f"{good}"
+            f"{last_good}"
         )
 
-    def _head(self, trainer: Trainer) -> Run:
+    def _run_record(self, trainer: Trainer) -> Run:
         config, source = self.config, trainer.source
         return Run(
             experiment="train",
@@ -203,8 +203,8 @@ class Session:
         )
 
 
-class _Paper:
-    """Where the first process writes down what happens, a context manager."""
+class RunWriter:
+    """Writes records.jsonl, TensorBoard events and the report, in the main process; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._stack = folder, ExitStack()
@@ -219,20 +219,20 @@ class _Paper:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def begin(self, head: Run, evaluations: list[Evaluation]) -> None:
-        """Write the head of a new record file, and what a checkpoint knows that a lost file does not."""
+    def write_head(self, head: Run, evaluations: list[Evaluation]) -> None:
+        """Write the run record if the file is new, and evaluations of the checkpoint that the file lacks."""
         if not self._records.records:
             self._records.append(head)
         for evaluation in evaluations:
             self.write(evaluation)
 
-    def draw(self) -> None:
-        """Make the page of what there is."""
-        from batchnorm import report  # and matplotlib, for which training need not wait
+    def write_report(self) -> None:
+        """Write report.html from the records so far."""
+        from batchnorm import report  # imports matplotlib, which takes a while
 
         report.build(self._folder)
 
     def write(self, record: Evaluation | Result) -> None:
-        """Write a record, unless a run that was continued has written it before."""
+        """Write a record, unless the file has it already, as in a resumed run."""
         if self._records.append(record) and isinstance(record, Evaluation):
             self._events.add(record)

@@ -1,4 +1,4 @@
-"""The same numbers for TensorBoard, live: one event folder a network."""
+"""Evaluations as TensorBoard events, one folder per network."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ class EventFiles:
             writer.add_scalar("accuracy/test among five", evaluation.accuracy_top5, evaluation.step)
         for name, value in zip(("15th", "50th", "85th"), evaluation.percentiles or (), strict=False):
             writer.add_scalar(f"sigmoid input/{name} percentile", value, evaluation.step)
-        writer.flush()  # a run may be killed
+        writer.flush()  # so that a killed run loses nothing

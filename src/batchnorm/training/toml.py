@@ -1,4 +1,4 @@
-"""A run.toml and what `--set` changes in it, as a `Config`; what is wrong is said in the file's own words."""
+"""A run.toml and the changes of `--set`, as a `Config`; errors name the keys as they stand in the file."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from batchnorm.training.config import ELSEWHERE, Config, InceptionModel, TorchvisionModel
+from batchnorm.training.config import RESUMABLE_SECTIONS, Config, InceptionModel, TorchvisionModel
 
 _IN_TOML = {"a valid boolean": "true or false", "a valid array": "a list", "tuple": "list"}
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the message names the key and, where it can, the one that was meant."""
+    """A configuration that cannot be used; the message names the key and suggests the nearest known one."""
 
 
 def read(path: Path, changes: Iterable[str] = ()) -> Config:
@@ -46,33 +47,27 @@ def parse(values: Mapping[str, Any], changes: Iterable[str] = ()) -> Config:
     for change in changes:
         _change(merged, change)
     try:
-        # JSON, for there strict means what it does in TOML: a list is a tuple, but no text a number, no number a yes
+        # validated as JSON, whose strict mode has TOML's types: a list may become a tuple, but a string is no number
+        # and a number is no boolean
         return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_said(each) for each in error.errors())) from None
+        raise ConfigError("; ".join(format_error(each) for each in error.errors())) from None
 
 
 def differences(one: Config, other: Config) -> list[str]:
     """The keys, section.key, in which two configurations would train differently."""
-    mine, theirs = (each.model_dump(exclude=ELSEWHERE) for each in (one, other))
+    before, after = (config.model_dump(exclude=RESUMABLE_SECTIONS) for config in (one, other))
     return [
         f"{section}.{name}"
-        for section, values in mine.items()
-        for name in {**values, **theirs[section]}
-        if values.get(name) != theirs[section].get(name)
+        for section, values in before.items()
+        for name in {**values, **after[section]}
+        if values.get(name) != after[section].get(name)
     ]
 
 
-def written(config: Config) -> str:
-    """The text of a run.toml that says `config`, every key of it."""
-    lines = []
-    for section, values in config.model_dump().items():
-        lines += [
-            f"[{section}]",
-            *(f"{key} = {literal(value)}" for key, value in values.items() if value is not None),
-            "",
-        ]
-    return "\n".join(lines)
+def to_toml(config: Config) -> str:
+    """The text of a run.toml with every key of `config`, but for those that are None, which TOML cannot hold."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
 def literal(value: Any) -> str:
@@ -103,25 +98,26 @@ def _change(values: dict[str, dict[str, Any]], change: str) -> None:
     values.setdefault(section, {})[name] = value
 
 
-def _said(error: ErrorDetails) -> str:
-    section, *rest = error["loc"] or ("",)  # nowhere: a path, say, that is no text
+def format_error(error: ErrorDetails) -> str:
+    """One error of pydantic in the words of run.toml: the key, the value and the reason."""
+    section, *rest = error["loc"] or ("",)  # no location: a value that JSON cannot hold
     torchvision = section == "model" and rest[:1] == ["torchvision"]
     if section == "model":
-        rest = rest[1:]  # the first is the union's tag
+        rest = rest[1:]  # the first is the tag of the union
     where = str(section) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if error["type"] == "extra_forbidden":
         known = _keys(str(section), torchvision) if rest else Config.model_fields
         of = " of a torchvision model" if torchvision else ""
-        return f"unknown key {where}{of}{_meant(str(rest[-1] if rest else section), known)}"
+        return f"unknown key {where}{of}{_suggest(str(rest[-1] if rest else section), known)}"
     if error["type"] == "missing":
         return f"{where} is missing"
     why = error["msg"][0].lower() + error["msg"][1:]
-    for said, meant in _IN_TOML.items():
-        why = why.replace(said, meant)
+    for pydantic_word, toml_word in _IN_TOML.items():
+        why = why.replace(pydantic_word, toml_word)
     return f"{where} = {literal(error['input'])}: {why}" if where else why
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f": did you mean {near[0]}?" if near else f": there are {', '.join(known)}"

@@ -1,8 +1,8 @@
 """The training loop: one network, from a configuration and labelled images to a stream of records.
 
-Everything a step depends on is in `state_dict`, or follows from the configuration and the number of the step, so a run
-that was stopped anywhere continues to the same numbers; in one process bit for bit on the same machine. In several
-processes (torchrun) each has its part of every mini-batch, and all do the same at the same time.
+Everything a step depends on is in `state_dict` or follows from the configuration and the step number, so a resumed run
+gives the same numbers as an uninterrupted one; in one process bit for bit on the same machine. With several processes
+(torchrun) each computes its part of every mini-batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import single_crop
 from batchnorm.data.distortion import training_transform
 from batchnorm.data.idx import DataError
-from batchnorm.data.loader import Batch, InOrder, Loader
+from batchnorm.data.loader import Batch, Loader, SequentialLoader
 from batchnorm.data.order import Order
 from batchnorm.data.source import Source
 from batchnorm.data.subset import Subset
@@ -37,15 +37,15 @@ from batchnorm.passes.convert_sync import convert_sync
 from batchnorm.passes.virtual_batch import virtual_batch
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.config import ELSEWHERE, Config
+from batchnorm.training.config import RESUMABLE_SECTIONS, Config
 from batchnorm.training.network import NetworkError, build
 from batchnorm.training.schedule import evaluation_steps
 from batchnorm.training.score import Score, probabilities
 from batchnorm.training.toml import ConfigError
 
 _PRECISIONS = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
-_LOOK_EVERY = 50  # steps between two looks at whether the loss is still a number
-_MANY_CLASSES = 10  # with more, the share of images whose class is among the five likeliest is recorded too
+_CHECK_LOSS_EVERY = 50  # steps between two checks that the loss is finite
+_TOP5_ABOVE_CLASSES = 10  # with more classes, top-5 accuracy is recorded too
 
 
 class Trainer:
@@ -54,16 +54,17 @@ class Trainer:
     config: what to train and how.
     job: the network's name in the records.
 
-    Raises: DataError, NetworkError, ConfigError for what cannot be loaded, built or shared among the processes.
+    Raises: DataError for data that cannot be loaded; NetworkError for a network that cannot be built; ConfigError for
+        a batch that does not divide among the processes.
     """
 
     def __init__(self, config: Config, job: str) -> None:
         self.config, self.job = config, job
-        self.processes = _processes(config)
-        rank, ranks = self.processes.process_index, self.processes.num_processes
+        self.accelerator = _accelerator(config)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         training, data = config.training, config.data
-        place: Any = {"rank": rank, "ranks": ranks, "processes": config.machine.loaders}
-        with self.processes.local_main_process_first():  # which downloads, where anything is to be
+        sharding: Any = {"rank": rank, "ranks": ranks, "processes": config.machine.loaders}
+        with self.accelerator.local_main_process_first():  # the one that downloads, if necessary
             self.source = load(data.source, "train")
             self.validation_source: Source = load(data.source, "val")
         if config.evaluation.images is not None:
@@ -87,15 +88,15 @@ class Trainer:
         transform = training_transform(
             data.image_size, crop_area=data.crop_area, mirror=data.mirror, distortion=data.distortion
         )
-        self.loader = Loader(self.source, transform, self.order, corrupt=self.corrupt["train"], **place)
-        self.validation = InOrder(
+        self.loader = Loader(self.source, transform, self.order, corrupt=self.corrupt["train"], **sharding)
+        self.validation = SequentialLoader(
             self.validation_source,
             single_crop(data.image_size),
             config.evaluation.batch_size,
             corrupt=self.corrupt["val"],
-            **place,
+            **sharding,
         )
-        torch.manual_seed(training.seed + rank)  # dropout; everything else has a generator of its own
+        torch.manual_seed(training.seed + rank)  # for dropout; everything else has its own generator
         network = build(config, self.source.classes, self.source.channels)
         if training.sync:
             convert_sync(network)
@@ -104,131 +105,136 @@ class Trainer:
         if config.machine.channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
-            _decayed(network, config.optimizer.weight_decay),
+            _parameter_groups(network, config.optimizer.weight_decay),
             lr=config.optimizer.rate,
             momentum=config.optimizer.momentum,
         )
         self.schedule = torch.optim.lr_scheduler.StepLR(
             self.optimizer, config.optimizer.decay_every, config.optimizer.decay
         )
-        self.model, self.optimizer = self.processes.prepare(network, self.optimizer)
-        self.network = self.processes.unwrap_model(self.model)
+        self.model, self.optimizer = self.accelerator.prepare(network, self.optimizer)
+        self.network = self.accelerator.unwrap_model(self.model)
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(training.ema))
             if training.ema is not None
             else None
         )
         self.step = 0
-        self.loss_sum, self.losses = torch.zeros((), device=self.processes.device), 0
+        self.loss_sum, self.loss_count = torch.zeros((), device=self.accelerator.device), 0
         self.seconds = 0.0
         self.diverged = False
         self.evaluations: list[Evaluation] = []
         self.result: Result | None = None
-        # the networks that were evaluated last: as trained, and the average of the weights
+        # the networks of the last evaluation: the trained weights, and their exponential moving average
         self.inference: nn.Module | None = None
         self.average_inference: nn.Module | None = None
 
     def run(self) -> Iterator[Evaluation | Result | None]:
-        """Train; yield what is worth recording, and None at every other moment that is good to stop at.
+        """Train; yield each record, and None after every other step or batch, where the run may be stopped.
 
-        The yields of all processes are the same in number, so that they can agree on stopping.
+        All processes yield equally often, so that they can agree on stopping.
         """
-        due = set(self._due())
+        due = set(self._evaluation_steps())
         batches: Iterator[Batch] | None = None
         while True:
             evaluated = self.evaluations[-1].step if self.evaluations else 0
             if evaluated < self.step and (self.step in due or self.diverged):
                 yield from self._evaluate()
             if self.step == self.config.training.steps or self.diverged or self._out_of_patience:
-                yield from self._end()
+                yield from self._final_result()
                 return
             batches = batches or self.loader.batches(itertools.count(self.step))
             started = time.perf_counter()
-            self._learn(next(batches))
+            self._train_step(next(batches))
             self.step += 1
             self.seconds += time.perf_counter() - started
-            if self.step % _LOOK_EVERY == 0 or self.step in due:
+            if self.step % _CHECK_LOSS_EVERY == 0 or self.step in due:
                 self.diverged = not math.isfinite(self._mean_loss())
             yield None
 
-    def _learn(self, batch: Batch) -> None:
-        """One step of SGD on this process's part of the mini-batch."""
-        images, labels = self._placed(batch)
+    def _train_step(self, batch: Batch) -> None:
+        """One SGD step on this process's part of the mini-batch."""
+        images, labels = self._to_device(batch)
         self.optimizer.zero_grad()
-        micro = self.config.training.micro_batch or len(labels)
-        if len(labels) <= micro:
+        micro_batch = self.config.training.micro_batch or len(labels)
+        if len(labels) <= micro_batch:
             loss = self._loss(self.model(images), labels)
-            self.processes.backward(loss)
+            self.accelerator.backward(loss)
         else:
-            loss = self._learn_in_parts(images.split(micro), labels.split(micro))
+            loss = self._train_step_in_micro_batches(images.split(micro_batch), labels.split(micro_batch))
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
-        self.loss_sum = self.loss_sum + loss.detach()  # float64 where the loss is
-        self.losses += 1
+        self.loss_sum = self.loss_sum + loss.detach()  # not in place: the sum takes the dtype of the loss
+        self.loss_count += 1
 
-    def _learn_in_parts(self, images: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
-        """The gradients of one batch from micro-batches, BN's too; past DDP, which would see several passes."""
-        total, loss = sum(map(len, labels)), torch.zeros((), device=self.processes.device)
-        # on an accelerator activations wait in the CPU's memory: there it is what micro-batches are for
-        offload = self.processes.device.type != "cpu"
+    def _train_step_in_micro_batches(self, images: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+        """The gradients of the whole batch by micro-batches; bypasses DDP, which expects one backward pass."""
+        total, loss = sum(map(len, labels)), torch.zeros((), device=self.accelerator.device)
+        # on an accelerator activations are kept in the CPU's memory, which is the purpose of micro-batches there
+        offload = self.accelerator.device.type != "cpu"
         with virtual_batch(self.network, images, offload=offload):
-            for part, its_labels in zip(images, labels, strict=True):
-                its_loss = self._loss(self.network(part), its_labels) * (len(its_labels) / total)
-                self.processes.backward(its_loss)
-                loss = loss + its_loss.detach()
-        if self.processes.num_processes > 1:
-            gradients = [each.grad for each in self.network.parameters() if each.grad is not None]
+            for part, part_labels in zip(images, labels, strict=True):
+                part_loss = self._loss(self.network(part), part_labels) * (len(part_labels) / total)
+                self.accelerator.backward(part_loss)
+                loss = loss + part_loss.detach()
+        if self.accelerator.num_processes > 1:
+            gradients = [
+                parameter.grad for parameter in self.network.parameters() if parameter.grad is not None
+            ]
             mean_over_processes(gradients, gradients[0].dtype)
         return loss
 
     def _loss(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        # several are an auxiliary head's too: our `Outputs`, or torchvision's
-        first, *auxiliary = [outputs] if isinstance(outputs, Tensor) else outputs
-        loss = nn.functional.cross_entropy(first, labels)
+        # a tuple has the auxiliary head's logits too: our `Outputs`, or torchvision's
+        main_logits, *auxiliary = [outputs] if isinstance(outputs, Tensor) else outputs
+        loss = nn.functional.cross_entropy(main_logits, labels)
         for logits in auxiliary:
             loss = loss + self.config.training.auxiliary_weight * nn.functional.cross_entropy(logits, labels)
         return loss
 
-    def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        layout = torch.channels_last if self.config.machine.channels_last else torch.contiguous_format
-        device = self.processes.device
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        memory_format = torch.channels_last if self.config.machine.channels_last else torch.contiguous_format
+        device = self.accelerator.device
         images = batch.images.double() if self.config.training.precision == "float64" else batch.images
-        return images.to(device, memory_format=layout), batch.labels.to(device)
+        return images.to(device, memory_format=memory_format), batch.labels.to(device)
 
-    def _due(self) -> Iterator[int]:
-        steps, wanted = self.config.training.steps, self.config.evaluation
-        every = wanted.every or self.order.batches_per_epoch
-        at = evaluation_steps(steps, wanted.apart) if wanted.apart else range(every, steps, every)
-        yield from (step for step in at if step >= wanted.first)
+    def _evaluation_steps(self) -> Iterator[int]:
+        steps, evaluation = self.config.training.steps, self.config.evaluation
+        if evaluation.apart:
+            candidates: Iterable[int] = evaluation_steps(steps, evaluation.apart)
+        else:
+            every = evaluation.every or self.order.batches_per_epoch
+            candidates = range(every, steps, every)
+        yield from (step for step in candidates if step >= evaluation.first)
         yield steps
 
     def _evaluate(self) -> Iterator[Evaluation | None]:
-        """Look at the validation set, by population statistics."""
+        """Evaluate on the validation set, with population statistics."""
         self.inference = self.inference_network()
-        population = yield from self._score(self.inference)
+        population = yield from self._evaluate_accuracy(self.inference)
         average = None
         if self.average is not None:
             self.average_inference = self.inference_network(averaged=True)
-            average = yield from self._score(self.average_inference)
-        self._share_corrupt()
+            average = yield from self._evaluate_accuracy(self.average_inference)
+        self._gather_corrupt()
         evaluation = Evaluation(
             job=self.job,
             step=self.step,
             loss=self._mean_loss(),
             accuracy=population.accuracy,
-            accuracy_top5=population.accuracy_top5 if self.source.classes > _MANY_CLASSES else None,
+            accuracy_top5=population.accuracy_top5 if self.source.classes > _TOP5_ABOVE_CLASSES else None,
             accuracy_average=average.accuracy if average is not None else None,
         )
-        self.loss_sum, self.losses = torch.zeros_like(self.loss_sum), 0
+        self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
         self.evaluations.append(evaluation)
         yield evaluation
 
     def inference_network(self, averaged: bool = False) -> nn.Module:
-        """A copy for inference by population statistics (Algorithm 2), over training batches from all over an epoch.
+        """A copy in evaluation mode with population statistics (Algorithm 2), over batches spread over an epoch.
 
-        averaged: of the average of the weights instead, whose statistics no training batch has moved.
+        averaged: copy the moving average of the weights, which has no running statistics of its own, instead.
         """
         network = self.average.module if averaged and self.average is not None else self.network
         epoch = self.order.batches_per_epoch
@@ -237,39 +243,41 @@ class Trainer:
         return inference_copy(network, self.loader.batches(steps), self._forward)
 
     def _forward(self, network: nn.Module, batch: Batch) -> None:
-        network(self._placed(batch)[0])  # micro-batches or not, the batch is whole: its statistics are meant
+        network(
+            self._to_device(batch)[0]
+        )  # not in micro-batches: the statistics are those of the whole batch
 
-    def _score(self, network: nn.Module) -> Generator[None, None, Score]:
-        """Of all processes together, each with its share of the validation set."""
+    def _evaluate_accuracy(self, network: nn.Module) -> Generator[None, None, Score]:
+        """The score over all processes, each of which evaluates its share of the validation set."""
         score = Score()
         batches = iter(self.validation)
         for _ in range(self.validation.rounds):
-            batch = next(batches, None)  # another process may have one more
+            batch = next(batches, None)  # None where another process has one more
             if batch is not None:
-                images, labels = self._placed(batch)
+                images, labels = self._to_device(batch)
                 score += Score.of(probabilities(network, images), labels)
             yield None
-        counts = torch.tensor([score.images, score.first, score.among_five], device=self.processes.device)
-        whole = Score(*self.processes.reduce(counts).tolist())
+        counts = torch.tensor([score.images, score.top1, score.top5], device=self.accelerator.device)
+        whole = Score(*self.accelerator.reduce(counts).tolist())
         if not whole.images:
             raise DataError(f"none of the validation images can be read: {self.corrupt['val']}")
         return whole
 
-    def _share_corrupt(self) -> None:
-        """Let all processes know what each could not read; too many are too many for all of them."""
+    def _gather_corrupt(self) -> None:
+        """Exchange the unreadable images among all processes, so that all count the same total."""
         for corrupt in self.corrupt.values():
             for found in gather_object([corrupt.found]):
                 corrupt.add(found)
 
     def _mean_loss(self) -> float:
-        """Of the steps since the evaluation before, and of all processes."""
-        if not self.losses:
+        """The mean loss since the previous evaluation, over all processes."""
+        if not self.loss_count:
             return math.nan
-        return float(self.processes.reduce(self.loss_sum / self.losses, "mean"))
+        return float(self.accelerator.reduce(self.loss_sum / self.loss_count, "mean"))
 
     @property
-    def sound(self) -> bool:
-        """Whether every weight and the loss are still numbers: only then is the state worth keeping."""
+    def is_finite(self) -> bool:
+        """Whether the loss and all weights are finite; only then is a checkpoint written."""
         values = (self.loss_sum, *self.network.parameters())
         return not self.diverged and all(bool(value.isfinite().all()) for value in values)
 
@@ -277,16 +285,16 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         patience = self.config.training.patience
         accuracies = [evaluation.accuracy for evaluation in self.evaluations]
-        return patience is not None and len(accuracies) - 1 - _first_best(accuracies) >= patience
+        return patience is not None and len(accuracies) - 1 - _argmax(accuracies) >= patience
 
-    def _end(self) -> Iterator[Result | None]:
-        """The result: the last evaluation, and beside it the accuracy by the moving averages."""
+    def _final_result(self) -> Iterator[Result | None]:
+        """The result: that of the last evaluation, and the accuracy with the moving averages."""
         if self.result is None:
             last, moving = self.evaluations[-1], None
             if has_norms(self.network):
                 network = copy.deepcopy(self.network).eval()
                 average_over_processes(network)
-                moving = yield from self._score(network)
+                moving = yield from self._evaluate_accuracy(network)
             self.result = Result(
                 job=self.job,
                 config=self.config.model_dump(mode="json"),
@@ -301,9 +309,9 @@ class Trainer:
         yield self.result
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, and what it has recorded; tensors and plain values.
+        """The state of the run and its records; tensors and plain values.
 
-        To be called by all processes at once.
+        A collective operation: all processes must call it.
         """
         return {
             "config": self.config.model_dump(mode="json"),
@@ -314,10 +322,10 @@ class Trainer:
             "average": self.average.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "scaler": self.processes.scaler.state_dict() if self.processes.scaler is not None else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "random": gather_object([self._random_states()]),
-            "loss_sum": self.processes.reduce(self.loss_sum, "mean"),
-            "losses": self.losses,
+            "loss_sum": self.accelerator.reduce(self.loss_sum, "mean"),
+            "losses": self.loss_count,
             "seconds": self.seconds,
             "corrupt": {split: corrupt.state_dict() for split, corrupt in self.corrupt.items()},
             "diverged": self.diverged,
@@ -326,8 +334,8 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Raises: CheckpointError if that was another run, or none."""
-        if not _same_run(self.config, state.get("config")):
+        """Resume from a `state_dict`. Raises: CheckpointError if it is of a run with other settings, or invalid."""
+        if not _is_same_run(self.config, state.get("config")):
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
@@ -339,17 +347,17 @@ class Trainer:
             ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.step, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
-        self.loss_sum = state["loss_sum"].to(self.processes.device)
+        self.step, self.loss_count, self.seconds = state["step"], state["losses"], state["seconds"]
+        self.loss_sum = state["loss_sum"].to(self.accelerator.device)
         self.network.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.processes.scaler is not None:
-            self.processes.scaler.load_state_dict(state["scaler"])
-        random, rank = state["random"], self.processes.process_index
-        if rank < len(random):  # of more processes than there were, the further ones draw anew
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        random, rank = state["random"], self.accelerator.process_index
+        if rank < len(random):  # with more processes than before, the additional ones keep their seed
             self._set_random_states(random[rank])
         for split, corrupt in self.corrupt.items():
             corrupt.load_state_dict(state["corrupt"][split])
@@ -358,54 +366,56 @@ class Trainer:
         self.diverged = state["diverged"]
 
     def _random_states(self) -> list[Tensor]:
-        """Of this process's generators: the CPU's and, where there is one, the accelerator's."""
-        device = self.processes.device
+        """The states of this process's random generators: the CPU's, and the accelerator's if there is one."""
+        device = self.accelerator.device
         of_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
         return [torch.get_rng_state(), *of_device]
 
     def _set_random_states(self, states: list[Tensor]) -> None:
-        device = self.processes.device
+        device = self.accelerator.device
         torch.set_rng_state(states[0])
         if device.type != "cpu" and len(states) > 1:
             torch.get_device_module(device).set_rng_state(states[1], device)
 
 
-def _processes(config: Config) -> Accelerator:
-    """All processes of this run, of which torchrun says how many there are; without it just this one."""
+def _accelerator(config: Config) -> Accelerator:
+    """The Accelerator of this run: all processes under torchrun, else just this one."""
     machine = config.machine
     cpu = machine.device == "cpu" or not torch.accelerator.is_available()
     if cpu and config.training.precision == "float16":
         raise NetworkError('[training] precision = "float16" is for accelerators: on a CPU take "bfloat16"')
-    # told that it is a CPU, Accelerate joins the processes by gloo; left to find out, it would not join them
-    processes = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[config.training.precision])
-    if machine.threads is not None:  # here, because of several processes Accelerate sets a number of its own
+    # without cpu=True Accelerate does not initialise a process group (gloo) on a machine without an accelerator
+    accelerator = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[config.training.precision])
+    if machine.threads is not None:  # after Accelerator, which sets the threads of several processes itself
         torch.set_num_threads(machine.threads)
-    if processes.device.type == "cpu" and machine.keep_memory:
+    if accelerator.device.type == "cpu" and machine.keep_memory:
         keep_memory()
-    return processes
+    return accelerator
 
 
-def _decayed(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: L2 on the weights of convolutions and linear layers, none on biases, γ and β."""
+def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay for the weights of convolutions and linear layers, none for biases, γ and β."""
     weights = [
         module.weight
         for module in network.modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     ]
-    chosen = set(map(id, weights))
-    others = [parameter for parameter in network.parameters() if id(parameter) not in chosen]
+    decayed = set(map(id, weights))
+    others = [parameter for parameter in network.parameters() if id(parameter) not in decayed]
     return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _same_run(config: Config, stored: object) -> bool:
-    """Whether `stored`, perhaps of an earlier version that knew fewer keys, trains as `config` does."""
+def _is_same_run(config: Config, stored: object) -> bool:
+    """Whether `stored`, possibly of an earlier version with fewer keys, determines the same training as `config`."""
     try:
-        theirs = Config.model_validate(stored)
+        stored_config = Config.model_validate(stored)
     except ValidationError:
         return False
-    return theirs.model_dump(exclude=ELSEWHERE) == config.model_dump(exclude=ELSEWHERE)
+    return stored_config.model_dump(exclude=RESUMABLE_SECTIONS) == config.model_dump(
+        exclude=RESUMABLE_SECTIONS
+    )
 
 
-def _first_best(accuracies: list[float]) -> int:
-    """The place of the highest accuracy; of several the first."""
+def _argmax(accuracies: list[float]) -> int:
+    """The index of the highest accuracy, the first if several are equal."""
     return accuracies.index(max(accuracies)) if accuracies else 0

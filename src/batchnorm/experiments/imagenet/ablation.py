@@ -1,4 +1,4 @@
-"""Which change of section 4.2.1 matters: BN-x5 with each of the seven left out, which the paper never printed.
+"""Which change of section 4.2.1 matters: BN-x5 with each of the seven left out, an ablation that the paper lacks.
 
 Claim     no change is better left out
 Source    Ioffe & Szegedy 2015, section 4.2.1; for shuffling "about 1 %", the others without a number
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, over, spread
+from batchnorm.experiments.claim import Claim, Curves, Finding, seeds_note, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import job
@@ -20,8 +20,7 @@ from batchnorm.training import recipe
 from batchnorm.training.config import Config
 
 _RECIPE = "bn-x5"
-# Of the changes one needs the network to have had what it removes.
-_LRN = 5
+_LRN = 5  # the step that removes local response normalization; without it the network has to have LRN
 
 
 class Ablation(Claim[ImagenetSettings, Config]):
@@ -53,12 +52,12 @@ class Ablation(Claim[ImagenetSettings, Config]):
                 without = () if number is None else (number,)
                 config = variants.variant(settings, _RECIPE, rate, seed, without)
                 if number == _LRN:
-                    config = config.changed("model", local_response_norm=True)
+                    config = config.with_values("model", local_response_norm=True)
                 jobs[_job(number, seed)] = config
         return jobs
 
     def charts(self, settings: ImagenetSettings, curves: Curves) -> list[Chart]:
-        """None: the table says it."""
+        """None; the table is enough."""
         return []
 
     def find(self, settings: ImagenetSettings, curves: Curves) -> Finding:
@@ -68,10 +67,12 @@ class Ablation(Claim[ImagenetSettings, Config]):
             number: [curves[_job(number, seed)].best_accuracy for seed in seeds]
             for number in (None, *_steps())
         }
-        whole = statistics.fmean(best[None])
+        baseline = statistics.fmean(best[None])
         noise = statistics.stdev(best[None]) if settings.seeds > 1 else 0.0
         differences = {
-            number: statistics.fmean(each) - whole for number, each in best.items() if number is not None
+            number: statistics.fmean(accuracies) - baseline
+            for number, accuracies in best.items()
+            if number is not None
         }
         rows = [["all seven", spread(best[None], "{:.2%}"), ""]]
         rows += [
@@ -93,7 +94,7 @@ class Ablation(Claim[ImagenetSettings, Config]):
                 "Best accuracy of BN-x5 with one change left out": Table(
                     columns=["", "best", "points"],
                     rows=rows,
-                    note=f"{over(settings.seeds)}.",
+                    note=f"{seeds_note(settings.seeds)}.",
                 )
             },
         )

@@ -1,4 +1,4 @@
-"""Figure 4: six networks are better than one.
+"""Figure 4: an ensemble of six networks is better than any one of them.
 
 Claim     the mean of six BN-x30 networks' class probabilities has a lower error than any network alone
 Source    Ioffe & Szegedy 2015, section 4.2.3, figure 4
@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
 from batchnorm.experiments.claim import Claim, Curves, Finding, percent
-from batchnorm.experiments.imagenet import inception_settings as scales
 from batchnorm.experiments.imagenet import variants
-from batchnorm.experiments.imagenet.inception_settings import InceptionSettings
+from batchnorm.experiments.imagenet.ensemble_settings import EnsembleSettings
 from batchnorm.records import Chart, Table
 from batchnorm.training.config import Config
 from batchnorm.training.evaluation import Crops, Predictions
-from batchnorm.training.prediction import CROPS, Prediction, predicted
+from batchnorm.training.prediction import CROPS, Prediction, load_predictions
 
 # "Each was based on BN-x30, modified via some of": larger initial weights in the convolutions, Dropout of 5 or 10 %,
 # per-activation BN in the last hidden layers. Which network had which the paper does not say.
@@ -37,31 +34,10 @@ MEMBERS: tuple[dict[str, Any], ...] = (
 PAPER_SINGLE, PAPER_CROPS, PAPER_ENSEMBLE = (0.748, 0.9218), (0.7801, 0.9418), (0.799, 0.951)
 
 
-class EnsembleSettings(InceptionSettings):
-    """What a user may choose; with the data it decides every number."""
-
-    claims: tuple[str, ...] = ("ensemble",)
-    seeds: int = Field(1, ge=1, le=1, description="the six networks have seeds 0 to 5")
-    # Thirty times the rate that is Inception's best in the scaled run is more than networks of so few epochs bear.
-    rate: float = Field(0.005, gt=0, description="Inception's; that of the networks is 30 times as high")
-    images: int | None = Field(2_000, ge=1, description="of the validation set, in 144 crops each")
-
-
-QUICK: dict[str, Any] = {"scale": "quick", "steps": 2_000, "images": 300}
-PAPER: dict[str, Any] = scales.PAPER_SCALE | {"rate": scales.PAPER_RATE, "images": None}
-
-
-def preset(quick: bool, data: str | None) -> dict[str, Any]:
-    """What is chosen unless the user says otherwise."""
-    if quick:
-        return QUICK
-    return PAPER if scales.at_the_papers_scale(data) else {}
-
-
 class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
     """Six modified BN-x30 networks: single crop, 144 crops, and the mean of all of their class probabilities.
 
-    validation: how many images the validation set has.
+    validation: number of images in the validation set.
     """
 
     name = "ensemble"
@@ -77,11 +53,13 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
 
     def choices(self, settings: EnsembleSettings) -> list[str]:
         """See `Claim.choices`."""
-        members = "; ".join(f"{number}: {_said(each)}" for number, each in enumerate(MEMBERS, 1))
+        members = "; ".join(
+            f"{number}: {_describe_changes(changes)}" for number, changes in enumerate(MEMBERS, 1)
+        )
         return [
             f"BN-x30 at {30 * settings.rate:g}, trained for {variants.steps(settings, 'bn-x30'):,} steps, each from a "
             f"seed of its own. Modified: {members}.",
-            f"{variants.cropped(settings)} The {CROPS} crops of a test image cover 40 % to all of it.",
+            f"{variants.describe_crops(settings)} The {CROPS} crops of a test image cover 40 % to all of it.",
             f"The rate is 30 times {settings.rate:g}"
             + (
                 "."
@@ -94,11 +72,11 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         ]
 
     def jobs(self, settings: EnsembleSettings, curves: Curves) -> dict[str, Config | Prediction]:
-        """The six networks; each, once trained, predicts."""
+        """The six networks, and the prediction of each that has been trained."""
         jobs: dict[str, Config | Prediction] = {}
         for number, changes in enumerate(MEMBERS, 1):
             config = variants.variant(settings, "bn-x30", settings.rate, number - 1)
-            config = config.changed("model", **changes)
+            config = config.with_values("model", **changes)
             jobs[_network(number)] = config
             if _network(number) in curves and curves[_network(number)].result is not None:
                 images = min(settings.images or self._validation, self._validation)
@@ -106,7 +84,7 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         return jobs
 
     def charts(self, settings: EnsembleSettings, curves: Curves) -> list[Chart]:
-        """None: three numbers a network."""
+        """None; the table is enough."""
         return []
 
     def find(self, settings: EnsembleSettings, curves: Curves) -> Finding:
@@ -115,19 +93,26 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         for number in range(1, len(MEMBERS) + 1):
             path = curves[_prediction(number)].checkpoint
             assert path is not None
-            networks.append(predicted(path))
-        together = {crops: Predictions.mean([said[crops] for said in networks]) for crops in networks[0]}
-        rows = [[f"network {number}", *_accuracies(said)] for number, said in enumerate(networks, 1)]
-        rows.append(["ensemble of all six", *_accuracies(together)])
+            networks.append(load_predictions(path))
+        ensemble_predictions = {
+            crops: Predictions.mean([predictions[crops] for predictions in networks]) for crops in networks[0]
+        }
+        rows = [
+            [f"network {number}", *_accuracies(predictions)] for number, predictions in enumerate(networks, 1)
+        ]
+        rows.append(["ensemble of all six", *_accuracies(ensemble_predictions)])
         rows.append(["paper: one network", *_cells(PAPER_SINGLE, PAPER_CROPS)])
         rows.append(["paper: ensemble", "–", "–", *_cells(PAPER_ENSEMBLE)])
-        best = {crops: max(said[crops].score.accuracy for said in networks) for crops in together}
-        ensemble = {crops: said.score.accuracy for crops, said in together.items()}
+        best = {
+            crops: max(predictions[crops].score.accuracy for predictions in networks)
+            for crops in ensemble_predictions
+        }
+        ensemble = {crops: predictions.score.accuracy for crops, predictions in ensemble_predictions.items()}
         return Finding(
             ensemble[CROPS] > max(best.values()),
             f"The ensemble gets {percent(ensemble[CROPS], 2)} right over {CROPS} crops and {percent(ensemble[1], 2)} "
             f"by a single one; the best of its networks {percent(best[CROPS], 2)} over {CROPS} crops and "
-            f"{percent(best[1], 2)} by a single one. {together[1].score.images:,} images.",
+            f"{percent(best[1], 2)} by a single one. {ensemble_predictions[1].score.images:,} images.",
             {
                 "Accuracy of the networks and of the ensemble": Table(
                     columns=["network", "single crop", "top-5", f"{CROPS} crops", "top-5"],
@@ -138,8 +123,8 @@ class Ensemble(Claim[EnsembleSettings, Config | Prediction]):
         )
 
 
-def _accuracies(said: dict[Crops, Predictions]) -> list[str]:
-    scores = [said[crops].score for crops in (1, CROPS)]
+def _accuracies(predictions: dict[Crops, Predictions]) -> list[str]:
+    scores = [predictions[crops].score for crops in (1, CROPS)]
     return _cells(*((score.accuracy, score.accuracy_top5) for score in scores))
 
 
@@ -147,17 +132,17 @@ def _cells(*accuracies: tuple[float, float]) -> list[str]:
     return [percent(accuracy, 2) for pair in accuracies for accuracy in pair]
 
 
-def _said(changes: dict[str, Any]) -> str:
-    words = {
+def _describe_changes(changes: dict[str, Any]) -> str:
+    texts = {
         "init_gain": "initial weights × {:g}",
         "dropout": "dropout {:.0%}",
         "per_activation": "per-activation BN in the last modules",
     }
-    said = (
-        words[name].format(value) if not isinstance(value, tuple) else words[name]
+    described = (
+        texts[name].format(value) if not isinstance(value, tuple) else texts[name]
         for name, value in changes.items()
     )
-    return ", ".join(said).replace("%", " %")
+    return ", ".join(described).replace("%", " %")
 
 
 def _network(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Section 4.2.2: what Inception cannot do without batch normalization.
+"""Section 4.2.2: without batch normalization Inception fails at higher rates and with sigmoids.
 
 Claim     at five times its rate Inception's parameters reach machine infinity; with sigmoids it stays at chance
 Source    Ioffe & Szegedy 2015, section 4.2.2
@@ -9,7 +9,7 @@ Measured  docs/experiments.md
 
 from __future__ import annotations
 
-from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, over, percent, spread
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, percent, seeds_note, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
 from batchnorm.experiments.imagenet.variants import NAMES, job
@@ -26,7 +26,7 @@ NEAR_CHANCE = 1.5  # times the share that guessing gets
 class Failures(Claim[ImagenetSettings, Config]):
     """Inception without BN at five times its rate, and with sigmoids, each beside the network with BN.
 
-    classes: of the data; guessing gets one in so many right.
+    classes: of the data set; the accuracy of guessing is 1 / classes.
     """
 
     name = "failures"
@@ -48,31 +48,31 @@ class Failures(Claim[ImagenetSettings, Config]):
         ]
 
     def jobs(self, settings: ImagenetSettings, curves: Curves) -> dict[str, Config]:
-        """The two that fail, and the two that should not, for every seed."""
+        """The two networks without BN, expected to fail, and the two with BN, for every seed."""
         jobs = variants.sweep(settings)
         rate = variants.best_rate(settings, curves)
         if rate is None:
             return jobs
         length = variants.steps(settings, "bn-x5")
         for seed in range(settings.seeds):
-            plain = variants.cut(variants.inception(settings, rate, seed, settings.steps), length)
-            jobs[job(FASTER, seed)] = plain.changed("optimizer", rate=5 * rate)
-            jobs[job(SIGMOID, seed)] = plain.changed("model", activation="sigmoid")
+            plain = variants.truncate(variants.inception(settings, rate, seed, settings.steps), length)
+            jobs[job(FASTER, seed)] = plain.with_values("optimizer", rate=5 * rate)
+            jobs[job(SIGMOID, seed)] = plain.with_values("model", activation="sigmoid")
             for name in _WITH.values():
                 jobs[job(name, seed)] = variants.variant(settings, name, rate, seed)
         return jobs
 
     def charts(self, settings: ImagenetSettings, curves: Curves) -> list[Chart]:
-        """None: a curve that stays at chance needs no picture."""
+        """None; the table is enough."""
         return []
 
     def find(self, settings: ImagenetSettings, curves: Curves) -> Finding:
-        """How each of the two ends without and with BN."""
+        """The final accuracies without and with BN."""
         seeds = range(settings.seeds)
         without = {name: [curves[job(name, seed)] for seed in seeds] for name in _WITHOUT}
         with_bn = {name: [curves[job(other, seed)] for seed in seeds] for name, other in _WITH.items()}
-        failed = [self._failed(curve) for found in without.values() for curve in found]
-        learned = [not self._failed(curve) for found in with_bn.values() for curve in found]
+        failed = [self._has_failed(curve) for found in without.values() for curve in found]
+        learned = [not self._has_failed(curve) for found in with_bn.values() for curve in found]
         rows = [
             [
                 _WITHOUT[name],
@@ -82,24 +82,24 @@ class Failures(Claim[ImagenetSettings, Config]):
             ]
             for name in _WITHOUT
         ]
-        said = "; ".join(
+        measured = "; ".join(
             f"{_WITHOUT[name]}: {_ends(without[name])}, {NAMES[_WITH[name]]}: {_ends(with_bn[name])}"
             for name in _WITHOUT
         )
         return Finding(
             all(failed) and all(learned),
-            f"{said}. Chance is {percent(self._chance)}.",
+            f"{measured}. Chance is {percent(self._chance)}.",
             {
                 "Accuracy in the end, without and with BN": Table(
                     columns=["without BN", "in the end", "with BN", "in the end"],
                     rows=rows,
-                    note=f"{over(settings.seeds)}.",
+                    note=f"{seeds_note(settings.seeds)}.",
                 )
             },
         )
 
-    def _failed(self, curve: Curve[Config]) -> bool:
-        """Diverged, or no better than near chance in the end."""
+    def _has_failed(self, curve: Curve[Config]) -> bool:
+        """Whether it diverged or ended near chance."""
         assert curve.result is not None
         return curve.result.diverged or curve.result.accuracy <= NEAR_CHANCE * self._chance
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.data.catalogue import NAMES as DATA_SETS
-from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, over, percent, spread
+from batchnorm.data.data_sets import NAMES as DATA_SETS
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, percent, seeds_note, spread
 from batchnorm.experiments.imagenet import variants
 from batchnorm.experiments.imagenet.inception_settings import PAPER as PAPER_SCALE
 from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings
@@ -39,7 +39,7 @@ ROLES: dict[str, Role] = {
     "bn-x30": "bn",
     "bn-x5-sigmoid": "other",
 }
-# Three networks share a colour: one is dashed, one has a mark at every evaluation.
+# Three networks share a colour: one is dashed, one has markers.
 _DASHED, _MARKED = "bn-baseline", "bn-x30"
 FEWER_STEPS = 10
 POINTS_ABOVE = 0.01
@@ -49,7 +49,7 @@ POINTS_BELOW = (10, 5, 2, 1)
 class Figure3(Claim[ImagenetSettings, Config]):
     """The five networks of figure 3: steps to Inception's best accuracy, and the best accuracy of each.
 
-    images: how many there are to train on.
+    images: number of training images.
     """
 
     name = "figure-3"
@@ -86,7 +86,7 @@ class Figure3(Claim[ImagenetSettings, Config]):
         return [
             f"The network is that of figure 5 with {settings.width:g} times the channels, for images of "
             f"{settings.image_size} pixels, batches of {settings.batch_size}; He et al.'s initial weights. "
-            f"{variants.cropped(settings)}",
+            f"{variants.describe_crops(settings)}",
             chosen,
             "SGD with momentum 0.9; L2 of 2e-4 on weights, 4e-5 in the networks with the changes of section 4.2.1; "
             "dropout of 0.4 before the classifier, and none. The paper gives none of the first three numbers.",
@@ -114,7 +114,9 @@ class Figure3(Claim[ImagenetSettings, Config]):
 
     def charts(self, settings: ImagenetSettings, curves: Curves) -> list[Chart]:
         """Figure 2: accuracy against steps."""
-        lines = [line for name in NAMES if (line := _line(name, _of(settings, curves, name))) is not None]
+        lines = [
+            line for name in NAMES if (line := _line(name, _curves_of(settings, curves, name))) is not None
+        ]
         if not lines:
             return []
         panel = Panel(
@@ -140,13 +142,15 @@ class Figure3(Claim[ImagenetSettings, Config]):
 
     def find(self, settings: ImagenetSettings, curves: Curves) -> Finding:
         """Steps to Inception's best accuracy and the best accuracies, beside the paper's own."""
-        of = {name: _of(settings, curves, name) for name in NAMES}
-        targets = [curve.best_accuracy for curve in of["inception"]]
-        steps = {name: [c.steps_to(t) for c, t in zip(of[name], targets, strict=True)] for name in NAMES}
+        by_name = {name: _curves_of(settings, curves, name) for name in NAMES}
+        targets = [curve.best_accuracy for curve in by_name["inception"]]
+        steps = {name: [c.steps_to(t) for c, t in zip(by_name[name], targets, strict=True)] for name in NAMES}
         fewer = {name: _ratios(steps["inception"], steps[name]) for name in NAMES}
-        best = {name: statistics.fmean(c.best_accuracy for c in of[name]) for name in NAMES}
+        best = {name: statistics.fmean(c.best_accuracy for c in by_name[name]) for name in NAMES}
         higher = max((name for name in NAMES if name != "inception"), key=lambda name: best[name])
-        above = round(best[higher] - best["inception"], 9)  # one point is one point
+        above = round(
+            best[higher] - best["inception"], 9
+        )  # so that exactly one point is not below it by rounding
         rows = []
         for name, printed in PAPER.items():
             millions, accuracy = printed
@@ -155,7 +159,7 @@ class Figure3(Claim[ImagenetSettings, Config]):
                     NAMES[name],
                     spread(steps[name]),
                     spread(fewer[name], "{:.1f}"),
-                    spread((c.best_accuracy for c in of[name]), "{:.2%}"),
+                    spread((c.best_accuracy for c in by_name[name]), "{:.2%}"),
                     f"{millions}e6" if millions else "–",
                     f"{PAPER_STEPS / millions:.1f}" if millions else "–",
                     f"{accuracy} %",
@@ -173,22 +177,22 @@ class Figure3(Claim[ImagenetSettings, Config]):
                     "paper: best",
                 ],
                 rows=rows,
-                note=f"{over(settings.seeds)}; the paper's columns are ImageNet's, to 72.2 %. {_scale(settings)}",
+                note=f"{seeds_note(settings.seeds)}; the paper's columns are ImageNet's, to 72.2 %. {_scale(settings)}",
             ),
-            "Times fewer steps to lesser accuracies": _on_the_way(of, targets),
-            "Every network": _each(of, targets),
+            "Times fewer steps to lesser accuracies": _lower_accuracies_table(by_name, targets),
+            "Every network": _network_table(by_name, targets),
         }
         if len(settings.rates) > 1:
             tables["Inception's rate"] = _sweep_table(settings, curves)
         ratio = _mean(fewer["bn-x5"])
-        said = (
+        speedup = (
             f"BN-x5 needs {ratio:.3g} times fewer steps"
             if ratio
             else "BN-x5 does not reach it from every seed"
         )
         means = {name: _mean(fewer[name]) for name in NAMES}
         fastest = max(means, key=lambda name: means[name])
-        first = (
+        fastest_note = (
             ""
             if fastest in ("inception", "bn-x5")
             else f"; {NAMES[fastest]} needs {spread(fewer[fastest], '{:.1f}')} times fewer"
@@ -196,16 +200,16 @@ class Figure3(Claim[ImagenetSettings, Config]):
         return Finding(
             ratio >= FEWER_STEPS and above >= POINTS_ABOVE,
             f"To Inception's best accuracy, {spread(targets, '{:.2%}')} after {spread(steps['inception'])} steps, "
-            f"{said} ({spread(steps['bn-x5'])}){first}. {NAMES[higher]} ends highest, {100 * above:+.3g} points from "
-            f"Inception: {percent(best[higher], 2)}. In the last quarter of its steps Inception gained "
-            f"{_late_gains(of['inception'])} points{_at_edge(settings, curves)}. "
+            f"{speedup} ({spread(steps['bn-x5'])}){fastest_note}. {NAMES[higher]} ends highest, {100 * above:+.3g} "
+            f"points from Inception: {percent(best[higher], 2)}. In the last quarter of its steps Inception gained "
+            f"{_late_gain_text(by_name['inception'])} points{_at_edge(settings, curves)}. "
             f"{_scale(settings)}",
             tables,
         )
 
 
-def _late_gains(curves: list[Curve[Config]]) -> str:
-    """Points by which the best accuracy rose in the last quarter of the steps: whether training was at its end."""
+def _late_gain_text(curves: list[Curve[Config]]) -> str:
+    """The gain in best accuracy, in points, over the last quarter of the steps, as a check of convergence."""
     gains = []
     for curve in curves:
         before = [e.accuracy for e in curve.evaluations if e.step <= 0.75 * curve.evaluations[-1].step]
@@ -221,7 +225,7 @@ def _at_edge(settings: ImagenetSettings, curves: Curves) -> str:
 
 
 def _scale(settings: ImagenetSettings) -> str:
-    """What the run is, as whoever reads a number of it has to know."""
+    """The scale of the run, to accompany every result."""
     if all(getattr(settings, name) == value for name, value in PAPER_SCALE.items() if name != "seeds"):
         return f"At the paper's scale, on {settings.data}."
     kind = "A quick look, scaled down" if settings.scale == "quick" else "A scaled run"
@@ -234,7 +238,7 @@ def _steps(number: int) -> str:
     return "1 step" if number == 1 else f"{number:,} steps"
 
 
-def _of(settings: ImagenetSettings, curves: Curves, name: str) -> list[Curve[Config]]:
+def _curves_of(settings: ImagenetSettings, curves: Curves, name: str) -> list[Curve[Config]]:
     found = (curves.get(job(name, seed)) for seed in range(settings.seeds))
     return [curve for curve in found if curve is not None]
 
@@ -244,13 +248,13 @@ def _ratios(plain: list[int | None], others: list[int | None]) -> list[float | N
 
 
 def _mean(ratios: list[float | None]) -> float:
-    """0 where a network did not arrive from every seed."""
-    there = [ratio for ratio in ratios if ratio is not None]
-    return statistics.fmean(there) if len(there) == len(ratios) else 0.0
+    """The mean ratio; 0 if some seed did not reach the accuracy."""
+    reached = [ratio for ratio in ratios if ratio is not None]
+    return statistics.fmean(reached) if len(reached) == len(ratios) else 0.0
 
 
 def _line(name: str, curves: list[Curve[Config]]) -> Line | None:
-    """The median over seeds at every step that all have been evaluated at."""
+    """The line of a network: the median over seeds at every step at which all were evaluated."""
     at = [{e.step: e.accuracy for e in curve.evaluations} for curve in curves]
     steps = sorted(set.intersection(*map(set, at))) if at else []
     if not steps:
@@ -269,18 +273,20 @@ def _line(name: str, curves: list[Curve[Config]]) -> Line | None:
 
 
 def _upper_part(lines: list[Line]) -> tuple[float, float]:
-    """Where the networks differ: 30 points, and more where the best accuracy of one of them lies lower."""
+    """The y range: the upper 30 points, or more if the best accuracy of some network is lower."""
     best = [max(y for y in line.y if y is not None) for line in lines]
     lowest = min(max(best) - 0.3, min(best) - 0.05)
     return (max(0.0, round(lowest, 2)), min(1.0, round(max(best) + 0.02, 2)))
 
 
-def _on_the_way(of: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:
-    """How many times fewer steps each network needs to accuracies that Inception reaches earlier."""
+def _lower_accuracies_table(by_name: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:
+    """The ratio of steps to lower accuracies, which Inception reaches earlier."""
     rows = []
     for points in POINTS_BELOW:
         lesser = [target - points / 100 for target in targets]
-        steps = {n: [c.steps_to(t) for c, t in zip(curves, lesser, strict=True)] for n, curves in of.items()}
+        steps = {
+            n: [c.steps_to(t) for c, t in zip(curves, lesser, strict=True)] for n, curves in by_name.items()
+        }
         fewer = (spread(_ratios(steps["inception"], steps[n]), "{:.1f}") for n in NAMES if n != "inception")
         rows.append([spread(lesser, "{:.2%}"), spread(steps["inception"]), *fewer])
     others = [label for name, label in NAMES.items() if name != "inception"]
@@ -292,9 +298,9 @@ def _on_the_way(of: dict[str, list[Curve[Config]]], targets: list[float]) -> Tab
     )
 
 
-def _each(of: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:
+def _network_table(by_name: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:
     rows = []
-    for name, curves in of.items():
+    for name, curves in by_name.items():
         for seed, (curve, target) in enumerate(zip(curves, targets, strict=True)):
             result, reached = curve.result, curve.steps_to(target)
             assert result is not None
@@ -332,7 +338,7 @@ def _each(of: dict[str, list[Curve[Config]]], targets: list[float]) -> Table:
 def _sweep_table(settings: ImagenetSettings, curves: Curves) -> Table:
     rows = [
         [f"{rate:g}", percent(curve.best_accuracy, 2), percent(curve.evaluations[-1].accuracy, 2)]
-        for rate, curve in variants.swept(settings, curves).items()
+        for rate, curve in variants.sweep_curves(settings, curves).items()
     ]
     return Table(
         columns=["rate", "best", "last"], rows=rows, note="One seed, which the runs above do not use."

@@ -1,4 +1,4 @@
-"""The networks of section 4.2.2: Inception at the best of some rates, and what the recipe makes of it."""
+"""The networks of section 4.2.2: Inception at its best rate, and its variants by the recipe."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from batchnorm.training.config import (
 )
 
 SWEEP_SEED = 1_000
-# The paper trained Inception for 31.0e6 steps, in which a decay of 4 % every 8 epochs happens 97 times: its rate falls
-# to 2 % of what it was. A shorter run has as many decays.
+# The paper trained Inception for 31.0e6 steps. A decay of 4 % every 8 epochs happens 97 times in them and reduces the
+# rate to 2 %. A shorter run has the same number of decays.
 DECAYS = 97
 # BN-x30 had its best accuracy after 6e6 steps, a fifth of Inception's.
 SHARE_OF_STEPS = 5
@@ -34,12 +34,12 @@ _LONG = ("inception", "bn-baseline")
 
 
 def steps(settings: InceptionSettings, variant: str) -> int:
-    """How long a variant is trained."""
+    """The number of training steps of a variant."""
     return settings.steps if variant in _LONG else max(1, settings.steps // SHARE_OF_STEPS)
 
 
 def inception(settings: InceptionSettings, rate: float, seed: int, length: int) -> Config:
-    """Inception without BN and with none of the changes of section 4.2.1, its rate decaying over `length` steps."""
+    """Inception without BN and without the changes of section 4.2.1; its rate decays over `length` steps."""
     return Config(
         model=InceptionModel(batch_norm=False, width=settings.width, stem=settings.stem, dropout=0.4),
         data=Data(
@@ -61,21 +61,21 @@ def variant(
 ) -> Config:
     """A variant of the paper: `name` of the recipe, applied to Inception at `rate`."""
     config, _ = recipe.apply(inception(settings, rate, seed, settings.steps), name, without)
-    return cut(config, steps(settings, name))
+    return truncate(config, steps(settings, name))
 
 
-def cut(config: Config, length: int) -> Config:
+def truncate(config: Config, length: int) -> Config:
     """`config`, trained for `length` steps of its schedule."""
-    return config.changed("training", steps=length)
+    return config.with_values("training", steps=length)
 
 
 def sweep(settings: ImagenetSettings) -> dict[str, Config]:
-    """Inception at each rate, from a seed of its own; none where there is no choice."""
+    """The jobs of the sweep: Inception at each rate, from another seed. Empty if there is only one rate."""
     if len(settings.rates) == 1:
         return {}
     length = min(settings.sweep_steps, settings.steps)
     return {
-        _swept(rate): inception(settings, rate, SWEEP_SEED, length).changed(
+        _sweep_job(rate): inception(settings, rate, SWEEP_SEED, length).with_values(
             "evaluation", first=max(1, length // 2)
         )
         for rate in settings.rates
@@ -83,21 +83,21 @@ def sweep(settings: ImagenetSettings) -> dict[str, Config]:
 
 
 def best_rate(settings: ImagenetSettings, curves: Curves) -> float | None:
-    """The rate at which Inception becomes most accurate; None before the sweep has ended."""
+    """The rate with the highest accuracy of Inception; None before the sweep has ended."""
     if len(settings.rates) == 1:
         return settings.rates[0]
-    if not all(_swept(rate) in curves and curves[_swept(rate)].result for rate in settings.rates):
+    if not all(_sweep_job(rate) in curves and curves[_sweep_job(rate)].result for rate in settings.rates):
         return None
-    return max(settings.rates, key=lambda rate: curves[_swept(rate)].best_accuracy)
+    return max(settings.rates, key=lambda rate: curves[_sweep_job(rate)].best_accuracy)
 
 
-def swept(settings: ImagenetSettings, curves: Curves) -> dict[float, Curve[Config]]:
-    """The curves of the sweep, as far as there are any, by rate."""
-    return {rate: curves[_swept(rate)] for rate in settings.rates if _swept(rate) in curves}
+def sweep_curves(settings: ImagenetSettings, curves: Curves) -> dict[float, Curve[Config]]:
+    """The curves of the sweep so far, by rate."""
+    return {rate: curves[_sweep_job(rate)] for rate in settings.rates if _sweep_job(rate) in curves}
 
 
-def cropped(settings: InceptionSettings) -> str:
-    """How much of an image the networks are trained on, in a sentence."""
+def describe_crops(settings: InceptionSettings) -> str:
+    """A sentence on the crops of training images."""
     low, high = settings.crop_area
     if low == high == 1:
         return "Networks are trained on whole images."
@@ -105,9 +105,9 @@ def cropped(settings: InceptionSettings) -> str:
 
 
 def job(name: str, seed: int) -> str:
-    """What the network of a variant and seed is called in the records."""
+    """The name in the records of the network of a variant and a seed."""
     return f"{name}-seed{seed}"
 
 
-def _swept(rate: float) -> str:
+def _sweep_job(rate: float) -> str:
     return f"sweep-inception-rate{rate:g}"

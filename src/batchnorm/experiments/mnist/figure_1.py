@@ -14,15 +14,15 @@ from __future__ import annotations
 import statistics
 from itertools import product
 
-from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, label, net, percent, spread
+from batchnorm.experiments.claim import Claim, Curve, Curves, Finding, label, percent, role, spread
 from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.digits_trainer import POPULATION_BATCHES, Training
 
 ACCURACIES = (80, 85, 90, 92, 94)
-# Seed 0 is trained for all the paper's steps, for the pictures; the other seeds long enough for the verdict.
+# Seed 0 is trained for all the paper's steps, for the figures; the other seeds long enough for the verdict.
 REPLICATE_STEPS = 10_000
-# "Each at its own best": these are tried, from a seed of their own, and the best is first at this accuracy.
+# "Each at its own best": these are tried from another seed; the best is the first to reach BEST_ACCURACY.
 RATES = (0.3, 1.0, 3.0, 10.0, 30.0)
 STDS = (0.1, 0.3)
 SWEEP_SEED = 1_000
@@ -65,16 +65,16 @@ class Figure1(Claim[DigitsSettings, Training]):
         for seed in range(settings.seeds):
             steps = settings.steps if seed == 0 else min(settings.steps, REPLICATE_STEPS)
             for bn in (True, False):
-                jobs[_same(bn, seed)] = _training(
+                jobs[_same_rate_job(bn, seed)] = _training(
                     bn, settings.rate, settings.init_std, seed, steps, watch=True
                 )
         for bn, rate, std in product((True, False), RATES, STDS):
-            jobs[_sweep(bn, rate, std)] = _training(
+            jobs[_sweep_job(bn, rate, std)] = _training(
                 bn, rate, std, SWEEP_SEED, min(settings.steps, SWEEP_STEPS)
             )
-        if _swept(curves):
+        if _sweep_is_complete(curves):
             for seed, bn in product(range(settings.seeds), (True, False)):
-                jobs[_best(bn, seed)] = _training(
+                jobs[_best_job(bn, seed)] = _training(
                     bn, *best(curves, bn), seed, min(settings.steps, BEST_STEPS)
                 )
         return jobs
@@ -86,18 +86,23 @@ class Figure1(Claim[DigitsSettings, Training]):
                 "figure-1a",
                 f"Test accuracy against training steps, both networks at learning rate {settings.rate:g}",
                 "The paper's figure 1(a). Line: seed 0; band: all seeds, as far as the others go.",
-                {bn: [curves.get(_same(bn, seed)) for seed in range(settings.seeds)] for bn in (True, False)},
+                {
+                    bn: [curves.get(_same_rate_job(bn, seed)) for seed in range(settings.seeds)]
+                    for bn in (True, False)
+                },
             ),
-            _percentile_chart({bn: curves.get(_same(bn, 0)) for bn in (True, False)}),
+            _percentile_chart({bn: curves.get(_same_rate_job(bn, 0)) for bn in (True, False)}),
         ]
-        own = {bn: [curves.get(_best(bn, seed)) for seed in range(settings.seeds)] for bn in (True, False)}
-        if any(curve for row in own.values() for curve in row):
+        at_best = {
+            bn: [curves.get(_best_job(bn, seed)) for seed in range(settings.seeds)] for bn in (True, False)
+        }
+        if any(curve for row in at_best.values() for curve in row):
             charts.append(
                 _accuracy_chart(
                     "figure-1a-each-at-its-best",
                     "The same, each network at its own best rate and initial weights",
-                    f"{_bests(curves)}. Line: seed 0; band: all seeds.",
-                    own,
+                    f"{_describe_best(curves)}. Line: seed 0; band: all seeds.",
+                    at_best,
                 )
             )
         return charts
@@ -105,39 +110,43 @@ class Figure1(Claim[DigitsSettings, Training]):
     def find(self, settings: DigitsSettings, curves: Curves) -> Finding:
         """Steps to each accuracy and their ratio, at the same rate and at each network's best; how inputs move."""
         seeds = range(settings.seeds)
-        same = {bn: [curves[_same(bn, seed)] for seed in seeds] for bn in (True, False)}
-        own = {bn: [curves[_best(bn, seed)] for seed in seeds] for bn in (True, False)}
-        same_table, ratios = _steps_table(same)
-        own_table, own_ratios = _steps_table(own)
-        travel = {bn: [_travel(curve) for curve in same[bn]] for bn in (True, False)}
+        at_same_rate = {bn: [curves[_same_rate_job(bn, seed)] for seed in seeds] for bn in (True, False)}
+        at_best = {bn: [curves[_best_job(bn, seed)] for seed in seeds] for bn in (True, False)}
+        same_table, ratios = _steps_table(at_same_rate)
+        own_table, own_ratios = _steps_table(at_best)
+        travel = {bn: [_travel(curve) for curve in at_same_rate[bn]] for bn in (True, False)}
         tables = {
             f"Steps to a test accuracy, both networks at rate {settings.rate:g}": same_table,
-            f"Steps to a test accuracy, each network at its own best ({_bests(curves)})": own_table,
+            f"Steps to a test accuracy, each network at its own best ({_describe_best(curves)})": own_table,
             "How far the input to a sigmoid of the last hidden layer moves": Table(
                 columns=["", label(False), label(True)],
                 rows=[["path of the median", *(spread(travel[bn], "{:.1f}") for bn in (False, True))]],
                 note="Length of the path of the median over the evaluations that all seeds share, in units of the "
                 "mean 15-85 percentile width, averaged over the 100 sigmoids; mean ± standard deviation over seeds.",
             ),
-            "Accuracy in the end, both networks at the same rate": _end_table(same),
-            "Accuracy in the end, each network at its own best": _end_table(own),
+            "Accuracy in the end, both networks at the same rate": _end_table(at_same_rate),
+            "Accuracy in the end, each network at its own best": _end_table(at_best),
         }
         if not ratios:
             return Finding(False, "No accuracy of 80 % or more was reached by all networks.", tables)
         level, ratio = max(ratios.items(), key=lambda item: item[1])
-        steps = {bn: spread(curve.steps_to(int(level) / 100) for curve in same[bn]) for bn in (True, False)}
-        moves = {
+        steps = {
+            bn: spread(curve.steps_to(int(level) / 100) for curve in at_same_rate[bn]) for bn in (True, False)
+        }
+        mean_travel = {
             bn: statistics.fmean(value for value in travel[bn] if value is not None) for bn in (True, False)
         }
+        final = {bn: _final_accuracy(at_same_rate[bn][0]) for bn in (True, False)}
+        final_at_best = {bn: _final_accuracy(at_best[bn][0]) for bn in (True, False)}
         listed = ", ".join(f"{own_ratio:.1f} to {level} %" for level, own_ratio in own_ratios.items())
         return Finding(
-            ratio >= 10 and moves[True] < moves[False],
+            ratio >= 10 and mean_travel[True] < mean_travel[False],
             f"{ratio:.1f} times fewer steps to {level} % at the same rate ({steps[False]} without BN, "
             f"{steps[True]} with BN, {len(seeds)} seeds). Each network at its own best rate and initial weights the "
             f"ratio is {listed or 'not known, not all networks got there'}. The input to a sigmoid moves "
-            f"{moves[False]:.1f} widths without BN, {moves[True]:.1f} with. In the end the test accuracy is "
-            f"{_end(same[False][0])} without BN and {_end(same[True][0])} with at the same rate, "
-            f"{_end(own[False][0])} and {_end(own[True][0])} each at its best (seed 0).",
+            f"{mean_travel[False]:.1f} widths without BN, {mean_travel[True]:.1f} with. In the end the test accuracy "
+            f"is {final[False]} without BN and {final[True]} with at the same rate, "
+            f"{final_at_best[False]} and {final_at_best[True]} each at its best (seed 0).",
             tables,
             {level: round(ratio, 2) for level, ratio in ratios.items()},
         )
@@ -146,25 +155,25 @@ class Figure1(Claim[DigitsSettings, Training]):
 def best(curves: Curves, bn: bool) -> tuple[float, float]:
     """Rate and scale that reach `BEST_ACCURACY` first in the sweep; if none does, those of the highest accuracy."""
 
-    def merit(setting: tuple[float, float]) -> tuple[float, float]:
-        curve = curves[_sweep(bn, *setting)]
+    def score(setting: tuple[float, float]) -> tuple[float, float]:
+        curve = curves[_sweep_job(bn, *setting)]
         return (-(curve.steps_to(BEST_ACCURACY) or float("inf")), curve.best_accuracy)
 
-    return max(product(RATES, STDS), key=merit)
+    return max(product(RATES, STDS), key=score)
 
 
-def _swept(curves: Curves) -> bool:
-    return all(_sweep(*each) in curves for each in product((True, False), RATES, STDS))
+def _sweep_is_complete(curves: Curves) -> bool:
+    return all(_sweep_job(*each) in curves for each in product((True, False), RATES, STDS))
 
 
-def _bests(curves: Curves) -> str:
+def _describe_best(curves: Curves) -> str:
     settings = {bn: best(curves, bn) for bn in (True, False)}
     return "; ".join(
         f"{label(bn)}: rate {settings[bn][0]:g}, weights {settings[bn][1]:g}" for bn in (False, True)
     )
 
 
-def _end(curve: Curve[Training]) -> str:
+def _final_accuracy(curve: Curve[Training]) -> str:
     end = curve.evaluations[-1]
     return f"{percent(end.accuracy)} after {end.step:,} steps"
 
@@ -173,29 +182,29 @@ def _training(bn: bool, rate: float, std: float, seed: int, steps: int, watch: b
     return Training(batch_norm=bn, rate=rate, steps=steps, seed=seed, init_std=std, watch=watch)
 
 
-def _same(bn: bool, seed: int) -> str:
-    return f"same-rate-{net(bn)}-seed{seed}"
+def _same_rate_job(bn: bool, seed: int) -> str:
+    return f"same-rate-{role(bn)}-seed{seed}"
 
 
-def _sweep(bn: bool, rate: float, std: float) -> str:
-    return f"sweep-{net(bn)}-rate{rate:g}-std{std:g}"
+def _sweep_job(bn: bool, rate: float, std: float) -> str:
+    return f"sweep-{role(bn)}-rate{rate:g}-std{std:g}"
 
 
-def _best(bn: bool, seed: int) -> str:
-    return f"best-{net(bn)}-seed{seed}"
+def _best_job(bn: bool, seed: int) -> str:
+    return f"best-{role(bn)}-seed{seed}"
 
 
 def _steps_table(curves: dict[bool, list[Curve[Training]]]) -> tuple[Table, dict[str, float]]:
-    """Steps to each accuracy, and the mean over seeds of their ratio where every network got there."""
+    """Steps to each accuracy, and the mean over seeds of their ratio if every network reached it."""
     rows, ratios = [], {}
     for accuracy in ACCURACIES:
         steps = {bn: [curve.steps_to(accuracy / 100) for curve in row] for bn, row in curves.items()}
         ratio = [p / b if p and b else None for p, b in zip(steps[False], steps[True], strict=True)]
-        there = [r for r in ratio if r is not None]
-        if len(there) == len(ratio):
-            ratios[str(accuracy)] = statistics.fmean(there)
-        both = spread(ratio, "{:.1f}") if len(there) == len(ratio) else "–"
-        rows.append([f"{accuracy} %", spread(steps[False]), spread(steps[True]), both])
+        reached = [r for r in ratio if r is not None]
+        if len(reached) == len(ratio):
+            ratios[str(accuracy)] = statistics.fmean(reached)
+        ratio_text = spread(ratio, "{:.1f}") if len(reached) == len(ratio) else "–"
+        rows.append([f"{accuracy} %", spread(steps[False]), spread(steps[True]), ratio_text])
     note = (
         "Mean ± standard deviation over seeds; the ratio is taken seed by seed: the same initial weights, the "
         "same batches."
@@ -230,7 +239,7 @@ def _end_table(curves: dict[bool, list[Curve[Training]]]) -> Table:
 
 
 def _travel(curve: Curve[Training]) -> float | None:
-    """The path so far at the last evaluation that a replicate shares with seed 0."""
+    """The length of the path up to the last evaluation that the other seeds share with seed 0."""
     return next((e.travel for e in reversed(curve.evaluations) if e.step <= REPLICATE_STEPS), None)
 
 
@@ -239,20 +248,23 @@ def _accuracy_chart(
 ) -> Chart:
     lines = []
     for bn in (True, False):
-        there = [curve for curve in curves[bn] if curve is not None]
-        if not there:
+        present = [curve for curve in curves[bn] if curve is not None]
+        if not present:
             continue
-        steps = [evaluation.step for evaluation in there[0].evaluations]
-        at = [{e.step: e.accuracy for e in curve.evaluations} for curve in there]
-        everyone = [[a[step] for a in at] if all(step in a for a in at) else None for step in steps]
+        steps = [evaluation.step for evaluation in present[0].evaluations]
+        accuracy = [{e.step: e.accuracy for e in curve.evaluations} for curve in present]
+        of_all_seeds = [
+            [by_step[step] for by_step in accuracy] if all(step in by_step for by_step in accuracy) else None
+            for step in steps
+        ]
         lines.append(
             Line(
                 label=label(bn),
-                role=net(bn),
+                role=role(bn),
                 x=[float(step) for step in steps],
-                y=[at[0][step] for step in steps],
-                low=[min(values) if values else None for values in everyone],
-                high=[max(values) if values else None for values in everyone],
+                y=[accuracy[0][step] for step in steps],
+                low=[min(values) if values else None for values in of_all_seeds],
+                high=[max(values) if values else None for values in of_all_seeds],
             )
         )
     panel = Panel(
@@ -284,7 +296,7 @@ def _percentile_chart(curves: dict[bool, Curve[Training] | None]) -> Chart:
                 lines=[
                     Line(
                         label="median, and 15th to 85th percentile",
-                        role=net(bn),
+                        role=role(bn),
                         x=[float(e.step) for e in watched],
                         y=list(median),
                         low=list(low),

@@ -76,7 +76,7 @@ class HigherRates(SweepClaim):
             for sweep in (relu, sigmoid)
         )
         with_bn, without = highest[relu.name][True], highest[relu.name][False]
-        seen = without > 0 and with_bn >= FACTOR * without  # a baseline that never trains proves nothing
+        seen = without > 0 and with_bn >= FACTOR * without  # a baseline that trains at no rate shows nothing
         tables = {
             f"Final test accuracy, {sweep.title}": sweep.table(settings, curves) for sweep in (relu, sigmoid)
         }
@@ -84,7 +84,7 @@ class HigherRates(SweepClaim):
 
 
 def _highest(sweep: Sweep, settings: DigitsSettings, curves: Curves, bn: bool) -> float:
-    """The highest rate that trains, going up from the most accurate one; 0 if not even that does."""
+    """The highest rate that trains, going up from the most accurate one; 0 if that one does not."""
     ends = {rate: sweep.median(settings, curves, bn, rate) for rate in sweep.values}
     highest = 0.0
     for rate in sweep.values[sweep.values.index(max(ends, key=lambda rate: ends[rate])) :]:

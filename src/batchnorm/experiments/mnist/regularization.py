@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.experiments.claim import Claim, Curves, Finding, net, percent, spread
+from batchnorm.experiments.claim import Claim, Curves, Finding, percent, role, spread
 from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.digits_trainer import Training
@@ -19,7 +19,7 @@ from batchnorm.training.digits_trainer import Training
 STEPS = 10_000
 RATE = 1.0
 DROPOUT = 0.5
-# name in jobs: name for people, batch norm, dropout, dashed
+# name in jobs: label, batch norm, dropout, dashed
 KINDS: dict[str, tuple[str, bool, float, bool]] = {
     "neither": ("neither", False, 0.0, False),
     "dropout": (f"Dropout {DROPOUT:g}", False, DROPOUT, True),
@@ -62,7 +62,7 @@ class Regularization(Claim[DigitsSettings, Training]):
 
     def charts(self, settings: DigitsSettings, curves: Curves) -> list[Chart]:
         """Test accuracy and training loss against steps, seed 0."""
-        there = {kind: curves[_job(kind, 0)] for kind in KINDS if _job(kind, 0) in curves}
+        present = {kind: curves[_job(kind, 0)] for kind in KINDS if _job(kind, 0) in curves}
 
         def panel(label: str, key: str, percent: bool) -> Panel:
             return Panel(
@@ -75,12 +75,12 @@ class Regularization(Claim[DigitsSettings, Training]):
                 lines=[
                     Line(
                         label=KINDS[kind][0],
-                        role=net(KINDS[kind][1]),
+                        role=role(KINDS[kind][1]),
                         dashed=KINDS[kind][3],
                         x=[float(e.step) for e in curve.evaluations],
                         y=[getattr(e, key) for e in curve.evaluations],
                     )
-                    for kind, curve in there.items()
+                    for kind, curve in present.items()
                 ],
             )
 

@@ -24,7 +24,7 @@ CHANCE, TRAINS = 0.15, 0.85
 
 
 class Saturation(SweepClaim):
-    """A stack of eight sigmoid layers, at several rates and scales so that the baseline has its chance."""
+    """A stack of eight sigmoid layers, at several rates and scales, to be fair to the baseline."""
 
     name = "saturation"
     title = "With batch normalization a deep stack of sigmoids does not get stuck"

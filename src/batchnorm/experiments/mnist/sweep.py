@@ -1,4 +1,4 @@
-"""A sweep: both networks over the values of one setting and several seeds; and claims that are judged by sweeps."""
+"""A sweep of both networks over the values of one setting and several seeds, and claims that rely on sweeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from batchnorm.experiments.claim import Claim, Curves, label, net, spread
+from batchnorm.experiments.claim import Claim, Curves, label, role, spread
 from batchnorm.experiments.mnist.digits_settings import DigitsSettings
 from batchnorm.records import Chart, Line, Panel, Table
 from batchnorm.training.digits_trainer import Training
@@ -17,11 +17,11 @@ from batchnorm.training.digits_trainer import Training
 class Sweep:
     """The final test accuracy of both networks against one setting.
 
-    name: the prefix of the names of its jobs.
+    name: prefix of the names of its jobs.
     title: of its panel.
-    setting: what is varied, for people.
+    setting: label of the setting.
     values: of the setting, increasing.
-    training: the configuration of one network, given with or without BN, the value and the seed.
+    training: the configuration of one network, from whether it has BN, the value and the seed.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Sweep:
         }
 
     def accuracies(self, settings: DigitsSettings, curves: Curves, bn: bool, value: float) -> list[float]:
-        """Final test accuracies over seeds; a network that diverged counts with what it had then."""
+        """Final test accuracies over seeds; of a diverged network, the accuracy when it diverged."""
         results = [curves[job].result for job in self._names(settings, bn, value) if job in curves]
         return [result.accuracy for result in results if result is not None]
 
@@ -52,16 +52,16 @@ class Sweep:
         """Median over seeds as a line, all seeds as a band."""
         lines = []
         for bn in (True, False):
-            there = {v: self.accuracies(settings, curves, bn, v) for v in self.values}
-            there = {value: found for value, found in there.items() if found}
+            by_value = {v: self.accuracies(settings, curves, bn, v) for v in self.values}
+            by_value = {value: accuracies for value, accuracies in by_value.items() if accuracies}
             lines.append(
                 Line(
                     label=label(bn),
-                    role=net(bn),
-                    x=list(there),
-                    y=[statistics.median(found) for found in there.values()],
-                    low=[min(found) for found in there.values()],
-                    high=[max(found) for found in there.values()],
+                    role=role(bn),
+                    x=list(by_value),
+                    y=[statistics.median(accuracies) for accuracies in by_value.values()],
+                    low=[min(accuracies) for accuracies in by_value.values()],
+                    high=[max(accuracies) for accuracies in by_value.values()],
                     markers=True,
                 )
             )
@@ -90,11 +90,11 @@ class Sweep:
         return [self._job(bn, value, seed) for seed in range(settings.seeds)]
 
     def _job(self, bn: bool, value: float, seed: int) -> str:
-        return f"{self.name}-{net(bn)}-{value:g}-seed{seed}"
+        return f"{self.name}-{role(bn)}-{value:g}-seed{seed}"
 
 
 class SweepClaim(Claim[DigitsSettings, Training]):
-    """A claim that is judged by one or more sweeps, drawn side by side."""
+    """A claim that relies on one or more sweeps, drawn side by side."""
 
     @abstractmethod
     def sweeps(self, settings: DigitsSettings) -> list[Sweep]:
@@ -102,7 +102,7 @@ class SweepClaim(Claim[DigitsSettings, Training]):
 
     @abstractmethod
     def picture(self, settings: DigitsSettings) -> str:
-        """What the picture shows, in one sentence."""
+        """The title of the figure."""
 
     def jobs(self, settings: DigitsSettings, curves: Curves) -> dict[str, Training]:
         """Every value, with and without BN, for every seed."""

@@ -1,3 +1,3 @@
-"""Micro-batches that are one batch: passes in lockstep, layers that meet the parts of one batch together."""
+"""Micro-batches with the statistics and gradients of one batch: forward passes in lockstep, normalised jointly."""
 
 from batchnorm.passes.virtual_batch.micro_batches import virtual_batch as virtual_batch

@@ -1,4 +1,4 @@
-"""Micro-batches that are one batch: the same statistics and the same gradients, to rounding."""
+"""Micro-batches with the statistics and the gradients of one batch, to rounding."""
 
 from __future__ import annotations
 
@@ -83,35 +83,39 @@ def virtual_batch(
     if not batches:
         raise ValueError("virtual_batch needs at least one micro-batch")
     layers = layers_of(model)
-    foreign = [
+    torch_layers = [
         name or "the model itself" for name, layer in layers.items() if layer.training and not is_ours(layer)
     ]
-    if foreign:
+    if torch_layers:
         raise ValueError(
-            f"{', '.join(foreign)}: layers of torch's see one micro-batch at a time; bn.upgrade(model) first"
+            f"{', '.join(torch_layers)}: layers of torch's see one micro-batch at a time; bn.upgrade(model) first"
         )
-    joint = {layer for layer in layers.values() if is_ours(layer)}
+    our_layers = {layer for layer in layers.values() if is_ours(layer)}
     calls = [_Call() for _ in batches]
     lockstep = Lockstep(len(batches))
     with ExitStack() as patches:
-        for layer in joint:
-            patches.enter_context(_patched(layer, _meet(layer, layer.forward, lockstep)))
-        patches.enter_context(_patched(model, _record(model.forward, calls, lockstep)))
+        for layer in our_layers:
+            patches.enter_context(_patch_forward(layer, _gather(layer, layer.forward, lockstep)))
+        patches.enter_context(_patch_forward(model, _record(model.forward, calls, lockstep)))
         lockstep.run([_task(model, batch, forward or call_model, offload) for batch in batches])
     for call in calls:
-        call.cut()
-    with _patched(model, _replay(calls)):
-        yield [call.shown for call in calls]
-    asked = [(true, cut.grad) for call in calls for true, cut in call.cuts if cut.grad is not None]
+        call.detach()
+    with _patch_forward(model, _replay(calls)):
+        yield [call.detached_output for call in calls]
+    gradients = [
+        (attached, leaf.grad) for call in calls for attached, leaf in call.detached if leaf.grad is not None
+    ]
     with ExitStack() as patches:
-        for layer in joint:
-            patches.enter_context(_patched(layer, _recomputed))
-        if asked:
-            torch.autograd.backward([true for true, _ in asked], [gradient for _, gradient in asked])
+        for layer in our_layers:
+            patches.enter_context(_patch_forward(layer, _raise_on_recomputation))
+        if gradients:
+            torch.autograd.backward(
+                [attached for attached, _ in gradients], [gradient for _, gradient in gradients]
+            )
 
 
 @contextmanager
-def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _patch_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -124,37 +128,37 @@ def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 class _Call:
-    """A call of the model with a micro-batch, and its output, cut off from the graph for the block to work on."""
+    """A call of the model with a micro-batch, its output, and a detached output for use in the block."""
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     output: Any = None
-    shown: Any = None
-    answered = False
+    detached_output: Any = None
+    replayed_before = False
 
-    def cut(self) -> None:
+    def detach(self) -> None:
         if self.arguments is None:
             raise RuntimeError(
                 "`forward` did not call the model, or only parts of it, whose outputs virtual_batch does not see: "
                 "hand it a model whose own call is all that is needed"
             )
-        self.cuts: list[tuple[Tensor, Tensor]] = []
+        self.detached: list[tuple[Tensor, Tensor]] = []
 
-        def cut(value: Any) -> Any:
+        def detach(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
             leaf = value.detach().requires_grad_()
-            self.cuts.append((value, leaf))
+            self.detached.append((value, leaf))
             return leaf
 
-        self.shown = pytree.tree_map(cut, self.output)
+        self.detached_output = pytree.tree_map(detach, self.output)
 
-    def is_of(self, arguments: object, same: Callable[[Tensor, Tensor], bool]) -> bool:
-        """Whether these are the call's arguments, as far as they are tensors."""
-        mine, theirs = (
-            [each for each in pytree.tree_leaves(values) if isinstance(each, Tensor)]
+    def matches(self, arguments: object, same: Callable[[Tensor, Tensor], bool]) -> bool:
+        """Whether the tensors in `arguments` are the `same` as those of the recorded call."""
+        recorded, given = (
+            [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
             for values in (self.arguments, arguments)
         )
-        return len(mine) == len(theirs) and all(map(same, mine, theirs))
+        return len(recorded) == len(given) and all(map(same, recorded, given))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -162,31 +166,31 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _record(forward: Callable[..., Any], calls: list[_Call], lockstep: Lockstep) -> Callable[..., Any]:
-    def recorded(*arguments: Any, **named: Any) -> Any:
-        call = calls[lockstep.place()]
+    def record(*arguments: Any, **named: Any) -> Any:
+        call = calls[lockstep.index()]
         output = forward(*arguments, **named)
         call.arguments, call.output = (arguments, named), output
         return output
 
-    return recorded
+    return record
 
 
 def _replay(calls: list[_Call]) -> Callable[..., Any]:
-    def replayed(*arguments: Any, **named: Any) -> Any:
-        # of micro-batches that are equal each is answered once before one is answered again
-        for answered, same, call in product((False, True), (operator.is_, _equal), calls):
-            if call.answered == answered and call.is_of((arguments, named), same):
-                call.answered = True
-                return call.shown
+    def replay(*arguments: Any, **named: Any) -> Any:
+        # each of several equal micro-batches is replayed once before one is replayed again
+        for replayed_before, same, call in product((False, True), (operator.is_, _equal), calls):
+            if call.replayed_before == replayed_before and call.matches((arguments, named), same):
+                call.replayed_before = True
+                return call.detached_output
         raise RuntimeError(
             "within virtual_batch the model answers for its micro-batches, and this input is none of them: "
             "hand virtual_batch exactly what the model will be called with"
         )
 
-    return replayed
+    return replay
 
 
-def _recomputed(*_: Any, **__: Any) -> Tensor:
+def _raise_on_recomputation(*_: Any, **__: Any) -> Tensor:
     raise RuntimeError(
         "a layer of a virtual batch was called in the backward pass, which activation checkpointing does: "
         "it would see one micro-batch alone; instead of checkpointing use virtual_batch(..., offload=True)"
@@ -194,7 +198,7 @@ def _recomputed(*_: Any, **__: Any) -> Tensor:
 
 
 def _task(model: nn.Module, batch: Any, forward: Forward, offload: bool) -> Callable[[], None]:
-    """A pass of one micro-batch, for a thread of its own: with the settings of this one."""
+    """The forward pass of one micro-batch, to run in another thread with the torch settings of this one."""
     gradients, context = torch.is_grad_enabled(), contextvars.copy_context()
     autocast = [
         (device, torch.get_autocast_dtype(device))
@@ -219,9 +223,9 @@ def _task(model: nn.Module, batch: Any, forward: Forward, offload: bool) -> Call
     return task
 
 
-def _meet(layer: _BatchNorm, forward: Callable[..., Tensor], lockstep: Lockstep) -> Callable[..., Tensor]:
-    def met(*arguments: Any, **named: Any) -> Tensor:
+def _gather(layer: _BatchNorm, forward: Callable[..., Tensor], lockstep: Lockstep) -> Callable[..., Tensor]:
+    def gather_parts(*arguments: Any, **named: Any) -> Tensor:
         part = dict(zip(_ARGUMENTS, arguments, strict=False)) | named
-        return lockstep.meet(layer, part, partial(together, layer, forward))
+        return lockstep.gather(layer, part, partial(together, layer, forward))
 
-    return met
+    return gather_parts

@@ -1,4 +1,4 @@
-"""A layer that meets the parts of one batch: it normalises them together."""
+"""Normalise the parts of one batch jointly."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from batchnorm.statistics import Population, Renorm, Sync
 def together(
     layer: _BatchNorm, forward: Callable[..., Tensor], parts: list[dict[str, Any]]
 ) -> tuple[Tensor, ...]:
-    """The outputs of `layer` for the parts of one batch."""
+    """The outputs of `layer` for the `parts` of one batch, each the arguments of its forward."""
     inputs: list[Tensor] = [part["input"] for part in parts]
     residuals, masks = ([part.get(name) for part in parts] for name in ("residual", "mask"))
-    if any(mask is not None for mask in masks):  # then each has one
+    if any(mask is not None for mask in masks):  # then all parts need one
         masks = [
             torch.ones_like(x[:, :1], dtype=torch.bool) if mask is None else positions(mask, x)
             for mask, x in zip(masks, inputs, strict=True)
         ]
     if len({x.shape[1:] for x in inputs}) == 1:
         output = forward(torch.cat(inputs), _cat(residuals), _cat(masks))
-        # copies, for what comes next may work in place
+        # clones, since the next operation may work in place
         return tuple(part.clone() for part in output.split([x.size(0) for x in inputs]))
     return _of_different_sizes(layer, inputs, residuals, masks)
 
@@ -35,12 +35,12 @@ def together(
 def _of_different_sizes(
     layer: _BatchNorm, inputs: list[Tensor], residuals: list[Tensor | None], masks: list[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """As rows: to moments over all positions it does not matter how these are arranged."""
+    """Inputs of different spatial sizes, joined as rows (positions, C): moments do not depend on the arrangement."""
     if layer.statistics is not None and not isinstance(layer.statistics, (Sync, Renorm, Population)):
         raise ValueError(f"micro-batches of different sizes cannot be joined for {layer.statistics!r}")
     if isinstance(layer.num_features, tuple):
         raise ValueError(
-            "micro-batches of different sizes cannot be joined where every activation has statistics of its own"
+            "micro-batches of different sizes cannot be joined where each activation has its own statistics"
         )
     for x, residual in zip(inputs, residuals, strict=True):
         layer._check_input_dim(x)
@@ -65,5 +65,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _cat(values: list[Tensor | None]) -> Tensor | None:
-    there = [value for value in values if value is not None]
-    return torch.cat(there) if there else None
+    present = [value for value in values if value is not None]
+    return torch.cat(present) if present else None

@@ -1,7 +1,7 @@
-"""The colours of a figure and of the page around it, on light and on dark paper.
+"""The colours of figures and of the page, for light and dark mode.
 
-Blue and orange stay apart for every kind of colour blindness; grey stands beside both. Each role has two tones:
-the first is also used for text (contrast with the paper 4.5 or more), the second for further lines (3 or more).
+Blue, orange and grey can be distinguished with every kind of colour blindness. Each role has two tones: the first is
+also used for text (contrast with the background 4.5 or more), the second for further lines (3 or more).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class Ink:
-    """What a figure is drawn with; each field is a CSS colour."""
+class Palette:
+    """The colours of a figure; each field is a CSS colour."""
 
     paper: str
     text: str
@@ -33,7 +33,7 @@ class Ink:
         return " ".join(f"{_property(name)}: {colour};" for name, colour in asdict(self).items())
 
 
-LIGHT = Ink(
+LIGHT = Palette(
     paper="#fffefc",
     text="#1d1c1a",
     muted="#5f5c56",
@@ -46,7 +46,7 @@ LIGHT = Ink(
     other_2="#868a90",
 )
 
-DARK = Ink(
+DARK = Palette(
     paper="#16171a",
     text="#e8e6e1",
     muted="#a8a59e",
@@ -59,10 +59,10 @@ DARK = Ink(
     other_2="#878c93",
 )
 
-# Matplotlib only draws in colours it can parse, so a figure for the page is drawn in these, which are
-# then replaced by custom properties: its ink follows the page's.
+# Matplotlib needs colours that it can parse, so a figure for the page is drawn in these, which are
+# then replaced by CSS custom properties of the page.
 _SENTINELS = {name: f"#fe01{number:02x}" for number, name in enumerate(asdict(LIGHT))}
-SENTINEL = Ink(**_SENTINELS)
+SENTINEL = Palette(**_SENTINELS)
 
 
 def follow_page(svg: str) -> str:

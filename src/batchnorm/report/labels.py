@@ -1,4 +1,4 @@
-"""The words of a figure: text at a point, and the names of its lines, where they end or in a key above."""
+"""Text in figures: text at a point, and the labels of lines, at their ends or in a legend above."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from batchnorm.report.curve import Curve, printable
 
 SIZE = 12.5  # of text, in points
 ROW = 18.0  # from one line of text to the next
-_SAMPLE = 26.0  # the length of a line's sample in a key
-_SPACE = 18.0  # between two names in a key
+_SAMPLE = 26.0  # length of a line sample in a legend
+_SPACE = 18.0  # between two entries of a legend
 
 
 @dataclass(frozen=True)
@@ -39,40 +39,40 @@ def points(figure: Figure) -> tuple[float, float]:
 def write(
     figure: Figure, x: float, y: float, text: str, colour: str, size: float = SIZE, **font: Any
 ) -> None:
-    """Put `text` at a point of `figure`, as it is: a `$` starts no formula."""
+    """Write `text` at a point of `figure`, literally: `$` does not start a formula."""
     across, down = points(figure)
     figure.text(x / across, y / down, printable(text), color=colour, fontsize=size, parse_math=False, **font)
 
 
 def width(text: str) -> float:
-    """How wide `text` is set, in points."""
-    # the page's own font is narrower than the one measured here, as most are
+    """The width of `text` in points."""
+    # an upper bound for the page: its font is narrower than the one measured here
     renderer = RendererAgg(1, 1, 72)  # type: ignore[no-untyped-call]
     size = renderer.get_text_width_height_descent(text, FontProperties(size=SIZE), False)  # type: ignore[no-untyped-call]
     return float(size[0])
 
 
-def fit_at_end(axes: Axes, named: list[Curve], box: Box) -> bool:
-    """Whether each line can be named in the margin: the names are short, and the lines come near it."""
+def labels_fit_at_end(axes: Axes, named: list[Curve], box: Box) -> bool:
+    """Whether the lines can be labelled in the right margin: labels are short, and lines end near it."""
     if not named or len(named) > 6 or max(width(curve.label) for curve in named) > 0.28 * box.width:
         return False
-    # where a line ends, as a share of the axis; the same on a linear and on a log one
+    # the x of a line's end as a share of the axis, linear or logarithmic
     share = axes.get_xaxis_transform() - axes.transAxes
     return all(share.transform((curve.end[0], 0.0))[0] > 0.9 for curve in named if curve.end)
 
 
-def name_ends(figure: Figure, axes: Axes, inner: Box, named: list[Curve]) -> None:
-    """Write each name right of the axes, which cover `inner`, at the height of its line's end."""
+def draw_end_labels(figure: Figure, axes: Axes, inner: Box, named: list[Curve]) -> None:
+    """Write each label right of the axes, which cover `inner`, at the height of its line's end."""
     low, high = axes.get_ylim()
     heights = [(curve.end[1] - low) / (high - low) if curve.end else 0.0 for curve in named]
     wanted = [inner.bottom + inner.height * min(max(height, 0.0), 1.0) for height in heights]
-    places = apart(wanted, 15.0, inner.bottom, inner.bottom + inner.height)
+    places = spread_out(wanted, 15.0, inner.bottom, inner.bottom + inner.height)
     for curve, y in zip(named, places, strict=True):
         write(figure, inner.left + inner.width + 6, y, curve.label, curve.name_colour, va="center_baseline")
 
 
-def apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near the `wanted` ones, in their order and `gap` apart, between `low` and `high` if they fit."""
+def spread_out(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions near the `wanted` ones, in the same order and `gap` apart, between `low` and `high` if they fit."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     places = [wanted[index] for index in order]
     for _ in range(100):
@@ -85,8 +85,8 @@ def apart(wanted: list[float], gap: float, low: float, high: float) -> list[floa
     return [place for _, place in sorted(zip(order, places, strict=True))]
 
 
-def key_rows(named: list[Curve], across: float) -> list[list[Curve]]:
-    """The lines of a key: as many names on each as fit."""
+def legend_rows(named: list[Curve], across: float) -> list[list[Curve]]:
+    """The rows of a legend, with as many entries each as fit."""
     rows: list[list[Curve]] = []
     used = math.inf
     for curve in named:
@@ -99,8 +99,8 @@ def key_rows(named: list[Curve], across: float) -> list[list[Curve]]:
     return rows
 
 
-def key(figure: Figure, left: float, y: float, row: list[Curve]) -> None:
-    """Draw one line of a key."""
+def legend(figure: Figure, left: float, y: float, row: list[Curve]) -> None:
+    """Draw one row of a legend."""
     across, down = points(figure)
     for curve in row:
         sample = Line2D(

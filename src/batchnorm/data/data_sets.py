@@ -1,0 +1,8 @@
+"""The names of data sets. Does not import torch, so that the command line can list them."""
+
+from __future__ import annotations
+
+SHIPPED = "mnist-10k"  # in this package
+DIGITS = (SHIPPED, "mnist", "fashion-mnist")
+CIFAR_10 = "cifar-10"
+NAMES = (*DIGITS, CIFAR_10)
