@@ -253,7 +253,7 @@ def test_a_folder_with_broken_files_trains_and_evaluates(tmp_path):
 MUTATIONS = [
     Mutation(
         "distortion by the clock", "data/loader.py",
-        'torch.default_generator.manual_seed(mixed(self.seed, request.epoch, at % examples))', 'pass',
+        "torch.default_generator.manual_seed(derive_seed(self.seed, request.epoch, at % examples))", 'pass',
         "a sample's distortion follows from seed and epoch",
     ),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batchnorm.experiments.imagenet import imagenet_experiment
+from batchnorm.experiments.imagenet.inception_experiment import imagenet_experiment
 from batchnorm.experiments.imagenet.inception_settings import ImagenetSettings, preset
 from batchnorm.records import RecordFile
 from tests.command import COMMAND, in_this_process
@@ -156,7 +156,7 @@ def begun(tmp_path):
         (["imagenet", "--out", "RUN"], "add --resume"),
         (["imagenet", "--out", "RUN", "--resume", "--steps", "70"], "--steps cannot change"),
         (["imagenet", "--out", "RUN", "--resume", "--claims", "ablation"], "--claims cannot change"),
-        (["ensemble", "--resume"], "no ensemble run to continue"),
+        (["ensemble", "--resume"], "no ensemble run to resume"),
         (["ensemble", "--out", "RUN", "--resume"], "holds a run of imagenet"),
     ],
 )

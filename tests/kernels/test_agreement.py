@@ -268,12 +268,12 @@ def test_parameters_may_lie_apart(training):
 
 MUTATIONS = [
     Mutation(
-        "an activation's hooks passed over", "kernels/ops.py",
+        "an activation's hooks passed over", "kernels/dispatch.py",
         "        module._forward_hooks\n        or module", "        module",
         "a fused activation calls none",
     ),
     Mutation(
-        "a subclass taken for ReLU", "kernels/ops.py",
+        "a subclass taken for ReLU", "kernels/dispatch.py",
         "type(module) is nn.ReLU:", "isinstance(module, nn.ReLU):",
         "it may do anything",
     ),

@@ -158,7 +158,7 @@ MUTATIONS = [
         "the moments' dependence on x forgotten", FUNCTIONAL,
     ),
     Mutation(
-        "one node under torch.func", "kernels/ops.py",
+        "one node under torch.func", "kernels/dispatch.py",
         "if transformed():", "if False:",
         "vmap and forward mode need the steps", FUNCTIONAL,
     ),
@@ -200,7 +200,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the running mean itself kept for backward", "kernels/reference.py",
-        "(given[0].clone(), given[1])", "given",
+        "(mean.clone(), variance)", "(mean, variance)",
         "training before the backward pass of an evaluation fails", FUNCTIONAL, "reference",
     ),
     Mutation(
@@ -216,12 +216,12 @@ MUTATIONS = [
     # --- kernels: native
     Mutation(
         "momentum swapped on its way to the kernel", "kernels/native.py",
-        "        rate, 0 if batches is None", "        1 - rate, 0 if batches is None",
+        "float(call.rate), counter", "1 - float(call.rate), counter",
         "Keras's convention", RUNNING,
     ),
     Mutation(
         "biased running variance of the kernel", "kernels/native.py",
-        "mean.numel(), count, mean.data_ptr()", "mean.numel(), count + 1, mean.data_ptr()",
+        "_native.track(mean.numel(), number,", "_native.track(mean.numel(), number + 1,",
         "algorithm 2, line 10 has m/(m - 1)", RUNNING,
     ),
     Mutation(
@@ -231,7 +231,7 @@ MUTATIONS = [
     ),
     Mutation(
         "every tensor walked as the first", "kernels/layout.py",
-        "if stride != self._stride:", "if self._stride is None:",
+        "if x.stride() == self._stride and not x.is_neg():", "if self._stride is not None and not x.is_neg():",
         "a gradient of other strides is read where it does not lie", GRID,
     ),
     Mutation(
@@ -241,7 +241,7 @@ MUTATIONS = [
     ),
     Mutation(
         "output not copied back", "kernels/native.py",
-        "return (y if out is y else y.copy_(out)), mean, m2", "return y, mean, m2",
+        "return y if out is y else y.copy_(out)", "return y",
         "in a layout that the kernels cannot write, y is what memory held", GRID,
     ),
     Mutation(
@@ -251,17 +251,17 @@ MUTATIONS = [
     ),
     Mutation(
         "given variance divided by a count in the sums", "kernels/native.py",
-        "_values(mean), _values(variance), True,", "_values(mean), _values(variance), False,",
+        "*_addresses(known), True,", "*_addresses(known), False,",
         "a variance is not a sum of squares", MASKS,
     ),
     Mutation(
         "given statistics taken for the batch's going backward", "kernels/native.py",
-        "_values(mean), _values(m2), given, of_dx", "_values(mean), _values(m2), False, of_dx",
+        "*_addresses(statistics), constant,", "*_addresses(statistics), False,",
         "a variance is not a sum of squares, and constants have no gradient", GRID,
     ),
     Mutation(
         "moved behind autograd's back", "kernels/native.py",
-        "torch.autograd.graph.increment_version(moved)", "pass",
+        "torch.autograd.graph.increment_version((mean, var) if batches is None else (mean, var, batches))", "pass",
         "a graph that saved the buffers gives a wrong gradient instead of an error", GRADIENTS,
     ),
     Mutation(
@@ -276,18 +276,18 @@ MUTATIONS = [
     ),
     # --- kernels: what autograd and compilers see of them
     Mutation(
-        "nothing saved for a residual", "kernels/graph.py",
-        "return (None, None) if residual is None or activation == native.NONE else (residual, y)", "return None, None",
+        "nothing saved for a residual", "kernels/node.py",
+        "if residual is None or call.fused == NOT_FUSED:", "if True:",
         "where the activation was cut is not known", GRID,
     ),
     Mutation(
-        "the weight's gradient asked of the bias", "kernels/graph.py",
-        "weight if needed[1] else None", "weight if needed[2] else None",
+        "the weight's gradient asked of the bias", "kernels/node.py",
+        "dweight if needed[1] else None", "dweight if needed[2] else None",
         "lost where the bias is frozen", FUNCTIONAL,
     ),
     Mutation(
-        "the running statistics themselves kept by a node", "kernels/node.py",
-        "given = given[0].clone(), given[1].clone()", "given = given",
+        "the running statistics themselves kept by a node", "kernels/dispatch.py",
+        "call.statistics = mean.clone(), variance.clone()", "call.statistics = mean, variance",
         "training before the backward pass of an evaluation changes its gradient", FUNCTIONAL,
     ),
     Mutation(
@@ -297,12 +297,12 @@ MUTATIONS = [
     ),
     Mutation(
         "a backward pass that nobody sees", "kernels/node.py",
-        "operators.backward if needs_dispatcher(dy) else native.backward", "native.backward",
+        "elif needs_dispatcher(dy):", "elif False:",
         "a dispatch mode around it sees no operator", OPERATORS,
     ),
     Mutation(
-        "second-order gradient of a residual lost", "kernels/graph.py",
-        "if residual is None and wanted[3]:", "if False:",
+        "second-order gradient of a residual lost", "kernels/backward_graph.py",
+        "dy if residual is None and needed[3] else dresidual", "dresidual",
         "without an activation nothing is saved of it", GRADIENTS,
     ),
     Mutation(
@@ -312,12 +312,12 @@ MUTATIONS = [
     ),
     Mutation(
         "the operator's output for its moments", "kernels/operators.py",
-        "return y, stats[0], stats[1]", "return y, stats[0], stats[0]",
+        "call.stats, call.count = stats,", "call.stats, call.count = torch.stack([stats[0], stats[0]]),",
         "the mean taken for m2", LAYERS,
     ),
     Mutation(
         "the running statistics themselves kept by an operator", "kernels/operators.py",
-        "(given[0].clone(), given[1].clone())", "given",
+        "(call.fixed[0].clone(), call.fixed[1].clone())", "call.fixed",
         "training before the backward pass of an evaluation fails", GRADIENTS,
     ),
     Mutation(
@@ -327,27 +327,27 @@ MUTATIONS = [
     ),
     # --- kernels: which computes
     Mutation(
-        "a residual of another dtype fused", "kernels/ops.py",
+        "a residual of another dtype fused", "kernels/dispatch.py",
         "residual.dtype != x.dtype or ", "",
         "its bytes are read as x's", FUNCTIONAL,
     ),
     Mutation(
-        "a negative slope fused", "kernels/ops.py",
+        "a negative slope fused", "kernels/dispatch.py",
         "module.negative_slope >= 0", "True",
         "y's sign does not tell that of its input", AGREEMENT,
     ),
     Mutation(
-        "an empty batch given to a kernel", "kernels/ops.py",
-        "if x.numel() == 0 and not in_steps:", "if False:",
+        "an empty batch given to a kernel", "kernels/dispatch.py",
+        "if x.numel() == 0 and not stepwise:", "if False:",
         "a division by zero", FUNCTIONAL,
     ),
     Mutation(
-        "torch's variance taken for m2", "kernels/ops.py",
+        "torch's variance taken for m2", "kernels/dispatch.py",
         "variance.to(wide) * (count - 1)", "variance.to(wide)",
         "m2 is count - 1 times the unbiased variance", RUNNING, "torch",
     ),
     Mutation(
-        "torch given the running statistics themselves", "kernels/ops.py",
+        "torch given the running statistics themselves", "kernels/dispatch.py",
         "values.to(dtype, copy=True)", "values.to(dtype)",
         "training before the backward pass of an evaluation fails", GRADIENTS,
     ),
@@ -358,14 +358,14 @@ MUTATIONS = [
         "a forgotten dimension passes unseen", FUNCTIONAL,
     ),
     Mutation(
-        "statistics move before the activation", "functional.py",
-        "        input, running_mean, running_var, weight, bias, training, eps, activation, residual, mask\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)  # last: a call that fails moves nothing\n    return output",
-        "        input, running_mean, running_var, weight, bias, training, eps, None, residual, mask\n    )\n    if moments is not None and running_mean is not None and running_var is not None:\n        track(moments, running_mean, running_var, momentum)\n    return ops.activate(output, activation)",
+        "statistics move before the activation", "kernels/dispatch.py",
+        "        y = _native(x, weight, bias, None, call)\n",
+        "        call.updates_inline = call.rate is not None and not (stepwise or call.group)\n        y = _native(x, weight, bias, None, call)\n",
         "a refused call has moved them", FUNCTIONAL,
     ),
     Mutation(
         "per-channel arguments broadcast", "functional.py",
-        "(values.dim() != 1 or values.size(0) != channels)", "values.numel() != channels",
+        "if values.shape != per_channel:", "if values.numel() != per_channel[0]:",
         "a weight of (1, C, 1, 1) gives an output of another rank", FUNCTIONAL,
     ),
     # --- layers
@@ -380,13 +380,13 @@ MUTATIONS = [
         "evaluation as training", RUNNING,
     ),
     Mutation(
-        "checkpoint guard removed", "running/tracking.py",
-        "moments.count == 0) or recomputing():", "moments.count == 0):",
+        "checkpoint guard removed", "layers.py",
+        "and var is not None and not recomputing():", "and var is not None:",
         "a checkpointed batch counts twice", CHECKPOINTING,
     ),
     Mutation(
-        "empty batch counted as skipped", "running/tracking.py",
-        "if (isinstance(moments.count, int) and moments.count == 0) or recomputing():", "if recomputing():",
+        "empty batch counted as skipped", "functional.py",
+        " or (isinstance(moments.count, int) and not moments.count)", "",
         "nothing was wrong with it", NONFINITE,
     ),
     Mutation(
@@ -476,22 +476,22 @@ MUTATIONS = [
         "the variance is of the valid values", MASKS,
     ),
     Mutation(
-        "padding a part of the gradient", "kernels/joint.py",
-        "torch.as_tensor(call.moments.count).clamp(min=1)", "torch.as_tensor(reference.count(x, group)).clamp(min=1)",
+        "padding a part of the gradient", "kernels/stepwise.py",
+        "torch.as_tensor(moments.count).clamp(min=1)", "torch.as_tensor(reference.count(x, call.group)).clamp(min=1)",
         "the means of g and of g·x̂ are of the valid values", MASKS,
     ),
     Mutation(
-        "the gradient of the first group alone", "kernels/joint.py",
+        "the gradient of the first group alone", "kernels/stepwise.py",
         "own.sum(1) if own.dim() == 3 else own", "own[:, 0] if own.dim() == 3 else own",
         "weight and bias are shared by the groups", MASKS,
     ),
     Mutation(
-        "padding comes out normalised", "kernels/ops.py",
-        "return torch.where(mask, y, 0), moments", "return y, moments",
+        "padding comes out normalised", "kernels/dispatch.py",
+        "return torch.where(mask, normalise(padding.fill(x), weight, bias, residual, call), 0)", "return normalise(padding.fill(x), weight, bias, residual, call)",
         "what was 0 becomes -mean·scale + bias", MASKS,
     ),
     Mutation(
-        "a residual's padding let through", "kernels/ops.py",
+        "a residual's padding let through", "kernels/dispatch.py",
         "residual = torch.where(mask, residual, 0)", "pass",
         "0 times nan in an activation's gradient is nan", MASKS,
     ),
@@ -534,7 +534,7 @@ MUTATIONS = [
         "the plain mean of means, wrong for unequal parts", SYNC,
     ),
     Mutation(
-        "a rank's gradient of its own samples", "kernels/joint.py",
+        "a rank's gradient of its own samples", "kernels/stepwise.py",
         "total = own if call.exchange is None else call.exchange.sums(own)", "total = own",
         "the moments are of all ranks, and so is the gradient", SYNC,
     ),
@@ -551,7 +551,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one value moves the running statistics", "layers.py",
-        "input, mean, var, weight, bias, False, self.eps, self.activation, residual, mask\n            )\n", "input, mean, var, weight, bias, False, self.eps, self.activation, residual, mask\n            )\n            moments = Moments(2, mean.double() + 1, var.double())\n",
+        "            call = Call(False, self.eps, self.activation, mean, var, mask=mask)\n", "            call = Call(False, self.eps, self.activation, mean, var, mask=mask)\n            functional.track(functional.Moments(2, mean.double() + 1, var.double()), mean, var, 0.1)\n",
         "it says nothing of a variance", RATES,
     ),
     Mutation(
@@ -561,7 +561,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a position that nobody saw enters", "kernels/reference.py",
-        "mean, variance = torch.where(told, mean, running_mean), torch.where(told, variance, running_var)", "told = told | True",
+        "mean, variance = torch.where(known, mean, running_mean), torch.where(known, variance, running_var)", "known = known | True",
         "its variance is nan, and the others wait for it", EACH_ACTIVATION,
     ),
     # --- passes: freeze, convert_sync, adapt

@@ -758,7 +758,7 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpointing let into a virtual batch", "passes/virtual_batch/micro_batches.py",
-        "            patches.enter_context(_patched(layer, _recomputed))", "            pass",
+        "            patches.enter_context(_patch_forward(layer, _raise_on_recomputation))", "            pass",
         "what is recomputed would be normalised by one part",
     ),
     Mutation(
@@ -768,7 +768,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a part that left early", "passes/virtual_batch/lockstep.py",
-        "            if any(self._at):\n", "            if False:\n",
+        "            if any(self._arrivals):\n", "            if False:\n",
         "the others wait at a layer for nothing",
     ),
 ]  # fmt: skip

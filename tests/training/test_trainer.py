@@ -445,7 +445,7 @@ def test_patience_ends_a_run_after_so_many_evaluations_without_a_new_best(monkey
         yield None
         return Score(10, round(10 * next(accuracies)), 10)
 
-    monkeypatch.setattr(each, "_score", score)
+    monkeypatch.setattr(each, "_evaluate_accuracy", score)
     *_, result = records(each)
     assert isinstance(result, Result)
     assert result.steps == 6
@@ -569,7 +569,7 @@ MUTATIONS = [
     ),
     Mutation(
         "patience off by one", "training/trainer.py",
-        "_first_best(accuracies) >= patience", "_first_best(accuracies) > patience",
+        "_argmax(accuracies) >= patience", "_argmax(accuracies) > patience",
         "so many evaluations, and no more",
     ),
 ]  # fmt: skip
