@@ -70,7 +70,8 @@ class Forked:
         cwd: Path | None = None,
     ) -> None:
         self._out, self._read = out, 0
-        out.touch()
+        for path in (out, out.with_suffix(".err")):  # here, for it may be killed before it begins
+            path.touch()
         begin = (work, arguments, out, dict(env), cwd or Path.cwd())
         self._process = CONTEXT.Process(target=_begin, args=begin)
         self._process.start()

@@ -4,6 +4,7 @@ What does not need a process of its own calls the command here, where torch is i
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -268,9 +269,9 @@ def copy(quick, tmp_path):
 
 def train_and_kill(folder: Path, run_toml: Path, whole: Path, kills: int, seed: int) -> None:
     """Train to the end, killed so many times on the way; a run that ends sooner is followed by another."""
-    chance, killed = random.Random(seed), 0
+    chance, killed, numbers = random.Random(seed), 0, itertools.count()
     while killed < kills:
-        told = folder.with_suffix(f".{len(list(folder.parent.glob('*.err')))}")
+        told = folder.with_name(f"{folder.name}-told-{next(numbers)}")
         process = fork(told, run_toml, "--out", folder, "--resume")  # begins where nothing has begun
         if killed % 2 == 0:  # at any moment, many of which are in the start
             process.join(chance.uniform(0, 2))
