@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 from batchnorm.kernels import choice
 from tests.grid.implementations import IMPLEMENTATIONS, ORACLE
@@ -53,6 +55,58 @@ def test_every_instruction_set_agrees_with_float64(instruction_set, dtype, train
             scale = max(1.0, expected[name].abs().max().item())
             error = (value.double() - expected[name]).abs().max().item() / scale
             assert error <= tolerance(name, dtype), f"{problem.name}: {name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_dense_tensors_give_the_same_bits_where_torch_has_no_exchange_api(monkeypatch, dtype):
+    from batchnorm.kernels import native
+
+    assert native._READS_TENSORS
+    for problem in PROBLEMS:
+        outcomes = []
+        for reads in (True, False):
+            monkeypatch.setattr(native, "_READS_TENSORS", reads)
+            torch.manual_seed(0)
+            with choice.use("native"):
+                outcomes.append(IMPLEMENTATIONS["layer"].run(problem, problem.tensors(dtype), True))
+        dense, by_address = outcomes
+        for name, value in dense.items():
+            assert_close(
+                value, by_address[name], rtol=0, atol=0, equal_nan=True, msg=f"{problem.name}: {name}"
+            )
+
+
+@pytest.mark.parametrize("spoil", ["running_mean", "batches", "stats", "weight", "y", "x"])
+def test_what_is_not_dense_is_left_alone(spoil):
+    from batchnorm.kernels import _native
+
+    tensors = {
+        "x": torch.randn(4, 3, 5), "y": torch.full((4, 3, 5), 7.0), "weight": torch.ones(3), "bias": torch.zeros(3),
+        "stats": torch.full((2, 3), 7.0).double(), "running_mean": torch.zeros(3), "running_var": torch.ones(3),
+        "batches": torch.tensor(0),
+    }  # fmt: skip
+    spoilt = {
+        "running_mean": torch.zeros(6)[::2], "batches": torch.tensor(0, dtype=torch.int32),
+        "stats": torch.full((2, 3), 7.0), "weight": torch.ones(4), "y": torch.full((4, 5, 3), 7.0).mT,
+        "x": torch.randn(4, 3, 5, device="meta"),
+    }  # fmt: skip
+    tensors[spoil] = spoilt[spoil]
+    assert _native.forward_dense(*tensors.values(), 0.1, 1e-5, 0, 0.0, 1) is None
+    for name, expected in (("y", 7), ("stats", 7), ("running_mean", 0), ("running_var", 1), ("batches", 0)):
+        assert bool((tensors[name] == expected).all())
+
+
+def test_an_unknown_exchange_table_is_refused():
+    import ctypes
+
+    from batchnorm.kernels import _native
+
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    table = (ctypes.c_uint32 * 32)(2, 0)
+    assert not _native.use_exchange(new(ctypes.addressof(table), b"dlpack_exchange_api", None))
+    x, stats = torch.ones(2, 2), torch.ones(2, 2).double()
+    assert _native.forward_dense(x, x, None, None, stats, None, None, None, 0, 1, 0, 0, 1) is not None
 
 
 def test_an_unknown_instruction_set_is_an_error_and_changes_nothing():

@@ -216,7 +216,7 @@ MUTATIONS = [
     # --- kernels: native
     Mutation(
         "momentum swapped on its way to the kernel", "kernels/native.py",
-        "float(call.rate), counter", "1 - float(call.rate), counter",
+        "batches, float(rate),", "batches, 1 - float(rate),",
         "Keras's convention", RUNNING,
     ),
     Mutation(

@@ -2,6 +2,7 @@
 Batch normalization on (outer, channels, inner) views; see native/kernels.h.
 """
 
+from typing_extensions import CapsuleType
 
 
 def forward(sizes: tuple[int, int, int], number: int, x: tuple[int, int, int], residual: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], given: bool, group: int, tracked: tuple[tuple[int, int], tuple[int, int], float, int], threads: int) -> bool:
@@ -21,6 +22,21 @@ def track(channels: int, count: float, mean: int, m2: int, tracked: tuple[tuple[
 
 def merge(parts: int, channels: int, counts: int, count_step: int, means: int, m2s: int, step: int, mean: int, m2: int) -> float:
     """Merge the moments of parts, all float64; return the count of all."""
+
+def use_exchange(table: CapsuleType) -> bool:
+    """
+    Read tensors by DLPack's C exchange API, version 1.3 or later of major version 1; False where `table` is another.
+    """
+
+def forward_dense(x: object, y: object, weight: object | None, bias: object | None, stats: object, running_mean: object | None, running_var: object | None, batches: object | None, rate: float, eps: float, activation: int, slope: float, threads: int) -> tuple[int, bool] | None:
+    """
+    `forward` and `track` of tensors that are contiguous or channels-last, by the moments of x, which go to stats, (2, C); the count, and whether they entered the running statistics. None, and nothing done, where these are no such tensors.
+    """
+
+def backward_dense(dy: object, x: object, weight: object | None, bias: object | None, stats: object, dx: object, dweight: object | None, dbias: object | None, eps: float, activation: int, slope: float, threads: int) -> bool:
+    """
+    `backward` of what forward_dense did; False, and nothing done, where these are no such tensors.
+    """
 
 def instruction_set() -> str:
     """That of the kernels in use: avx512, avx2 or baseline."""
