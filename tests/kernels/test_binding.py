@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_what_is_not_dense_is_left_alone(spoil):
         "x": torch.randn(4, 3, 5, device="meta"),
     }  # fmt: skip
     tensors[spoil] = spoilt[spoil]
-    assert _native.forward_dense(*tensors.values(), 0.1, 1e-5, 0, 0.0, 1) is None
+    arguments: list[Any] = [*tensors.values(), 0.1, 1e-5, 0, 0.0, 1]
+    assert _native.forward_dense(*arguments) is None
     for name, expected in (("y", 7), ("stats", 7), ("running_mean", 0), ("running_var", 1), ("batches", 0)):
         assert bool((tensors[name] == expected).all())
 
