@@ -359,8 +359,8 @@ MUTATIONS = [
     ),
     Mutation(
         "statistics move before the activation", "kernels/dispatch.py",
-        "        y = _native(x, weight, bias, None, call)\n",
-        "        call.updates_inline = call.rate is not None and not (stepwise or call.group)\n        y = _native(x, weight, bias, None, call)\n",
+        "    _check_devices(x, weight, bias, call)\n",
+        "    call.updates_inline = call.rate is not None and not (call.stepwise or call.group)\n    _check_devices(x, weight, bias, call)\n",
         "a refused call has moved them", FUNCTIONAL,
     ),
     Mutation(

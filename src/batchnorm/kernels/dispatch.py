@@ -31,20 +31,35 @@ def normalise(
     """
     if call.mask is not None and call.padding is None:
         return _masked(x, weight, bias, residual, call, call.mask)
-    activation, stepwise = call.activation, call.stepwise
-    backend = _backend(x, stepwise)
-    if backend == "native":
-        fused = _fused(x, activation, residual)
-        if fused is not None:
-            call.fused = fused
-            call.updates_inline = call.rate is not None and not stepwise and not call.group
-            return _native(x, weight, bias, residual, call)
-        y = _native(x, weight, bias, None, call)
-    elif backend == "torch" and (not call.training or not (stepwise or call.group)):
-        y = _by_torch(x, weight, bias, call)
+    backend = _backend(x, call.stepwise)
+    if backend != "native":
+        if backend == "torch" and (not call.training or not (call.stepwise or call.group)):
+            y = _by_torch(x, weight, bias, call)
+        else:
+            y, call.moments = reference.batch_norm(x, weight, bias, call)
+        return activate(y, call.activation, residual)
+    fused = _fused(x, call.activation, residual)
+    added = None if fused is None else residual
+    if fused is not None:
+        call.fused = fused
+        call.updates_inline = call.rate is not None and not call.stepwise and not call.group
+    _check_devices(x, weight, bias, call)
+    if not call.stepwise and needs_dispatcher(x, weight, bias, added):
+        y = operators.forward(x, weight, bias, added, call)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (added is not None and added.requires_grad)
+    ):
+        if not call.training and call.statistics is not None:
+            # copies, for the node keeps them and a later batch moves the buffers
+            mean, variance = call.statistics
+            call.statistics = mean.clone(), variance.clone()
+        y = node.Normalise.apply(x, weight, bias, added, call)
     else:
-        y, call.moments = reference.batch_norm(x, weight, bias, call)
-    return activate(y, activation, residual)
+        y = (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, added, call)
+    return activate(y, call.activation, residual) if fused is None else y
 
 
 def _masked(
@@ -179,28 +194,12 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call)
     return y
 
 
-def _native(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
-) -> Tensor:
+def _check_devices(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> None:
+    """Raise RuntimeError for what the native kernels would read from, and is not in the memory of the CPU."""
     if not ((weight is None or weight.is_cpu) and (bias is None or bias.is_cpu)):
         raise _other_device(x, weight, bias)
     if call.statistics is not None and not (call.statistics[0].is_cpu and call.statistics[1].is_cpu):
         raise _other_device(x, *call.statistics)
-    if not call.stepwise and needs_dispatcher(x, weight, bias, residual):
-        return operators.forward(x, weight, bias, residual, call)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        fixed = None if call.training else call.statistics
-        if fixed is not None:  # copies, for the node keeps them and a later batch moves the buffers
-            mean, variance = fixed
-            call.statistics = mean.clone(), variance.clone()
-        y: Tensor = node.Normalise.apply(x, weight, bias, residual, call)
-        return y
-    return (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, residual, call)
 
 
 def _other_device(x: Tensor, *per_channel: Tensor | None) -> RuntimeError:
