@@ -425,6 +425,7 @@ def test_data_that_moved_can_be_named(pictures, evaluate, tmp_path):
     assert evaluate(path, "--data", pictures.parent)[0] == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_quietly(run, evaluate, monkeypatch):
     monkeypatch.setattr(InMemory, "__getitem__", lambda *_: signal.raise_signal(signal.SIGINT))
     assert evaluate(run) == (130, "", "")
