@@ -50,6 +50,7 @@ def test_every_language_is_one_that_is_run(page):
         assert {line.split()[0] for line in block.splitlines() if line.strip()} <= known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name
 )

@@ -52,6 +52,7 @@ def printed(script, **environment):
     return run.stdout.split()
 
 
+@pytest.mark.slow
 @_GLIBC
 def test_kept_memory_is_not_faulted_in_again_and_returned_memory_is():
     script = f"""{_COUNT}

@@ -107,6 +107,7 @@ def compiled(*layers):
     return model, torch.compile(model, backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False], ids=["train()", "eval()"])
 def test_compiled_code_counts_and_the_warning_comes_with_the_next_change_of_mode(mode):
     model, call = compiled(BatchNorm2d(3), nn.Sequential(nn.ReLU(), BatchNorm2d(3)))
@@ -129,6 +130,7 @@ def test_compiled_code_counts_and_the_warning_comes_with_the_next_change_of_mode
         model.eval().train()
 
 
+@pytest.mark.slow
 def test_a_warning_given_does_not_compile_again():
     model, call = compiled(BatchNorm2d(3))
     call(bad())

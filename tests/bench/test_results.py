@@ -77,6 +77,7 @@ def test_the_same_results_give_the_same_picture(command):
     assert picture == figure.png(measured(command))
 
 
+@pytest.mark.slow
 def test_a_folder_collects_the_commands_and_the_latest_of_each_counts(tmp_path):
     folder = tmp_path / "new" / "folder"
     results.write(measured("step"), folder)

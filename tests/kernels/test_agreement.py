@@ -191,7 +191,10 @@ def outcome(y, given):
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    "kernels",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "native")) for name in KERNELS],
+)
 @settings(max_examples=400)
 @given(case=cases())
 def test_agrees_with_float64(kernels, case):

@@ -59,6 +59,7 @@ def differentiable(*tensors):
     return [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
 
 
+@pytest.mark.slow
 @checks
 @each_operands
 def test_forward_in_training_with_a_residual_and_relu(options):
@@ -66,6 +67,7 @@ def test_forward_in_training_with_a_residual_and_relu(options):
     opcheck(FORWARD, (*differentiable(x, weight, bias, residual), None, None, 1e-3, 1, 0.0))
 
 
+@pytest.mark.slow
 @checks
 @pytest.mark.parametrize(
     ("affine", "with_residual", "activation", "slope"),
@@ -79,6 +81,7 @@ def test_forward_in_evaluation(affine, with_residual, activation, slope):
     opcheck(FORWARD, (x, weight, bias, residual, mean, variance, 1e-3, activation, slope))
 
 
+@pytest.mark.slow
 @checks
 @each_operands
 @pytest.mark.parametrize("given", [False, True])
@@ -132,6 +135,7 @@ def test_a_batch_of_another_size_does_not_compile_again_and_again():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_the_compiler_s_graphs_hold_one_operator_each_way():
     graphs = []
 
@@ -202,6 +206,7 @@ def test_traced_by_torch_jit_it_gives_the_same(grad):
         assert_close(traced(x), layer(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_exports(training):
     class Model(nn.Module):

@@ -147,6 +147,7 @@ def test_the_auxiliary_head_makes_up_the_13_6_million_of_the_paper():
     assert len(norms_of(model)) == 70
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("separable", "billions"), [(True, 1.934), (False, 2.018)])
 def test_the_convolutions_multiply_as_often_as_the_paper_s_table_says(separable, billions):
     model, counts = on_meta(separable_stem=separable), []
@@ -181,6 +182,7 @@ def test_a_projection_of_128_widens_4c_4d_and_4e():
     assert [shapes[name][0] for name in MODULES] == [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]
 
 
+@pytest.mark.slow
 def test_width_multiplies_every_number_of_channels_but_the_depthwise_convolution_s():
     full, half, least = (on_meta(width=width, auxiliary=True) for width in (1.0, 0.5, 1e-4))
     assert [outputs for _, outputs, *_ in convolutions_of(half)] == [
@@ -190,6 +192,7 @@ def test_width_multiplies_every_number_of_channels_but_the_depthwise_convolution
     assert half(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_every_batch_norm_is_ours_has_the_activation_and_follows_a_convolution_without_bias(stem, activation):
@@ -209,6 +212,7 @@ def test_every_batch_norm_is_ours_has_the_activation_and_follows_a_convolution_w
     assert not any(isinstance(each, nn.ReLU | nn.Sigmoid) for each in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("sigmoid", nn.Sigmoid)])
 def test_without_batch_norm_each_convolution_has_a_bias_and_the_activation_behind_it(activation, kind):
     model = on_meta(batch_norm=False, activation=activation)
@@ -309,6 +313,7 @@ def test_logits_are_linear_in_the_mean_over_the_last_module_s_positions():
     torch.testing.assert_close(logits, F.linear(seen[0].mean((2, 3)), *model.classifier.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_local_response_normalization_surrounds_the_stem_s_second_stage(stem):
     kinds = [type(each).__name__ for each in on_meta(stem=stem, local_response_norm=True).stem]

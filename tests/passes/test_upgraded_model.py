@@ -62,6 +62,7 @@ class Net(nn.Module):
         return self.blocks(F.silu(self.norm(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [copied, pickled, saved, fx_traced, replicated, copy.copy])
 def test_it_survives(change):
     torch.manual_seed(0)
@@ -108,6 +109,7 @@ def test_what_was_compiled_before_is_compiled_again():
     near(compiled(X), theirs(X))
 
 
+@pytest.mark.slow
 def test_it_exports():
     ours, _ = bn.upgrade(unlike(Net()).eval())
     x = X.float()

@@ -105,6 +105,7 @@ def test_a_log_axis_passes_over_what_it_cannot_show():
     assert path.count("L") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines",
     [

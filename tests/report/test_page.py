@@ -199,6 +199,7 @@ def test_is_a_sound_page_that_asks_for_nothing(records):
     assert all(b <= a + 1 for a, b in pairwise(levels))
 
 
+@pytest.mark.slow
 def test_says_things_in_order():
     said = text(render(sample.complete()))
     places = [
@@ -317,6 +318,7 @@ def test_a_finished_run_is_not_told_to_go_on():
     assert "--resume" not in render([sample.RUN, *sample.VERDICTS[:3]])
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none():
     result = Result(
         job="lost", config={}, steps=3, diverged=True, loss=math.nan, accuracy=math.nan, train_accuracy=math.inf,

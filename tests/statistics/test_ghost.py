@@ -254,6 +254,7 @@ def test_one_native_call_each_way_whatever_the_number_of_groups(samples, monkeyp
 # --- autograd's other ways, and torch.func
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [k for k in KERNELS if k != "torch"])
 @pytest.mark.parametrize(("shape", "size"), [((5, 2), 2), ((3, 2, 2), 1), ((4, 2, 2), 2)])
 def test_gradients_of_the_first_and_the_second_order(shape, size, kernels):
@@ -305,6 +306,7 @@ def operators():
 checks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
+@pytest.mark.slow
 @native_only
 @checks
 @pytest.mark.parametrize("group", [1, 3, 4])
@@ -338,6 +340,7 @@ def test_compiled_as_one_graph_it_equals_eager(activation):
     assert_close(compiled._orig_mod.state_dict(), layer.state_dict())
 
 
+@pytest.mark.slow
 @native_only
 def test_the_compiler_s_graph_holds_the_operator():
     torch._dynamo.reset()

@@ -318,6 +318,7 @@ def test_each_ghost_batch_has_its_own_valid_values(samples, layout, activation, 
 # --- autograd's other ways, torch.func, compilers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [k for k in KERNELS if k != "torch"])
 @pytest.mark.parametrize("statistics", [None, bn.Ghost(2)], ids=str)
 def test_gradients_of_the_first_and_the_second_order(statistics, kernels):

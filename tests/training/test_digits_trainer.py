@@ -60,6 +60,7 @@ def test_images_are_binary():
     assert DigitsTrainer(config(), DATA, "job").images.unique().tolist() == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_record_and_another_seed_another():
     records = [without_time(run(DigitsTrainer(config(seed=seed), DATA, "job"))) for seed in (1, 1, 2)]
     assert records[0] == records[1]

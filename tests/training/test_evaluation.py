@@ -304,6 +304,7 @@ def test_where_no_image_can_be_read_it_says_so(pictures, evaluate, tmp_path):
     assert error.startswith("error: no image can be read: 11 of 11 images cannot be read")
 
 
+@pytest.mark.slow
 def test_nothing_is_written(run, evaluate):
     def state():
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.parent.rglob("*")}
@@ -359,6 +360,7 @@ def spoilt(kind, run, folder):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
@@ -391,6 +393,7 @@ def test_a_network_of_another_version_is_one_line(tmp_path, changes):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -422,6 +425,7 @@ def test_data_that_moved_can_be_named(pictures, evaluate, tmp_path):
     assert evaluate(path, "--data", pictures.parent)[0] == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_quietly(run, evaluate, monkeypatch):
     monkeypatch.setattr(InMemory, "__getitem__", lambda *_: signal.raise_signal(signal.SIGINT))
     assert evaluate(run) == (130, "", "")

@@ -412,6 +412,7 @@ def test_channels_last_and_kept_memory_are_on_unless_switched_off(monkeypatch):
     assert off.network.get_submodule("stem.second.convolution").weight.is_contiguous()
 
 
+@pytest.mark.slow
 def test_sync_gives_every_layer_the_statistics_of_all_processes():
     each, alone = trainer("training.sync=true"), trainer()
     for network, kind in ((each.network, Sync), (alone.network, type(None))):
@@ -437,6 +438,7 @@ def test_evaluations_come_when_they_are_asked_for():
     assert sorted(set(each._evaluation_steps())) == [10, 20, 25]
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_after_so_many_evaluations_without_a_new_best(monkeypatch):
     each = trainer("training.steps=60", "evaluation.every=1", "training.patience=2")
     accuracies = iter([0.1, 0.3, 0.3, 0.4, 0.2, 0.4, 0.9])
