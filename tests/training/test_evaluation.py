@@ -360,8 +360,8 @@ def spoilt(kind, run, folder):
     [
         ("nowhere", f"there is no file {{}}: {GIVE}"),
         ("empty", f"{{}} holds no checkpoints/best.pt: {GIVE}"),
-        ("step", f"{{}} holds no network to be used: {GIVE}"),
-        ("foreign", f"{{}} holds no network to be used: {GIVE}"),
+        ("step", f"{{}} holds no network for evaluation: {GIVE}"),
+        ("foreign", f"{{}} holds no network for evaluation: {GIVE}"),
         ("list", f"{{}} is broken, or no file of batchnorm train: {GIVE}"),
         ("torn", f"{{}} is broken, or no file of batchnorm train: {GIVE}"),
         ("rotten", f"{{}} is broken, or no file of batchnorm train: {GIVE}"),

@@ -434,7 +434,7 @@ def test_patience_ends_a_run_after_so_many_evaluations_without_a_new_best(monkey
         yield None
         return Score(10, round(10 * next(accuracies)), 10)
 
-    monkeypatch.setattr(each, "_score", score)
+    monkeypatch.setattr(each, "_evaluate_accuracy", score)
     *_, result = records(each)
     assert isinstance(result, Result)
     assert result.steps == 6
