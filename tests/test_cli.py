@@ -270,7 +270,7 @@ def broken_folder(tmp_path: Path) -> Path:
         (["reproduce", "mnist", "--data", "BROKEN"], "not an IDX file"),
         (["reproduce", "mnist", "--claims", "figure-2"], "no claim figure-2: choose from"),
         (["reproduce", "mnist", "--rate", "-1"], "--rate: Input should be greater than 0"),
-        (["reproduce", "mnist", "--resume"], "no mnist run to continue"),
+        (["reproduce", "mnist", "--resume"], "no mnist run to resume"),
         (["reproduce", "mnist", "--resume", "--out", "nowhere"], "cannot read nowhere"),
         (["reproduce", "mnist", "--out", "RUN"], "add --resume"),
         (["reproduce", "mnist", "--out", "RUN", "--resume", "--rate", "0.2"], "--rate cannot change"),

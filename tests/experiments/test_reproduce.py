@@ -158,7 +158,7 @@ def test_claims_are_listed(monkeypatch, capsys):
         (["imagenet", "--out", "RUN"], "add --resume"),
         (["imagenet", "--out", "RUN", "--resume", "--steps", "70"], "--steps cannot change"),
         (["imagenet", "--out", "RUN", "--resume", "--claims", "ablation"], "--claims cannot change"),
-        (["ensemble", "--resume"], "no ensemble run to continue"),
+        (["ensemble", "--resume"], "no ensemble run to resume"),
         (["ensemble", "--out", "RUN", "--resume"], "holds a run of imagenet"),
     ],
 )
