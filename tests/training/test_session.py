@@ -511,7 +511,7 @@ def flip(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "empty": (lambda path, _: cut(path, 0), "is broken: delete it to go on from the one before"),
+    "empty": (lambda path, _: cut(path, 0), "is broken: delete it to resume from the previous one"),
     "truncated": (lambda path, _: cut(path, path.stat().st_size // 2), "is broken: delete it"),
     "one byte short": (lambda path, _: cut(path, path.stat().st_size - 1), "is broken: delete it"),
     "a bit flipped": (lambda path, _: flip(path), "is broken: delete it"),
@@ -729,7 +729,7 @@ def test_a_recipe_says_what_it_changes(train, run_toml, tmp_path):
         (["nowhere.toml"], "cannot read nowhere.toml"),
         ([], "name a run.toml"),
         (["RUN.TOML", "--out", "QUICK"], "holds a run already: add --resume"),
-        (["--resume"], "no train run to continue"),
+        (["--resume"], "no train run to resume"),
         (["--resume", "--out", "nowhere"], "name a run.toml"),
         (["--resume", "--out", "EMPTY"], "name a run.toml"),
         (["RUN.TOML", "--without", "2"], "--recipe"),

@@ -234,7 +234,7 @@ def _networks(rows: Sequence[Row]) -> Grid:
             ]
         body.append(cells)
     if first.layout == "own settings":
-        title = f"Our settings (channels-last, memory kept) against torch as it comes, {first.dtype}"
+        title = f"Our settings (channels-last, memory kept) against torch's defaults, {first.dtype}"
     else:
         title = f"Networks, {first.layout}, {first.dtype}, {first.part}"
     return Grid(title, columns, body)

@@ -1,1 +1,1 @@
-"""Batches through a model whose layers observe them: the loop, and the statistics that are collected by it."""
+"""Run batches through a model to collect statistics: domain adaptation and population statistics."""

@@ -5,7 +5,7 @@ train       run.toml -> a trained network, its records and checkpoints
 evaluate    networks -> accuracy of each and of their ensemble
 reproduce   options -> settings (run_settings) -> an experiment's run -> report
 bench       options -> results (measurement) -> tables, figure, page
-terminal and model_options are shared: error messages, and options from the fields of settings
+terminal and model_options are shared: error messages, and options from the fields of settings; lazy: imports on demand
 """
 
 from __future__ import annotations

@@ -11,18 +11,7 @@ from batchnorm.bench.options import NETWORKS, Options
 from batchnorm.cli import measurement
 from batchnorm.cli.model_options import as_typed, model_option
 
-app = typer.Typer(
-    help="Measure speed on this machine: our layers, torch's, and a copy, interleaved.",
-    epilog="[bold]Examples[/]\n\n"
-    "batchnorm bench kernels         layers, forward and backward, 3 min\n\n"
-    "batchnorm bench step            training steps of known networks, 8 min\n\n"
-    "batchnorm bench infer           layers and networks in evaluation, 3 min\n\n"
-    "batchnorm bench statistics      Sync, Ghost, masks and others, 3 min\n\n"
-    "batchnorm bench scaling         Sync over 1, 2 and 4 processes, 4 min\n\n"
-    "batchnorm bench all --quick     a test that all of it runs, in seconds",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-)
+app = typer.Typer(rich_markup_mode="rich")
 
 _DEFAULTS = Options()
 _DTYPES = as_typed(_DEFAULTS.dtypes)
@@ -175,7 +164,7 @@ def scaling(
     quick: _Quick = _DEFAULTS.quick,
     out: _Out = None,
 ) -> None:
-    """A training step in 1, 2 and 4 processes, and the time that Sync adds to it.
+    """A training step in 1, 2 and 4 processes, with and without Sync.
 
     The processes have one thread each and form a gloo group; each trains the
     paper's Inception, of quarter width, on images of 28 pixels. The cost of

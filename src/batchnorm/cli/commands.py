@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import bench, evaluate, reproduce, train
+from batchnorm.cli import evaluate, train
+from batchnorm.cli.lazy import lazy_app
 from batchnorm.cli.terminal import Failure, as_failure
 
 app = typer.Typer(
@@ -20,8 +21,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-app.add_typer(reproduce.app, name="reproduce")
-app.add_typer(bench.app, name="bench")
+app.add_typer(
+    lazy_app(
+        "batchnorm.cli.reproduce",
+        help="Reproduce an experiment of the paper (Ioffe & Szegedy 2015).",
+        no_args_is_help=True,
+    ),
+    name="reproduce",
+)
+app.add_typer(
+    lazy_app(
+        "batchnorm.cli.bench",
+        help="Measure speed on this machine: our layers, torch's, and a copy, interleaved.",
+        epilog="[bold]Examples[/]\n\n"
+        "batchnorm bench kernels         layers, forward and backward, 3 min\n\n"
+        "batchnorm bench step            training steps of known networks, 8 min\n\n"
+        "batchnorm bench infer           layers and networks in evaluation, 3 min\n\n"
+        "batchnorm bench statistics      Sync, Ghost, masks and others, 3 min\n\n"
+        "batchnorm bench scaling         Sync over 1, 2 and 4 processes, 4 min\n\n"
+        "batchnorm bench all --quick     a test that all of it runs, in seconds",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+    ),
+    name="bench",
+)
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("evaluate", epilog=evaluate.EPILOG, no_args_is_help=True)(evaluate.evaluate)
 

@@ -48,7 +48,7 @@ _Workers = Annotated[
 _Seeds = Annotated[int | None, model_option(Settings, "seeds")]
 _Width = Annotated[float | None, model_option(InceptionSettings, "width")]
 
-app = typer.Typer(help="Reproduce an experiment of the paper (Ioffe & Szegedy 2015).", no_args_is_help=True)
+app = typer.Typer()
 
 
 @app.command(

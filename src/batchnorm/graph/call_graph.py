@@ -59,9 +59,8 @@ class CallGraph:
         tails = _tails(model)
         traced: dict[nn.Module, Traced] = {}
         opaque: dict[nn.Module, str] = {}
-        for (
-            module
-        ) in model.modules():  # callers usually come before the modules they call, whose inputs they know
+        # callers usually come before the modules that they call, whose inputs they determine
+        for module in model.modules():
             if is_ours(module) or is_sequential(module) or not any(map(is_ours, module.modules())):
                 continue
             if type(module).forward is nn.Module.forward:  # a ModuleList has none

@@ -1,12 +1,11 @@
-"""What changes a model: `model, report = bn.some_pass(model, ...)`, by one contract for all.
+"""Passes, which change a model: `model, report = bn.some_pass(model, ...)`. All have one contract.
 
-What comes in: any torch.nn.Module, with layers of torch's, timm's or ours, by itself or within others, shared, hooked,
-frozen. It is changed in place, and its layers stay the objects that optimizers and hooks hold.
+Input: any torch.nn.Module, also a single layer, with layers of torch, timm or ours, which may be shared, hooked or
+frozen. The model is changed in place, and layers stay the same objects, to which optimizers and hooks refer.
 
-What comes back: `model` itself, and a Report with the outcome for each layer by its path, with the reason where a layer
-was left alone.
+Output: `model` itself, and a Report with the outcome for each layer, by path, and the reason if it was left alone.
 
-A failure is an error that names the layer and says what to do; then the model is as it was: see rollback.py.
+On failure a pass raises an error that names the layer and says what to do, and the model is unchanged: see rollback.py.
 
-`virtual_batch` is no pass but a context, which lasts for one step.
+`virtual_batch` is not a pass but a context manager for one step.
 """
