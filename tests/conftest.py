@@ -40,3 +40,13 @@ def pytest_collection_modifyitems(config, items):
     """Slow tests first where workers share the suite, so that they end together."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish(session):
+    """What one fixture makes in minutes is made once: a pytest and an xdist that do not group say so."""
+    if getattr(session.config.option, "loadgroup", False):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+                raise pytest.UsageError(
+                    f"xdist does not see the group of {item.nodeid}: is pytest older than 9.2?"
+                )

@@ -148,14 +148,30 @@ def start(*arguments: object, launcher: tuple[object, ...] = ()) -> "subprocess.
     return process
 
 
-def train_in_process(*arguments: str) -> None:
+def train_in_process(signal_after: tuple[int, signal.Signals] | None, *arguments: str) -> None:
+    if signal_after is not None:
+        send_after(*signal_after)
     sys.argv = ["batchnorm", "train", *arguments]
     cli.main()
 
 
-def fork(told: Path, *arguments: object) -> Forked:
+def send_after(step: int, number: signal.Signals) -> None:
+    """Have this process's group sent the signal, as a terminal does, when the training has made `step` steps."""
+    from batchnorm.training.progress_bar import Bar
+
+    on_step = Bar.on_step
+
+    def send_signal(bar: Any, trainer: Any) -> None:
+        on_step(bar, trainer)
+        if trainer.step == step:
+            os.killpg(0, number)
+
+    Bar.on_step = send_signal  # type: ignore[method-assign]
+
+
+def fork(told: Path, *arguments: object, signal_after: tuple[int, signal.Signals] | None = None) -> Forked:
     """The command in a process of its own that starts in no time; what it says goes to the file `told`."""
-    return Forked(train_in_process, *map(str, arguments), out=told, env=ENVIRONMENT)
+    return Forked(train_in_process, signal_after, *map(str, arguments), out=told, env=ENVIRONMENT)
 
 
 def children(process: "subprocess.Popen[str]") -> list[int]:
@@ -343,29 +359,14 @@ def test_the_newest_are_kept_and_a_killed_run_s_remains_are_not(tmp_path):
 @with_whole
 def test_stopped_twice_it_goes_on_with_the_same_bits(train, whole, run_toml, tmp_path):
     folder = tmp_path / "stopped"
-    process = fork(tmp_path / "first", run_toml, "--out", folder)
-    process.wait_for("parameters")
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGTERM)
+    process = fork(tmp_path / "first", run_toml, "--out", folder, signal_after=(8, signal.SIGTERM))
     assert (process.join(), process.err) == (75, "")
     assert f"batchnorm train --out {folder} --resume" in process.out
-    stopped = state(newest(folder))
-    assert 0 < stopped["step"] < 24
-    for attempt in range(5):  # it may end before the signal comes
-        resumed = tmp_path / f"resumed-{attempt}"
-        shutil.copytree(folder, resumed)
-        process = fork(tmp_path / f"second-{attempt}", "--out", resumed, "--resume")
-        process.wait_for(f"{resumed}/checkpoints/step-")
-        process.wait_for("accuracy")
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        code = process.join()
-        if code != 0:
-            break
-    assert (code, process.err) == (130, "")
-    folder = resumed
-    later = state(newest(folder))
-    assert stopped["step"] < later["step"] < 24
+    stopped = state(newest(folder))["step"]
+    assert 8 <= stopped < 15
+    process = fork(tmp_path / "second", "--out", folder, "--resume", signal_after=(15, signal.SIGINT))
+    assert (process.join(), process.err) == (130, "")
+    assert 15 <= state(newest(folder))["step"] < 24
     done = train("--out", folder, "--resume", "--set", "machine.keep_memory=false")
     assert done.code == 0, done.error
     assert_same_run(folder, whole)
