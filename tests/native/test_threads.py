@@ -42,6 +42,7 @@ def test_calls_from_several_python_threads_do_not_meet(run):
     run("python_threads")
 
 
+@pytest.mark.slow
 def test_other_python_threads_go_on_during_a_call(run):
     run("without_the_gil")
 

@@ -71,6 +71,7 @@ def test_two_ranks(task, of_two):
     assert task not in of_two, of_two[task]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("four ranks")
 @pytest.mark.parametrize("task", ranks.TASKS[4])
 def test_four_ranks(task, of_four):
@@ -91,6 +92,7 @@ def survivors(task: str, tmp_path: Path, **env: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "where", "kernels"),
     [

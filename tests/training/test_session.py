@@ -166,7 +166,7 @@ def send_after(step: int, number: signal.Signals) -> None:
         if trainer.step == step:
             os.killpg(0, number)
 
-    Bar.on_step = send_signal  # type: ignore[method-assign]
+    pytest.MonkeyPatch().setattr(Bar, "on_step", send_signal)
 
 
 def fork(told: Path, *arguments: object, signal_after: tuple[int, signal.Signals] | None = None) -> Forked:
