@@ -222,7 +222,7 @@ MUTATIONS = [
     Mutation(
         "biased running variance of the kernel", "kernels/native.py",
         "_native.track(mean.numel(), number,", "_native.track(mean.numel(), number + 1,",
-        "algorithm 2, line 10 has m/(m - 1)", RUNNING,
+        "algorithm 2, line 10 has m/(m - 1)", AGREEMENT,
     ),
     Mutation(
         "channels-last rows a value apart", "kernels/layout.py",
