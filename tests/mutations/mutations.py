@@ -43,7 +43,7 @@ MUTATIONS = [
     Mutation(
         "biased and unbiased swapped", "moments.py",
         "divisor = self.count - 1 if unbiased else self.count", "divisor = self.count if unbiased else self.count - 1",
-        "normalising takes the biased variance", PAPER, "reference",
+        "normalising takes the biased variance", MOMENTS,
     ),
     Mutation(
         "E[x²] - E[x]²", "moments.py",
