@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -150,23 +150,26 @@ def start(*arguments: object, launcher: tuple[object, ...] = ()) -> "subprocess.
 
 def train_in_process(signal_after: tuple[int, signal.Signals] | None, *arguments: str) -> None:
     if signal_after is not None:
-        send_after(*signal_after)
+        last, number = signal_after
+        # SIGINT goes to the whole group, as from a terminal
+        send = os.killpg if number == signal.SIGINT else os.kill
+        target = os.getpid()  # which leads its group
+        after_each_step(pytest.MonkeyPatch(), lambda step: send(target, number) if step == last else None)
     sys.argv = ["batchnorm", "train", *arguments]
     cli.main()
 
 
-def send_after(step: int, number: signal.Signals) -> None:
-    """Have this process's group sent the signal, as a terminal does, when the training has made `step` steps."""
+def after_each_step(patch: pytest.MonkeyPatch, then: Callable[[int], None]) -> None:
+    """Have `then` called with the training's step after each, and after each part of an evaluation."""
     from batchnorm.training.progress_bar import Bar
 
     on_step = Bar.on_step
 
-    def send_signal(bar: Any, trainer: Any) -> None:
+    def step(bar: Any, trainer: Any) -> None:
         on_step(bar, trainer)
-        if trainer.step == step:
-            os.killpg(0, number)
+        then(trainer.step)
 
-    pytest.MonkeyPatch().setattr(Bar, "on_step", send_signal)
+    patch.setattr(Bar, "on_step", step)
 
 
 def fork(told: Path, *arguments: object, signal_after: tuple[int, signal.Signals] | None = None) -> Forked:
@@ -376,18 +379,14 @@ def test_stopped_twice_it_goes_on_with_the_same_bits(train, whole, run_toml, tmp
 def test_stopped_in_an_evaluation_the_checkpoint_is_from_before_it(
     train, run_toml, tmp_path, monkeypatch, number
 ):
-    from batchnorm.training.progress_bar import Bar
-
     parts: list[int] = []
-    on_step = Bar.on_step
 
-    def send_signal(bar: Any, trainer: Any) -> None:
-        on_step(bar, trainer)
-        parts.append(trainer.step)
+    def send_signal(step: int) -> None:
+        parts.append(step)
         if parts.count(2) == 4:  # the step, and then parts of its evaluation
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Bar, "on_step", send_signal)
+    after_each_step(monkeypatch, send_signal)
     quick = changed(*QUICK, "evaluation.every=2", "evaluation.batch_size=2", "training.steps=4")
     done = train(run_toml, "--out", tmp_path / "run", *quick)
     assert done.code == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
