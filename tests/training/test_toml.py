@@ -17,83 +17,73 @@ TEXT = '[model]\nwidth = 0.5\n[data]\nsource = "Zürich"\n[training]\nsteps = 10
 SECTIONS = "model, data, optimizer, training, evaluation, checkpoints, machine"
 
 
-def fails(says, values=STEPS, changes=()):
+def fails(*names, values=STEPS, changes=()):
+    """In one line, which has each of `names`: the key as it stands in the file, its value, what would be right."""
     with pytest.raises(ConfigError) as error:
         toml.parse(values, changes)
-    assert str(error.value) == says
+    message = str(error.value)
+    assert "\n" not in message
+    assert [name for name in names if name not in message] == [], message
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "names"),
     [
-        # unknown, at each level
-        ({"optimiser": {"rate": 1.0}}, "unknown key optimiser: did you mean optimizer?"),
-        ({"weather": {}}, f"unknown key weather: there are {SECTIONS}"),
-        ({"torchvision": {}}, f"unknown key torchvision: there are {SECTIONS}"),
-        ({"optimizer": {"rte": 1.0}}, "unknown key optimizer.rte: did you mean rate?"),
-        (
-            {"checkpoints": {"x": 1}},
-            "unknown key checkpoints.x: there are every_seconds, keep",
-        ),
-        ({"model": {"widht": 1.0}}, "unknown key model.widht: did you mean width?"),
-        ({"model": {"inception": 1}}, "unknown key model.inception: did you mean activation?"),
+        # unknown, at each level; what is like it, or all that there is
+        ({"optimiser": {"rate": 1.0}}, ["unknown", "optimiser", "optimizer?"]),
+        ({"weather": {}}, ["unknown", "weather", SECTIONS]),
+        ({"torchvision": {}}, ["unknown", "torchvision", SECTIONS]),
+        ({"optimizer": {"rte": 1.0}}, ["unknown", "optimizer.rte", "rate?"]),
+        ({"checkpoints": {"x": 1}}, ["unknown", "checkpoints.x", "every_seconds, keep"]),
+        ({"model": {"widht": 1.0}}, ["unknown", "model.widht", "width?"]),
+        ({"model": {"inception": 1}}, ["unknown", "model.inception", "activation?"]),
         (
             {"model": {"name": "resnet18", "width": 1.0}},
-            "unknown key model.width of a torchvision model: there are name, dropout",
+            ["unknown", "model.width", "torchvision", "name, dropout"],
         ),
         # in the wrong place
-        ({"training": 3}, "training is a section: write [training], and its keys below"),
-        ({"model": "resnet18"}, "model is a section: write [model], and its keys below"),
-        ({"data": [{"mirror": True}]}, "data is a section: write [data], and its keys below"),
-        ({"steps": 5}, "steps = 5 stands in no section: write it below [training]"),
-        ({"weather": "fine"}, 'weather = "fine" stands in no section, and no section has a key weather'),
+        ({"training": 3}, ["[training]"]),
+        ({"model": "resnet18"}, ["[model]"]),
+        ({"data": [{"mirror": True}]}, ["[data]"]),
+        ({"steps": 5}, ["steps = 5", "[training]"]),
+        ({"weather": "fine"}, ['weather = "fine"', "no section"]),
         # of another type
-        ({"optimizer": {"rate": "0.1"}}, 'optimizer.rate = "0.1": input should be a valid number'),
-        ({"optimizer": {"rate": True}}, "optimizer.rate = true: input should be a valid number"),
-        ({"training": {"steps": "100"}}, 'training.steps = "100": input should be a valid integer'),
-        ({"training": {"steps": 1.5}}, "training.steps = 1.5: input should be a valid integer"),
-        ({"training": {"steps": True}}, "training.steps = true: input should be a valid integer"),
-        ({"data": {"mirror": 1}}, "data.mirror = 1: input should be true or false"),
-        ({"data": {"mirror": "no"}}, 'data.mirror = "no": input should be true or false'),
-        ({"data": {"source": 2012}}, "data.source = 2012: input should be a valid string"),
-        ({"data": {"source": {"x": 1}}}, 'data.source = {"x": 1}: input should be a valid string'),
-        ({"model": {"name": 3}}, "model.name = 3: input should be a valid string"),
-        ({"model": {"per_activation": "5b"}}, 'model.per_activation = "5b": input should be a list'),
-        (
-            {"training": {"steps": date(2015, 3, 2)}},
-            'training.steps = "2015-03-02": input should be a valid integer',
-        ),
-        ({"data": {"crop_area": ["a", 1]}}, 'data.crop_area[0] = "a": input should be a valid number'),
-        ({"data": {"crop_area": [0.1]}}, "data.crop_area[1] is missing"),
-        (
-            {"data": {"crop_area": [0.1, 0.5, 1]}},
-            "data.crop_area = [0.1, 0.5, 1]: list should have at most 2 items after validation, not 3",
-        ),
+        ({"optimizer": {"rate": "0.1"}}, ['optimizer.rate = "0.1"', "number"]),
+        ({"optimizer": {"rate": True}}, ["optimizer.rate = true", "number"]),
+        ({"training": {"steps": "100"}}, ['training.steps = "100"', "integer"]),
+        ({"training": {"steps": 1.5}}, ["training.steps = 1.5", "integer"]),
+        ({"training": {"steps": True}}, ["training.steps = true", "integer"]),
+        ({"data": {"mirror": 1}}, ["data.mirror = 1", "true or false"]),
+        ({"data": {"mirror": "no"}}, ['data.mirror = "no"', "true or false"]),
+        ({"data": {"source": 2012}}, ["data.source = 2012", "string"]),
+        ({"data": {"source": {"x": 1}}}, ['data.source = {"x": 1}', "string"]),
+        ({"model": {"name": 3}}, ["model.name = 3", "string"]),
+        ({"model": {"per_activation": "5b"}}, ['model.per_activation = "5b"', "list"]),
+        ({"training": {"steps": date(2015, 3, 2)}}, ['training.steps = "2015-03-02"', "integer"]),
+        ({"data": {"crop_area": ["a", 1]}}, ['data.crop_area[0] = "a"', "number"]),
+        ({"data": {"crop_area": [0.1]}}, ["data.crop_area[1]", "missing"]),
+        ({"data": {"crop_area": [0.1, 0.5, 1]}}, ["data.crop_area = [0.1, 0.5, 1]", "2"]),
         # out of range
-        ({"optimizer": {"rate": 0}}, "optimizer.rate = 0: input should be greater than 0"),
-        ({"optimizer": {"rate": float("nan")}}, "optimizer.rate = nan: input should be a finite number"),
-        ({"optimizer": {"rate": float("inf")}}, "optimizer.rate = inf: input should be a finite number"),
-        ({"model": {"dropout": 1.0}}, "model.dropout = 1.0: input should be less than 1"),
-        ({"training": {"steps": 0}}, "training.steps = 0: input should be greater than or equal to 1"),
+        ({"optimizer": {"rate": 0}}, ["optimizer.rate = 0", "greater than 0"]),
+        ({"optimizer": {"rate": float("nan")}}, ["optimizer.rate = nan", "finite"]),
+        ({"optimizer": {"rate": float("inf")}}, ["optimizer.rate = inf", "finite"]),
+        ({"model": {"dropout": 1.0}}, ["model.dropout = 1.0", "less than 1"]),
+        ({"training": {"steps": 0}}, ["training.steps = 0", "equal to 1"]),
         (
             {"data": {"distortion": "ful"}},
-            "data.distortion = \"ful\": input should be 'full', 'reduced' or 'none'",
+            ['data.distortion = "ful"', "'full'", "'reduced'", "'none'"],
         ),
         # several at once
-        (
-            {"training": {"steps": 0, "sed": 1}},
-            "training.steps = 0: input should be greater than or equal to 1; "
-            "unknown key training.sed: did you mean seed?",
-        ),
+        ({"training": {"steps": 0, "sed": 1}}, ["training.steps = 0", "; ", "training.sed", "seed?"]),
     ],
 )
-def test_what_is_wrong_is_said_in_the_words_of_the_file(values, says):
-    fails(says, STEPS | values)
+def test_what_is_wrong_is_said_in_the_words_of_the_file(values, names):
+    fails(*names, values=STEPS | values)
 
 
 @pytest.mark.parametrize("values", [{}, {"training": {}}, {"training": {"batch_size": 4}}])
 def test_the_one_key_without_a_default_is_missed(values):
-    fails("training.steps is missing", values)
+    fails("training.steps", "missing", values=values)
 
 
 def test_a_whole_number_is_a_number():
@@ -132,21 +122,21 @@ def test_of_two_changes_of_a_key_the_last_one_counts():
     "change", ["optimizer.rate", "rate=1", "a.b.c=1", ".rate=1", "optimizer.=1", "=", ""]
 )
 def test_set_says_how_it_is_written(change):
-    fails(f"--set takes section.key=value, as in optimizer.rate=0.1, not {change!r}", changes=[change])
+    fails("--set", "section.key=value", repr(change), changes=[change])
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "names"),
     [
-        ("optimizer.rate=", 'optimizer.rate = "": input should be a valid number'),
-        ("optimizer.rate=fast", 'optimizer.rate = "fast": input should be a valid number'),
-        ("data.mirror=True", 'data.mirror = "True": input should be true or false'),
-        ("optimiser.rate=1", "unknown key optimiser: did you mean optimizer?"),
-        ("optimizer.rte=1", "unknown key optimizer.rte: did you mean rate?"),
+        ("optimizer.rate=", ['optimizer.rate = ""', "number"]),
+        ("optimizer.rate=fast", ['optimizer.rate = "fast"', "number"]),
+        ("data.mirror=True", ['data.mirror = "True"', "true or false"]),
+        ("optimiser.rate=1", ["unknown", "optimiser", "optimizer?"]),
+        ("optimizer.rte=1", ["unknown", "optimizer.rte", "rate?"]),
     ],
 )
-def test_a_wrong_change_is_said_like_a_wrong_file(change, says):
-    fails(says, changes=[change])
+def test_a_wrong_change_is_said_like_a_wrong_file(change, names):
+    fails(*names, changes=[change])
 
 
 def test_a_path_that_is_no_text_is_an_error_too():
@@ -165,22 +155,28 @@ def test_a_file_is_read_as_editors_write_it(tmp_path, encoding, end):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "reason"),
     [
-        (None, "cannot read {}: No such file or directory"),
-        (TEXT.encode("utf-16"), "cannot read {}: it is not UTF-8 text"),
-        (TEXT.encode("latin-1"), "cannot read {}: it is not UTF-8 text"),
-        (b"[training]\nsteps = \n", "{} is not TOML: Invalid value (at line 2, column 9)"),
-        (b"steps: 5\n", "{} is not TOML: "),
-        (b"[training]\nsteps = 1\nsteps = 2\n", "{} is not TOML: Cannot overwrite a value"),
-        (b"", "training.steps is missing"),
+        (None, "No such file"),
+        (TEXT.encode("utf-16"), "UTF-8"),
+        (TEXT.encode("latin-1"), "UTF-8"),
+        (b"[training]\nsteps = \n", "TOML.*line 2, column 9"),
+        (b"steps: 5\n", "TOML"),
+        (b"[training]\nsteps = 1\nsteps = 2\n", "TOML"),
     ],
 )
-def test_a_file_that_is_none_is_named(tmp_path, content, says):
+def test_a_file_that_is_none_is_named(tmp_path, content, reason):
     path = tmp_path / "run.toml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=re.escape(says.format(path))):
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}.*{reason}"):
+        toml.read(path)
+
+
+def test_an_empty_file_lacks_what_has_no_default(tmp_path):
+    path = tmp_path / "run.toml"
+    path.touch()
+    with pytest.raises(ConfigError, match=r"training\.steps"):
         toml.read(path)
 
 
