@@ -67,15 +67,10 @@ def failure(row: str, column: str, part: int, *, last: Callable[[], object] = la
     return None
 
 
-def begin_rank() -> None:
+def join(rank: int, store: str) -> None:
+    """Become a rank of the group that meets in the file `store`."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-
-
-def join(rank: int, store: str) -> None:
-    """The group of both ranks, in place of the one that this rank may be in."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", world_size=2, rank=rank, timeout=timedelta(seconds=30)
     )
@@ -90,38 +85,43 @@ def failure_on_rank(rank: int, row: str, column: str, part: int) -> Failure | No
 
 
 class Ranks:
-    """Two processes in a group, formed anew after what has failed in it: nobody waits for what does not come."""
+    """Two processes in a group, and two others after what has failed in it: nobody waits for what does not come."""
 
-    def __init__(self, pools: list[ProcessPoolExecutor], folder: Path) -> None:
-        self._pools = pools
+    def __init__(self, folder: Path) -> None:
         self._stores = (str(folder / str(n)) for n in itertools.count())
-        self._joined = False
+        self._pools: list[ProcessPoolExecutor] = []
 
     def _do(self, work: Callable[..., Any], *arguments: object) -> list[Any]:
-        """On both, and both have ended when this raises: what comes next begins on both at once."""
+        """On both ranks, and both have ended when this raises."""
         found = [pool.submit(work, rank, *arguments) for rank, pool in enumerate(self._pools)]
         wait(found, timeout=120)
         return [each.result(timeout=0) for each in found]
 
-    def _form_a_group(self) -> None:
-        for last in (
-            False,
-            False,
-            True,
-        ):  # gloo's sockets, not what is tested: one may be lost on a busy machine
+    def _begin(self) -> None:
+        # gloo's sockets are not what is tested, and on a busy machine one may be lost; a process in which that has
+        # happened numbers its groups otherwise than the other, and cannot join it again
+        for last in (False, False, True):
+            self._pools = [ProcessPoolExecutor(1, CONTEXT) for _ in range(2)]
             try:
                 self._do(join, next(self._stores))
                 return
             except RuntimeError:
+                self.close()
                 if last:
                     raise
 
     def failures(self, row: str, column: str, part: int) -> list[Failure | None]:
-        if not self._joined:
-            self._form_a_group()
+        if not self._pools:
+            self._begin()
         found = self._do(failure_on_rank, row, column, part)
-        self._joined = not any(found)
+        if any(found):
+            self.close()
         return found
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.shutdown()
+        self._pools = []
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +129,8 @@ def on_ranks(tmp_path_factory):
     """What each of two processes found wrong in its part of a cell."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    with contextlib.ExitStack() as stack:
-        pools = [
-            stack.enter_context(ProcessPoolExecutor(1, CONTEXT, initializer=begin_rank)) for _ in range(2)
-        ]
-        yield Ranks(pools, tmp_path_factory.mktemp("stores")).failures
+    with contextlib.closing(Ranks(tmp_path_factory.mktemp("stores"))) as ranks:
+        yield ranks.failures
 
 
 def test_every_row_and_column_is_tested():
