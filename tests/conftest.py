@@ -42,11 +42,9 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def pytest_collection_finish(session):
-    """What one fixture makes in minutes is made once: a pytest and an xdist that do not group say so."""
-    if getattr(session.config.option, "loadgroup", False):
-        for item in session.items:
-            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
-                raise pytest.UsageError(
-                    f"xdist does not see the group of {item.nodeid}: is pytest older than 9.2?"
-                )
+def pytest_configure(config):
+    """What one fixture makes in minutes is made once: a pytest whose groups xdist 3.8 does not see is refused."""
+    if getattr(config.option, "dist", "no") == "loadgroup" and pytest.version_tuple >= (9, 2):
+        raise pytest.UsageError(
+            f"pytest-xdist does not see groups of tests under pytest {pytest.__version__}: pip install 'pytest<9.2'"
+        )
