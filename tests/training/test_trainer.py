@@ -374,7 +374,8 @@ def test_bfloat16_is_near_float32_and_not_the_same():
     losses = {}
     for precision in ("float32", "bfloat16"):
         AcceleratorState._reset_state(True)
-        each = trainer(f"training.precision={precision}")
+        # of one step: what later ones make of the rounding depends on the processor
+        each = trainer(f"training.precision={precision}", "training.steps=1", "evaluation.every=1")
         kinds: list[torch.dtype] = []
         each.network.get_submodule("stem.second.convolution").register_forward_hook(
             lambda *args, kinds=kinds: kinds.append(args[2].dtype)
