@@ -404,7 +404,7 @@ def test_a_network_of_another_version_is_one_line(tmp_path, changes):
     [
         (
             ["RUN", "--data", "PICTURES"],
-            ["best.pt", "1 channel", "10 classes", "PICTURES", "3 channels", "11 "],
+            ["best.pt", "1 channel", "10 classes", "PICTURES", "3 channels", "11 classes"],
         ),
         (["RUN", "NETWORK"], ["PICTURES", "mnist-10k", "--data"]),
         (["RUN", "--data", "nowhere"], ["'nowhere'", "folder"]),

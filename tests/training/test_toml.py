@@ -62,13 +62,13 @@ def fails(*names, values=STEPS, changes=()):
         ({"training": {"steps": date(2015, 3, 2)}}, ['training.steps = "2015-03-02"', "integer"]),
         ({"data": {"crop_area": ["a", 1]}}, ['data.crop_area[0] = "a"', "number"]),
         ({"data": {"crop_area": [0.1]}}, ["data.crop_area[1]", "missing"]),
-        ({"data": {"crop_area": [0.1, 0.5, 1]}}, ["data.crop_area = [0.1, 0.5, 1]", "2"]),
+        ({"data": {"crop_area": [0.1, 0.5, 1]}}, ["data.crop_area = [0.1, 0.5, 1]", "at most 2"]),
         # out of range
         ({"optimizer": {"rate": 0}}, ["optimizer.rate = 0", "greater than 0"]),
         ({"optimizer": {"rate": float("nan")}}, ["optimizer.rate = nan", "finite"]),
         ({"optimizer": {"rate": float("inf")}}, ["optimizer.rate = inf", "finite"]),
         ({"model": {"dropout": 1.0}}, ["model.dropout = 1.0", "less than 1"]),
-        ({"training": {"steps": 0}}, ["training.steps = 0", "equal to 1"]),
+        ({"training": {"steps": 0}}, ["training.steps = 0", "greater than or equal to 1"]),
         (
             {"data": {"distortion": "ful"}},
             ['data.distortion = "ful"', "'full'", "'reduced'", "'none'"],
