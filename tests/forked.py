@@ -4,9 +4,11 @@ Each is real: it has a pid, dies of signals and imports batchnorm for itself, wh
 """
 
 import atexit
+import math
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["torch", "torchvision", "accelerate", "matplotlib"])
 
 _STARTED: list["Forked"] = []
+# How a process ended can be read once, and each start asks it of every other process: where two threads read at once,
+# multiprocessing takes the second for a process that was lost, and says 255.
+_ASKING = threading.Lock()
 
 
 @contextmanager
@@ -74,7 +79,8 @@ class Forked:
             path.touch()
         begin = (work, arguments, out, dict(env), cwd or Path.cwd())
         self._process = CONTEXT.Process(target=_begin, args=begin)
-        self._process.start()
+        with _ASKING:
+            self._process.start()
         _STARTED.append(self)
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -89,7 +95,11 @@ class Forked:
 
     @property
     def running(self) -> bool:
-        return self._process.exitcode is None
+        return self._code() is None
+
+    def _code(self) -> int | None:
+        with _ASKING:
+            return self._process.exitcode
 
     def wait_for(self, word: str, seconds: float = 200) -> None:
         """Until it has printed a line with `word`, beyond those that were waited for before."""
@@ -108,8 +118,10 @@ class Forked:
 
     def join(self, seconds: float | None = None) -> int | None:
         """How it ended, as a subprocess says it; None when it goes on."""
-        self._process.join(seconds)
-        return self._process.exitcode
+        until = math.inf if seconds is None else time.monotonic() + seconds
+        while (code := self._code()) is None and time.monotonic() < until:
+            time.sleep(0.005)
+        return code
 
     def kill(self) -> None:
         self._process.kill()
