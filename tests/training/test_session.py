@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError, Checkpoints
 from batchnorm.training.interruption import Interruption
 from batchnorm.training.network import build
+from batchnorm.training.score import Score
+from batchnorm.training.trainer import Trainer
 from tests.command import COMMAND, Done, Here
 from tests.data.pictures import image_folder
 from tests.forked import Forked
@@ -475,6 +477,18 @@ def test_best_is_the_network_of_the_best_evaluation_and_final_that_of_the_end(wh
     assert accuracy(final, "population") == result["accuracy"] == evaluations[-1]["accuracy"]
     assert accuracy(final, "moving") == result["accuracy_moving"]
     assert differs(final["moving"], state(newest(whole))["model"]) == []
+
+
+def test_best_is_not_the_last_where_an_earlier_evaluation_was_better(train, run_toml, tmp_path, monkeypatch):
+    def score(trainer: Trainer, _: object) -> Generator[None, None, Score]:
+        yield None
+        return Score(10, {1: 1, 2: 4, 3: 4, 4: 2}[trainer.step], 10)
+
+    monkeypatch.setattr(Trainer, "_evaluate_accuracy", score)
+    quick = changed(*QUICK, "training.steps=4")
+    assert train(run_toml, "--out", tmp_path / "run", *quick).code == 0
+    best, final = (state(tmp_path / "run" / "checkpoints" / f"{name}.pt") for name in ("best", "final"))
+    assert (best["step"], final["step"]) == (2, 4)  # of equal ones the first
 
 
 def test_a_completed_run_that_is_continued_changes_nothing_but_its_page(train, copy):
