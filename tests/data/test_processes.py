@@ -1,10 +1,12 @@
 """Processes answer in order, leave when they should and no sooner."""
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,23 @@ def squared_by(request):
     if request < 0:
         raise DataError(f"{request} has no root")
     return request**2, os.getpid(), signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def finalised(folder):
+    """A file in `folder` if this process comes to finalise its interpreter."""
+    atexit.register((Path(folder) / "finalised").touch)
+    return os.getpid()
+
+
+@pytest.mark.slow
+def test_processes_end_without_finalising_the_interpreter(tmp_path):
+    """Where torch's thread that shares the answers is aborted now and then."""
+    processes = Processes(finalised, [str(tmp_path)], 1)
+    (pid,) = processes
+    del processes
+    with pytest.raises(ProcessLookupError):  # the loader has waited for it
+        os.kill(pid, 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_processes_an_answer_is_found_here_when_it_is_asked_for():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.util import Finalize
 from threading import Thread
 from typing import Generic, TypeVar
 
@@ -85,6 +87,7 @@ def _identity(answer: Answer) -> Answer:
 
 def _initialize_worker(_: int) -> None:
     """Ignore the signals of the process group, and end when the parent ends or sends SIGTERM."""
+    Finalize(None, _exit, exitpriority=-100)  # the last thing that multiprocessing does at a process's end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -92,6 +95,16 @@ def _initialize_worker(_: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     else:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _exit() -> None:
+    """End without finalising the interpreter, in which the thread that shares the last batches would be aborted.
+
+    It is in torch's C++ code; asking for the GIL then ends it by an exception where there may be none (SIGABRT).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _exit_on_sigterm_of_parent() -> None:
