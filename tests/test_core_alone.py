@@ -29,9 +29,9 @@ def test_an_installation_requires_torch_alone():
 
 def test_each_extra_contains_the_one_before():
     extras = {name: distributions(each) for name, each in PROJECT["optional-dependencies"].items()}
-    assert list(extras) == ["cli", "train", "dev"]
+    assert list(extras) == ["cli", "train", "interop", "dev"]
     assert "batchnorm[cli]" in extras["train"]
-    assert "batchnorm[train]" in extras["dev"]
+    assert "batchnorm[train,interop]" in extras["dev"]
 
 
 def test_the_command_line_knows_what_each_extra_brings():

@@ -113,7 +113,11 @@ def update(
     batches: Tensor | None = None,
 ) -> bool | Tensor | None:
     """As `track`; None, and nothing done, where there is no value or nothing to update."""
-    if running_mean is None or running_var is None or (isinstance(moments.count, int) and not moments.count):
+    if (
+        running_mean is None
+        or running_var is None
+        or (not isinstance(moments.count, Tensor) and moments.count == 0)
+    ):
         return None
     return track(moments, running_mean, running_var, rate, batches)
 

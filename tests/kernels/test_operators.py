@@ -206,24 +206,6 @@ def test_traced_by_torch_jit_it_gives_the_same(grad):
         assert_close(traced(x), layer(x))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False])
-def test_exports(training):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = bn.BatchNorm2d(3, activation="relu")
-
-        def forward(self, x, residual):
-            return self.norm(x, residual)
-
-    model, given = Model().train(training), torch.randn(2, 4, 3, 2, 5).unbind()
-    exported = torch.export.export(model, given, dynamic_shapes=({0: torch.export.Dim("n", min=2)},) * 2)
-    assert called(exported.graph) == [FORWARD]
-    x, residual = torch.randn(2, 6, 3, 2, 5).unbind()
-    assert_close(exported.module()(x, residual), model(x, residual))
-
-
 @each_operands
 @pytest.mark.parametrize("training", [True, False])
 def test_fake_tensors_are_laid_out_as_real_ones(options, training):

@@ -189,7 +189,7 @@ MUTATIONS = [
     ),
     Mutation(
         "residual after the activation", "kernels/reference.py",
-        "    if residual is not None:\n        output = (output + residual).to(output.dtype)\n    function = activation_function(activation)\n    return output if function is None else function(output)",
+        "    if residual is not None:\n        added = output + residual\n        output = added if added.dtype == output.dtype else added.to(output.dtype)  # no node in a graph\n    function = activation_function(activation)\n    return output if function is None else function(output)",
         "    if residual is None:\n        residual = torch.zeros_like(output)\n    function = activation_function(activation)\n    return residual + (output if function is None else function(output))",
         "activation(bn(x)) + residual", GRID,
     ),
@@ -205,7 +205,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the residual's dtype leaks", "kernels/reference.py",
-        "output = (output + residual).to(output.dtype)", "output = output + residual",
+        "output = added if added.dtype == output.dtype else added.to(output.dtype)", "output = added",
         "a bfloat16 network turns float32", FUNCTIONAL,
     ),
     Mutation(
@@ -343,12 +343,12 @@ MUTATIONS = [
     ),
     Mutation(
         "torch's variance taken for m2", "kernels/dispatch.py",
-        "variance.to(wide) * (count - 1)", "variance.to(wide)",
+        "(count, mean.to(wide), variance.to(wide) * (count - 1))", "(count, mean.to(wide), variance.to(wide))",
         "m2 is count - 1 times the unbiased variance", RUNNING, "torch",
     ),
     Mutation(
         "torch given the running statistics themselves", "kernels/dispatch.py",
-        "values.to(dtype, copy=True)", "values.to(dtype)",
+        "        mean, variance = (values.to(dtype, copy=True)", "        mean, variance = (values.to(dtype)",
         "training before the backward pass of an evaluation fails", GRADIENTS,
     ),
     # --- functional
@@ -386,7 +386,7 @@ MUTATIONS = [
     ),
     Mutation(
         "empty batch counted as skipped", "functional.py",
-        " or (isinstance(moments.count, int) and not moments.count)", "",
+        " or (not isinstance(moments.count, Tensor) and moments.count == 0)", "",
         "nothing was wrong with it", NONFINITE,
     ),
     Mutation(
@@ -498,7 +498,7 @@ MUTATIONS = [
     # --- statistics: ghost batches
     Mutation(
         "what is left over a group of its own", "kernels/reference.py",
-        "return max(1, samples // size)", "return max(1, -(-samples // size))",
+        "torch.sym_max(1, samples // size)", "torch.sym_max(1, -(-samples // size))",
         "a group may have one sample", GHOST,
     ),
     Mutation(

@@ -2,7 +2,7 @@
 
 native     on a CPU: one node of the autograd graph, which saves x and 2·C numbers
 the same   as operators of torch's dispatcher, where a compiler or another observer has to see them
-torch      its own kernels, on every other device
+torch      its own kernels, on every other device; in a captured graph what its own layer would have put there
 reference  plain torch operations: for torch.func's transforms, forward-mode gradients, gradients of gradients
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm.kernels import choice, reference
 from batchnorm.kernels.call import NOT_FUSED, Activation, Call, Fused
-from batchnorm.kernels.observers import needs_dispatcher, transformed
+from batchnorm.kernels.observers import captured, needs_dispatcher, transformed
 from batchnorm.kernels.padding import Padding
 from batchnorm.kernels.reference import activate
 from batchnorm.moments import Moments, accumulator, channelwise, count_per_channel, statistics_dtype
@@ -79,11 +79,11 @@ def _masked(
 
 def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
     """The moments that `normalise` would find, detached."""
-    with torch.no_grad():
-        if _backend(x, stepwise=True) != "native":
-            return reference.moments(x, mask, group)
-        padding = None if mask is None else Padding.of(x, mask, group)
-        return stepwise.own_moments(x if padding is None else padding.fill(x), padding, group)
+    x = x.detach()
+    if _backend(x, stepwise=True) != "native":
+        return reference.moments(x, mask, group)
+    padding = None if mask is None else Padding.of(x, mask, group)
+    return stepwise.own_moments(x if padding is None else padding.fill(x), padding, group)
 
 
 def total(parts: Moments) -> Moments:
@@ -91,8 +91,8 @@ def total(parts: Moments) -> Moments:
     count, mean, m2 = parts.count, parts.mean, parts.m2
     assert isinstance(count, Tensor)
     if (
-        count.numel() != mean.size(0)
-        or _backend(mean, stepwise=True) != "native"
+        _backend(mean, stepwise=True) != "native"
+        or count.numel() != mean.size(0)
         or (torch.is_grad_enabled() and (mean.requires_grad or m2.requires_grad))
         or mean.stride(1) != 1
         or mean.stride() != m2.stride()
@@ -117,12 +117,12 @@ def track(
     """
     count, mean, m2 = moments.count, moments.mean, moments.m2
     if (
-        choice.active() == "native"
-        and isinstance(count, int)
+        isinstance(count, int)
         and mean.is_cpu
         and mean.dtype == torch.float64
         and not needs_dispatcher(running_mean, running_var)
         and not torch._C._are_functorch_transforms_active()
+        and choice.active() == "native"  # last: the first time sets a global, which torch.export warns of
     ):
         call = Call(True, 0.0, None, running_mean, running_var, rate, batches)
         entered = native.track(call, mean, m2, count)
@@ -136,8 +136,7 @@ def _backend(x: Tensor, stepwise: bool = False) -> choice.Name:
     # torch.func's transforms and forward-mode gradients need every step, not one node
     if transformed():
         return "reference"
-    # torch.jit.trace records torch's operations only
-    if not torch.compiler.is_dynamo_compiling() and torch._C._is_tracing():
+    if captured():
         return "torch"
     kernels = choice.active()
     if x.numel() == 0 and not stepwise:
@@ -181,7 +180,11 @@ def _fused_module(module: nn.Module) -> Fused | None:
 
 def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
     dtype = accumulator(x.dtype)
-    weight, bias = (None if values is None else values.to(dtype) for values in (weight, bias))
+    weight, bias = (
+        values if values is None or values.dtype == dtype else values.to(dtype) for values in (weight, bias)
+    )
+    if captured():
+        return _as_captured(x, weight, bias, call)
     if call.fixed is not None:
         mean, variance = (values.to(dtype, copy=True) for values in call.fixed)
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, call.eps, True)
@@ -191,6 +194,37 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call)
     y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, call.eps, True)
     wide = statistics_dtype(x.device)
     call.moments = Moments(count, mean.to(wide), variance.to(wide) * (count - 1))
+    return y
+
+
+def _as_captured(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
+    """One call of torch's operator, on the running statistics themselves, as its own layer makes it.
+
+    Tools that turn a training graph into one for evaluation (pt2e's, for quantization-aware training) change the
+    operator's `training` and expect the running statistics among its arguments. They know nothing of what is done
+    beside it, which therefore must come to nothing then: an average whose rate is no constant takes the batch's
+    moments from what the operator does to copies, which in evaluation is nothing.
+    """
+    mean, variance, rate = call.running_mean, call.running_var, call.rate
+    dtype, flag = accumulator(x.dtype), torch.backends.cudnn.enabled
+    if mean is None or variance is None:
+        return torch.batch_norm(x, weight, bias, None, None, call.training, 0.0, call.eps, flag)
+    if rate is not None:
+        call.updated = True  # by what is captured here
+        if call.batches is not None:
+            call.batches.add_(1)
+    if mean.dtype == dtype and not (call.training and (rate is None or isinstance(rate, Tensor))):
+        momentum = rate if isinstance(rate, float) else 0.0
+        return torch.batch_norm(x, weight, bias, mean, variance, call.training, momentum, call.eps, flag)
+    # with a momentum of 1 the copies become the batch's own, the variance unbiased
+    own_mean, own_variance = (values.to(dtype, copy=True) for values in (mean, variance))
+    y = torch.batch_norm(x, weight, bias, own_mean, own_variance, call.training, 1.0, call.eps, flag)
+    if call.training:
+        count, wide = count_per_channel(x), statistics_dtype(x.device)
+        call.moments = Moments(count, own_mean.to(wide), own_variance.to(wide) * (count - 1))
+    if rate is not None:
+        for running, batch in ((mean, own_mean), (variance, own_variance)):
+            running.copy_(running.lerp(batch.to(running.dtype), rate))
     return y
 
 

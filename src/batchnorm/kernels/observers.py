@@ -1,4 +1,4 @@
-"""Who watches a call beside autograd: a compiler, a tracer, torch.func's transforms, a recomputation.
+"""Who watches a call beside autograd: a compiler, an exporter, torch.func's transforms, a recomputation.
 
 What they may not see, or must, decides which kernels compute and whether running statistics move.
 """
@@ -23,6 +23,16 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
         torch.compiler.is_dynamo_compiling()  # an exporter without dynamo has a dispatch mode
         or torch._C._len_torch_dispatch_stack() > 0
         or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+def captured() -> bool:
+    """Whether a graph is being captured that must run where this library is not: torch.export's, torch.jit.trace's.
+
+    torch.onnx, AOTInductor and ExecuTorch begin with one of these. torch.compile runs here, where our operators are.
+    """
+    return torch.compiler.is_exporting() or (
+        not torch.compiler.is_dynamo_compiling() and torch._C._is_tracing()
     )
 
 

@@ -27,19 +27,16 @@ class Padding:
     @classmethod
     def of(cls, x: Tensor, mask: Tensor, group: int = 0) -> Padding:
         """That of `x`, (N, C, *S); groups of `group` samples, if it is not 0."""
-        with torch.no_grad():
-            mean = _over_positions(torch.where(mask, x, 0), accumulator(x.dtype))
-            valid = _over_positions(mask, torch.int64)
-            if group:
-                groups, number = reference.group_of(x, group), reference.groups(x.size(0), group)
-                mean, valid = (
-                    values.new_zeros(number, values.size(1)).index_add(0, groups, values)
-                    for values in (mean, valid)
-                )
-            else:
-                mean, valid = mean.sum(0), valid.sum(0)
-                valid = valid[0] if mask.size(1) == 1 else valid
-            return cls(mask, valid, (mean / valid.clamp(min=1)).to(x.dtype), group)
+        x = x.detach()
+        mean = _over_positions(torch.where(mask, x, 0), accumulator(x.dtype))
+        valid = _over_positions(mask, torch.int64)
+        if group:
+            which = reference.group_of(x, group)
+            mean, valid = (reference.total_of_groups(values, which, group) for values in (mean, valid))
+        else:
+            mean, valid = mean.sum(0), valid.sum(0)
+            valid = valid[0] if mask.size(1) == 1 else valid
+        return cls(mask, valid, (mean / valid.clamp(min=1)).to(x.dtype), group)
 
     def fill(self, x: Tensor) -> Tensor:
         filling = self.filling[reference.group_of(x, self.group)] if self.group else self.filling

@@ -7,12 +7,15 @@ and signature and is tested against this one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.call import Activation, Call, FixedStatistics
+from batchnorm.kernels.observers import captured
 from batchnorm.moments import (
     Affine,
     Moments,
@@ -26,7 +29,7 @@ from batchnorm.moments import (
 
 def groups(samples: int, size: int) -> int:
     """How many groups of `size` there are; what is left over joins the last one."""
-    return max(1, samples // size)
+    return cast(int, torch.sym_max(1, samples // size))  # it may be an exporter's symbol
 
 
 def group_of(x: Tensor, size: int) -> Tensor:
@@ -34,59 +37,54 @@ def group_of(x: Tensor, size: int) -> Tensor:
     return (torch.arange(x.size(0), device=x.device) // size).clamp(max=groups(x.size(0), size) - 1)
 
 
+def total_of_groups(values: Tensor, which: Tensor, size: int) -> Tensor:
+    """Σ over the samples of each group, (groups, C), of `values`, (N, C); `which` is their group_of.
+
+    In a captured graph, (N, C), where the last rows are those of no group: the number of groups is no shape there.
+    """
+    samples, channels = values.shape
+    rows = samples if captured() else groups(samples, size)
+    return values.new_zeros(rows, channels).index_add(0, which, values)
+
+
 def count(x: Tensor, group: int = 0) -> int | Tensor:
     """How many values each channel has; with `group`, each channel of each group, (groups, 1)."""
     each = count_per_channel(x)
     if group == 0:
         return each
-    sizes = torch.full((groups(x.size(0), group), 1), group * (each // max(1, x.size(0))), device=x.device)
-    sizes[-1] = each - int(sizes[0]) * (sizes.size(0) - 1)
+    number, of_group = groups(x.size(0), group), group * math.prod(x.shape[2:])
+    sizes = torch.full((number, 1), of_group, device=x.device)
+    sizes[-1] = each - of_group * (number - 1)
     return sizes
 
 
 def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
     """Count, mean and m2 of each channel of `x`, (N, C, *S) (alg. 1, lines 1-2); with `group`, of each group."""
     if group == 0:
-        return _moments(x, mask)
-    split = (groups(x.size(0), group) - 1) * group
-    last = _moments(x[split:], None if mask is None else mask[split:])
-    if split == 0:
-        return Moments(_row(last.count, x), last.mean[None], last.m2[None])
-    side_by_side = _as_channels(x[:split], group)
-    mask_side_by_side = None if mask is None else _as_channels(mask[:split].expand_as(x[:split]), group)
-    first = _moments(side_by_side, mask_side_by_side)
-    mean, m2 = (values.unflatten(0, (-1, x.size(1))) for values in (first.mean, first.m2))
+        return Moments.of(x) if mask is None else of_masked(x, mask)
+    # those of each sample, (N, C), then merged over the samples of a group: no shape depends on what is left over
+    side_by_side = x.flatten(0, 1)[None]
     if mask is None:
-        counts = count(x, group)
+        each = Moments.of(side_by_side)
+        counts = torch.full((x.size(0), 1), math.prod(x.shape[2:]), device=x.device)
     else:
-        of_groups = torch.as_tensor(first.count).unflatten(0, (-1, x.size(1)))
-        counts = torch.cat(
-            [of_groups if mask.size(1) == x.size(1) else of_groups[:, :1], _row(last.count, x)]
-        )
-    return Moments(
-        counts,
-        torch.cat([mean, last.mean[None]]),
-        torch.cat([m2, last.m2[None]]),
-    )
+        each = of_masked(side_by_side, mask.expand_as(x).flatten(0, 1)[None])
+        counts = mask.reshape(*mask.shape[:2], -1).sum(2)
+    mean, m2 = (values.unflatten(0, x.shape[:2]) for values in (each.mean, each.m2))
+    which = group_of(x, group)
 
+    def total(values: Tensor) -> Tensor:
+        return total_of_groups(values, which, group)
 
-def _moments(x: Tensor, mask: Tensor | None) -> Moments:
-    return Moments.of(x) if mask is None else of_masked(x, mask)
-
-
-def _row(count: int | Tensor, x: Tensor) -> Tensor:
-    return torch.as_tensor(count, device=x.device).reshape(1, -1)
-
-
-def _as_channels(x: Tensor, group: int) -> Tensor:
-    """(N, C, *S) as (group, N/group·C, *S): every channel of every group is a channel."""
-    joined: Tensor = x.unflatten(0, (-1, group)).transpose(0, 1).flatten(1, 2)
-    return joined
+    weight, origin = counts.to(mean.dtype), mean.detach().mean(0)  # as in Moments.total
+    merged = origin + total((mean - origin) * weight) / total(weight).clamp(min=1)
+    spread = (mean - merged[which]).square() * weight
+    return Moments(total(counts), merged, total(m2 + spread))
 
 
 def mean_and_variance(moments: Moments) -> FixedStatistics:
     """Those to normalise by, the variance biased; 0 and 1 where there is nothing to normalise."""
-    if isinstance(moments.count, int):
+    if not isinstance(moments.count, Tensor):
         if moments.count > 0:
             return moments.mean, moments.m2 / moments.count
         return torch.zeros_like(moments.mean), torch.ones_like(moments.m2)
@@ -126,8 +124,13 @@ def batch_norm(
         return moments(x, call.mask, call.group)
 
     found = own() if call.exchange is None else call.exchange.moments(own)
-    detached = Moments(found.count, found.mean.detach(), found.m2.detach())
-    return normalise(x, mean_and_variance(found), weight, bias, call.eps, call.group), detached
+    return normalise(x, mean_and_variance(found), weight, bias, call.eps, call.group), _detached(found)
+
+
+def _detached(moments: Moments) -> Moments:
+    count = moments.count
+    count = count.detach() if isinstance(count, Tensor) else count  # of ranks, it came the way of the means
+    return Moments(count, moments.mean.detach(), moments.m2.detach())
 
 
 def backward(
@@ -150,7 +153,6 @@ def backward(
     return (dx * channelwise(scale.to(dtype), x)).to(x.dtype), dweight, dbias
 
 
-@torch.no_grad()
 def track(
     moments: Moments,
     running_mean: Tensor,
@@ -160,6 +162,7 @@ def track(
 ) -> Tensor:
     """See functional.track; no branch, so that no device has to be waited for."""
     # asked of the values as they would be stored: a finite float64 may be beyond float32
+    moments = _detached(moments)  # not under no_grad, which torch.export would put into the graph
     mean = moments.mean.to(running_mean.dtype)
     variance = moments.variance(unbiased=True).to(running_var.dtype)
     if isinstance(moments.count, Tensor) and moments.count.dim() == 1:  # a channel may have nothing to say
@@ -189,7 +192,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(output: Tensor, activation: Activation = None, residual: Tensor | None = None) -> Tensor:
     """activation(output + residual), in output's dtype before the activation."""
     if residual is not None:
-        output = (output + residual).to(output.dtype)
+        added = output + residual
+        output = added if added.dtype == output.dtype else added.to(output.dtype)  # no node in a graph
     function = activation_function(activation)
     return output if function is None else function(output)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from batchnorm import functional
+from batchnorm.kernels.observers import captured
 from batchnorm.moments import Moments, count_per_channel
 from batchnorm.statistics.batch import Batch, Statistics
 
@@ -48,7 +49,8 @@ class Ghost(Statistics):
             raise ValueError(f"Ghost(size) is a whole number of samples and at least 1, got {self.size!r}")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Moments | None]:
-        if self.size >= batch.input.size(0) or batch.input.numel() == 0:
+        # a captured graph is for batches of any size
+        if not captured() and (self.size >= batch.input.size(0) or batch.input.numel() == 0):
             return batch.normalised()
         output, of_groups = batch.normalised(group=self.size)
         assert of_groups is not None

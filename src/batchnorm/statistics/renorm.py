@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import functional
-from batchnorm.kernels.observers import recomputing
+from batchnorm.kernels.observers import captured, recomputing, transformed
 from batchnorm.kernels.reference import mean_and_variance
 from batchnorm.moments import Moments
 from batchnorm.statistics.batch import Batch, Statistics
@@ -131,14 +131,13 @@ class Renorm(Statistics):
             )
         own = functional.moments(batch.input, batch.mask)
         mean, variance = mean_and_variance(own)
-        with torch.no_grad():
-            running = (batch.running_var.to(mean.dtype) + batch.eps).sqrt()
-            ratio = (variance + batch.eps).sqrt() / running
-            distance = (mean - batch.running_mean) / running
-            # functions may return what a number may not be
-            rmax = _at(self.rmax, batch.step).to(mean).clamp(min=1)
-            dmax = _at(self.dmax, batch.step).to(mean).clamp(min=0)
-            r, d = _constant(ratio.clamp(1 / rmax, rmax)), _constant(distance.clamp(-dmax, dmax))
+        running = (batch.running_var.to(mean.dtype) + batch.eps).sqrt()
+        ratio = (variance + batch.eps).sqrt() / running
+        distance = (mean - batch.running_mean) / running
+        # functions may return what a number may not be
+        rmax = _at(self.rmax, batch.step).to(mean).clamp(min=1)
+        dmax = _at(self.dmax, batch.step).to(mean).clamp(min=0)
+        r, d = _constant(ratio.clamp(1 / rmax, rmax)), _constant(distance.clamp(-dmax, dmax))
         weight, bias = batch.weight, batch.bias
         corrected = replace(
             batch,
@@ -150,7 +149,7 @@ class Renorm(Statistics):
 
 def _constant(values: Tensor) -> Tensor:
     """`values` without their history; forward-mode gradients are not stopped by no_grad."""
-    return _saved(values) if torch.compiler.is_compiling() else values.detach()
+    return _saved(values) if torch.compiler.is_compiling() and not captured() else values.detach()
 
 
 # What a compiler cannot look into it saves for the backward pass. Else it would compute r and d again, from running
@@ -181,7 +180,7 @@ class _Known:
     others: bool = False
 
     def moments(self, own: Callable[[], Moments]) -> Moments:
-        return own() if torch.is_grad_enabled() else self.known
+        return own() if torch.is_grad_enabled() or transformed() else self.known
 
     def sums(self, own: Tensor) -> Tensor:
         return own
