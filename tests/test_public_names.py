@@ -13,7 +13,7 @@ NAMES = (
     {"Affine", "Moments", "__version__", "batch_norm", "kernels", "keep_memory", "return_memory"}
     | {"BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
     | {"Ghost", "Population", "Ramp", "Renorm", "Sync", "domain"}
-    | {"adapt", "convert_sync", "freeze", "unfreeze", "upgrade", "virtual_batch"}
+    | {"adapt", "convert_sync", "downgrade", "freeze", "unfreeze", "upgrade", "virtual_batch"}
 )
 LAYERS = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from batchnorm.moments import Affine as Affine
     from batchnorm.moments import Moments as Moments
     from batchnorm.passes.convert_sync import convert_sync as convert_sync
+    from batchnorm.passes.downgrade import downgrade as downgrade
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
     from batchnorm.passes.upgrade import upgrade as upgrade
@@ -58,6 +59,7 @@ _HOME = {
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",
     "upgrade": "passes.upgrade",
+    "downgrade": "passes.downgrade",
     "virtual_batch": "passes.virtual_batch",
     "keep_memory": "memory",
     "return_memory": "memory",

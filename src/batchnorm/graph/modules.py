@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from torch import nn
 
@@ -11,6 +11,11 @@ from batchnorm.layers import _BatchNorm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMED = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+_MODULES: dict[str, type[nn.Module]] = {
+    **{name: kind for kind, name in _NAMED.items()},
+    "leaky_relu": nn.LeakyReLU,
+    "relu6": nn.ReLU6,
+}
 
 
 def is_ours(module: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -57,3 +62,30 @@ def activation_of(module: nn.Module) -> Activation:
 
 def leaky_relu(slope: float) -> Activation:
     return "leaky_relu" if slope == 0.01 else nn.LeakyReLU(slope)
+
+
+def module_of(activation: Activation) -> nn.Module | None:
+    """A module that is equivalent to `activation`, or None for a function."""
+    if isinstance(activation, nn.Module):
+        return activation
+    return _MODULES[activation]() if isinstance(activation, str) else None
+
+
+class Fused(NamedTuple):
+    """An activation that was fused into a layer, kept at its place for the way back."""
+
+    module: nn.Module
+    layer: _BatchNorm
+    activation: Activation  # of the layer, as long as this holds
+
+
+def stand_in(fused: Fused) -> nn.Identity:
+    """An Identity for the place of an activation that is fused."""
+    identity = nn.Identity().train(fused.module.training)
+    vars(identity)["fused"] = fused  # not as a child: it is not called
+    return identity
+
+
+def fused_at(module: nn.Module) -> Fused | None:
+    """What stood in the place of `module` before it was fused, if `module` is its stand_in."""
+    return vars(module).get("fused") if type(module) is nn.Identity else None

@@ -6,20 +6,23 @@ type(model).forward, and DataParallel copies the attributes. These would run the
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import importlib
 import inspect
 import math
+import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.kernels.reference import activate
+from batchnorm.kernels.call import Activation
+from batchnorm.kernels.reference import ACTIVATIONS, activate
 from batchnorm.layers import _BatchNorm
 
 _MARK = "_batchnorm_rewritten"
@@ -121,6 +124,18 @@ def is_rewritten(module: nn.Module) -> bool:
     return hasattr(type(module), _MARK)
 
 
+def restore(module: nn.Module) -> None:
+    """Give `module` its old forward back; its layers no longer apply what was fused.
+
+    Raises: Unwritable, if its class was changed again since it was rewritten.
+    """
+    kind = type(module)
+    if _MARK not in vars(kind):
+        raise Unwritable(f"its class became {kind.__name__} after its forward was rewritten")
+    assert kind.__base__ is not None
+    _restore(module, kind.__base__, vars(kind)[_MARK])
+
+
 def check_writable(module: nn.Module) -> None:
     """Raises: Unwritable, if a subclass would change more than the forward."""
     kind = type(module)
@@ -154,6 +169,50 @@ def add_residual(layer: _BatchNorm, x: Tensor, residual: Any, in_place: bool) ->
     finally:
         layer.activation = activation
     return activate(output + residual, activation)
+
+
+def split_calls(module: fx.GraphModule, layer: _BatchNorm) -> bool:
+    """Let the graph of `module` add and activate after each call of `layer`, which did so itself.
+
+    Returns: whether it calls it.
+
+    Raises: Unwritable, if the activation cannot be written into a graph.
+    """
+    paths = {name for name, each in module.named_modules(remove_duplicate=False) if each is layer}
+    called, graph = False, copy.deepcopy(module.graph)
+    for node in list(graph.nodes):
+        if node.op == "call_module":
+            path, arguments = str(node.target), (*node.args, None)[:2]
+        elif node.target is add_residual:
+            path, arguments = str(node.args[0].target), node.args[1:3]
+        else:
+            continue
+        if path in paths:
+            called = True
+            _split(node, path, arguments, layer.activation)
+    if called:
+        module.graph = graph
+    return called
+
+
+def _split(node: fx.Node, path: str, arguments: Sequence[Any], activation: Activation) -> None:
+    graph, (x, residual) = node.graph, arguments
+    with graph.inserting_before(node):
+        new = graph.call_module(path, (x,))
+        if residual is not None:
+            new = graph.call_function(operator.add, (new, residual))
+        match activation:
+            case nn.LeakyReLU(negative_slope=slope):
+                new = graph.call_function(nn.functional.leaky_relu, (new, slope))
+            case str(name):
+                new = graph.call_function(ACTIVATIONS[name], (new,))
+            case other:
+                raise Unwritable(f"its activation {other!r} cannot be written into a graph")
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr" and not argument.users:
+            graph.erase_node(argument)
 
 
 def _find(module: nn.Module, path: str) -> nn.Module | None:

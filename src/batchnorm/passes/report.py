@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Outcome = Literal["fused", "swapped", "synchronized", "frozen", "unfrozen", "left alone"]
+Outcome = Literal["fused", "swapped", "synchronized", "frozen", "unfrozen", "downgraded", "left alone"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class LayerReport:
 
     Args:
         name: its path in the model; "" is the model itself.
-        outcome: "fused", "swapped", "synchronized", "frozen", "unfrozen" or "left alone".
-        what: what was fused into it ("relu", "residual, relu"), or what of it was frozen.
+        outcome: "fused", "swapped", "synchronized", "frozen", "unfrozen", "downgraded" or "left alone".
+        what: what was fused into it ("relu", "residual, relu"), what of it was frozen, or torch's class that it became.
         why: why it was not fused, or left alone.
 
     Example:

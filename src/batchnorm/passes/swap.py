@@ -1,4 +1,4 @@
-"""Convert a layer of torch's to ours by changing its class; the object stays the same.
+"""Convert a layer of torch's to ours, and back, by changing its class; the object stays the same.
 
 So all references stay valid: those of several parents, of an optimizer (to its parameters), of hooks and of lists in
 the model's forward. torch.nn.utils.parametrize changes a module's class in the same way.
@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from batchnorm import layers
 from batchnorm.graph.modules import activation_of, has_hooks, is_ours, is_patched
 from batchnorm.layers import _BatchNorm
+from batchnorm.running.buffers import narrow
+from batchnorm.statistics.population import thawed
 from batchnorm.statistics.sync import Sync
 
 OURS: dict[type[nn.Module], type[_BatchNorm]] = {
@@ -88,6 +90,21 @@ def swap(layer: nn.Module) -> None:
         activation = None if has_hooks(act) else activation_of(act)
         # not as a child: it is registered as `act` already, and must not be in the state_dict twice
         vars(layer)["activation"] = activation if isinstance(activation, str) else act
+
+
+def swap_back(layer: _BatchNorm, kind: type[nn.Module]) -> None:
+    """Convert `layer` to torch's or timm's `kind`: the same object, parameters, buffers and hooks."""
+    group = getattr(thawed(layer.statistics), "process_group", None)
+    ours, theirs = (vars(each(1, affine=False, track_running_stats=False)) for each in (type(layer), kind))
+    for name in (*ours.keys() - theirs.keys(), "activation"):
+        vars(layer).pop(name, None)
+    layer._modules.pop("activation", None)
+    layer._buffers.pop("num_batches_skipped", None)
+    layer._non_persistent_buffers_set.discard("num_batches_skipped")
+    narrow(layer)
+    if kind is nn.SyncBatchNorm:
+        vars(layer)["process_group"] = group
+    layer.__class__ = kind  # type: ignore[assignment]
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

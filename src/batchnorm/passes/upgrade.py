@@ -11,7 +11,7 @@ from torch import fx, nn
 from batchnorm.graph import rewrite
 from batchnorm.graph.call_graph import MODES, CallGraph, Tails, Traced
 from batchnorm.graph.chain import Chain, Unfusable, activation_module, follow
-from batchnorm.graph.modules import has_hooks, is_normalization, is_ours
+from batchnorm.graph.modules import Fused, has_hooks, is_normalization, is_ours, stand_in
 from batchnorm.graph.trace import Trace, is_plain_identity, is_sequential
 from batchnorm.layers import _BatchNorm
 from batchnorm.passes.report import LayerReport, Report
@@ -160,7 +160,7 @@ def _in_sequential(layer: _BatchNorm, owner: nn.Module, name: str, calls: CallGr
     if any(follower in trace.called for traced in calls.traced.values() for trace in traced.by_mode.values()):
         raise Unfusable(f"{type(follower).__name__}, which follows, is called from elsewhere too")
     layer.activation = activation
-    owner._modules[name] = nn.Identity().train(follower.training)
+    owner._modules[name] = stand_in(Fused(follower, layer, activation))
     return Fusion(str(activation))
 
 

@@ -39,6 +39,15 @@ def widen(module: nn.Module) -> None:
             module._buffers[name] = values.to(wide(values.dtype)).contiguous()
 
 
+def narrow(module: nn.Module) -> None:
+    """Make the running statistics of `module` as wide as its weight, as torch's layers keep them."""
+    weight = module._parameters["weight"]
+    for name in STATISTICS:
+        values = module._buffers[name]
+        if values is not None and weight is not None:
+            module._buffers[name] = values.to(weight.dtype)
+
+
 def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
     """`apply`, nn.Module's own, after which running statistics are on another device but not of a narrower dtype.
 

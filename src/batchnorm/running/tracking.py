@@ -78,6 +78,10 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         """Whether the layer has running statistics of the domain called `name`."""
         return name is None or name in self._domains()
 
+    def domain_names(self) -> list[str]:
+        """The domains of which the layer has running statistics, beside its own."""
+        return list(self._domains())
+
     def remove_domain(self, name: str) -> None:
         """Drop the running statistics called `name`, if there are any."""
         self._domains().pop(name, None)
