@@ -259,7 +259,11 @@ class _BatchNorm(Tracking):
         arguments = (input,) if residual is None and mask is None else (input, residual)
         arguments = arguments if mask is None else (*arguments, mask)
         path = proxy.tracer.path_of_module(self)
-        return cast(Tensor, proxy.tracer.create_proxy("call_module", path, arguments, {}))
+        if type(self).forward is _BatchNorm.forward:
+            return cast(Tensor, proxy.tracer.create_proxy("call_module", path, arguments, {}))
+        # a call from a subclass's forward, which is being traced: the module's would be that forward again
+        layer = proxy.tracer.create_proxy("get_attr", path, (), {})
+        return cast(Tensor, proxy.tracer.create_proxy("call_function", inherited, (layer, *arguments), {}))
 
     def extra_repr(self) -> str:
         """Torch's, and what else is set; an activation that is a module prints itself."""
@@ -319,6 +323,11 @@ class BatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank will do; functional.normalise refuses less than 2."""
+
+
+def inherited(layer: _BatchNorm, *arguments: Any) -> Tensor:
+    """The forward that the class of `layer` inherits from ours; a graph calls it."""
+    return _BatchNorm.forward(layer, *arguments)
 
 
 def _check_options(statistics: Statistics | None, on_single: str) -> None:

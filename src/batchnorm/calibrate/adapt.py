@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm import functional
 from batchnorm.calibrate.batches import Forward, run_batches
-from batchnorm.graph.modules import is_ours, layers_of
+from batchnorm.graph.modules import layers_of
 from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments, positions
 from batchnorm.running.domain import active, domain
@@ -27,13 +27,13 @@ class _SavedStatistics:
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         self._layer, self._domain = layer, active()
-        self.is_new = is_ours(layer) and not layer.has_domain(
+        self.is_new = isinstance(layer, _BatchNorm) and not layer.has_domain(
             self._domain
         )  # its statistics are the initial ones
         self._values = [values.clone() for values in _running(layer)]
 
     def restore(self) -> None:
-        if self.is_new and is_ours(self._layer) and self._domain is not None:
+        if self.is_new and isinstance(self._layer, _BatchNorm) and self._domain is not None:
             self._layer.remove_domain(self._domain)
             return
         with domain(self._domain):
@@ -126,7 +126,7 @@ def adapt(
     """
     if not prior >= 0:
         raise ValueError(f"prior is a number of samples, 0 or more, got {prior}")
-    if active() is not None and any(not is_ours(layer) for layer in layers_of(model).values()):
+    if active() is not None and any(not isinstance(layer, _BatchNorm) for layer in layers_of(model).values()):
         raise ValueError(f"torch's layers have no domains, {active()!r} among them: bn.upgrade(model) first")
     layers = {name: layer for name, layer in layers_of(model).items() if layer.running_mean is not None}
     collectors = {layer: _Collector() for layer in layers.values()}
@@ -154,7 +154,9 @@ def adapt(
         ):
             assert source is not None
             buffer.copy_(source.to(target.dtype).flatten().lerp(target, share))
-        if before[-1].is_new and is_ours(layer):  # or the first batch that trains it would take their place
+        if before[-1].is_new and isinstance(
+            layer, _BatchNorm
+        ):  # or the first batch that trains it would take their place
             layer.set_num_batches_tracked(collectors[layer].batches)
     return Adaptation(before, max(collector.samples for collector in collectors.values()))
 
@@ -188,14 +190,16 @@ class _Collector:
 
 @contextmanager
 def _collecting(collectors: dict[nn.modules.batchnorm._BatchNorm, _Collector]) -> Iterator[None]:
-    """Let the layers normalise by the batch and collect its moments; running statistics are not updated."""
+    """Let the layers normalise by the batch and collect its moments; running statistics are as before afterwards."""
     settings = {layer: _settings(layer) for layer in collectors}
+    # a forward of somebody's own may move them all the same
+    buffers = [(each, each.clone()) for layer in collectors for each in layer.buffers()]
     hooks = []
     try:
         for layer, collector in collectors.items():
             hooks.append(layer.register_forward_hook(_make_hook(collector), with_kwargs=True))
             layer.track_running_stats = False  # in training: batch statistics, no running update
-            if is_ours(layer):
+            if isinstance(layer, _BatchNorm):
                 layer.statistics = _sync(layer)
         yield
     finally:
@@ -203,11 +207,14 @@ def _collecting(collectors: dict[nn.modules.batchnorm._BatchNorm, _Collector]) -
             hook.remove()
         for layer, values in settings.items():
             vars(layer).update(values)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _sync(layer: nn.Module) -> Sync | None:
     """The Sync of a layer, frozen or not; None if it has other statistics."""
-    statistics = thawed(layer.statistics) if is_ours(layer) else None
+    statistics = thawed(layer.statistics) if isinstance(layer, _BatchNorm) else None
     return statistics if isinstance(statistics, Sync) else None
 
 
@@ -245,7 +252,7 @@ def _target(name: str, layer: nn.modules.batchnorm._BatchNorm, collector: _Colle
 
 
 def _running(layer: nn.modules.batchnorm._BatchNorm) -> Running:
-    if is_ours(layer):
+    if isinstance(layer, _BatchNorm):
         return layer.running_statistics()
     assert layer.running_mean is not None and layer.running_var is not None
     return layer.running_mean, layer.running_var

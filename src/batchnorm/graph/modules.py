@@ -19,7 +19,8 @@ _MODULES: dict[str, type[nn.Module]] = {
 
 
 def is_ours(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    return isinstance(module, _BatchNorm)
+    """Whether `module` does what our layers do: a subclass with a forward of its own may do anything."""
+    return isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
 
 
 def is_normalization(module: nn.Module) -> bool:

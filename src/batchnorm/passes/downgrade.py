@@ -9,7 +9,7 @@ from torch import nn
 
 from batchnorm import layers
 from batchnorm.graph import rewrite
-from batchnorm.graph.modules import activation_of, fused_at, is_normalization, is_ours, module_of
+from batchnorm.graph.modules import activation_of, fused_at, is_normalization, module_of
 from batchnorm.graph.trace import is_sequential
 from batchnorm.layers import _BatchNorm
 from batchnorm.passes.report import LayerReport, Report
@@ -66,7 +66,7 @@ def downgrade(model: M, *, sync: bool = True) -> tuple[M, Report]:
     if not isinstance(cast(object, model), nn.Module):
         raise TypeError(f"downgrade takes a torch.nn.Module, not {type(model).__name__}")
     found = {each: name for name, each in model.named_modules() if is_normalization(each)}
-    ours = {each: name for each, name in found.items() if is_ours(each)}
+    ours = {each: name for each, name in found.items() if isinstance(each, _BatchNorm)}
     activations = {layer: layer.activation for layer in ours}
     with unchanged_on_failure(model):
         kinds, reasons = {}, _restore_forwards(model)

@@ -54,6 +54,8 @@ def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] 
         return "is lazy: run a batch through the model first"
     if kind is nn.SyncBatchNorm and kind not in ours:
         return "is SyncBatchNorm: bn.convert_sync makes it ours"
+    if isinstance(layer, _BatchNorm):
+        return f"is {kind.__name__} of {kind.__module__}, which has a forward of its own"
     if kind not in ours and not _is_timm(layer):
         return f"is {kind.__name__} of {kind.__module__}, not exactly a layer of torch's"
     if is_patched(layer):

@@ -83,12 +83,13 @@ def virtual_batch(
     if not batches:
         raise ValueError("virtual_batch needs at least one micro-batch")
     layers = layers_of(model)
-    torch_layers = [
+    others = [
         name or "the model itself" for name, layer in layers.items() if layer.training and not is_ours(layer)
     ]
-    if torch_layers:
+    if others:
         raise ValueError(
-            f"{', '.join(torch_layers)}: layers of torch's see one micro-batch at a time; bn.upgrade(model) first"
+            f"{', '.join(others)}: layers of torch's, and those with a forward of their own, see one micro-batch at a "
+            "time; bn.upgrade(model) first, whose report says what it leaves alone and why"
         )
     our_layers = {layer for layer in layers.values() if is_ours(layer)}
     calls = [_Call() for _ in batches]
