@@ -60,7 +60,7 @@ def test_a_pass_that_cannot_do_without_ours_refuses_it_by_name(run, kind):
 def test_a_virtual_batch_refuses_it_by_name(kind):
     model = model_of(kind)
     with (
-        pytest.raises(ValueError, match="^1: layers of torch's, and those with a forward of their own"),
+        pytest.raises(ValueError, match=r"^1: layers of torch's, and those with a forward of their own"),
         bn.virtual_batch(model, X.split(4)),
     ):
         pass
@@ -112,7 +112,7 @@ MUTATIONS = [
     ),
     Mutation(
         "adapt lets buffers move", "calibrate/adapt.py",
-        "                buffer.copy_(value)\n", "                pass\n",
+        "in buffers:\n                buffer.copy_(value)", "in buffers:\n                pass",
         "a forward that asks nobody moves them while samples pass through",
     ),
 ]  # fmt: skip
