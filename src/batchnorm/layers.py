@@ -19,7 +19,7 @@ from batchnorm.kernels.observers import recomputing
 from batchnorm.kernels.reference import activation_function
 from batchnorm.layer_path import name_of, qualified_name
 from batchnorm.moments import positions
-from batchnorm.running.buffers import RunningStatistics, flat, rate_of_next
+from batchnorm.running.buffers import RunningStatistics, flat
 from batchnorm.running.tracking import Tracking
 from batchnorm.statistics.batch import Batch, Statistics
 from batchnorm.statistics.population import Population
@@ -167,8 +167,8 @@ class _BatchNorm(Tracking):
             mean, var = flat(holder)
             batches = holder._buffers["num_batches_tracked"]
         by_batch = self.training or (mean is None and var is None)
-        if by_batch and mean is not None and var is not None and not recomputing():
-            rate = rate_of_next(self.momentum, batches, self.debiased)
+        if by_batch and holder is not None and mean is not None and not recomputing():
+            rate = self.rate_of_next(holder)
         call = Call(by_batch, self.eps, self.activation, mean, var, rate, batches, mask)
         try:
             if self.statistics is None or not self.training:
@@ -178,6 +178,7 @@ class _BatchNorm(Tracking):
         except functional.OneValueError:
             if self.on_single == "raise" or mean is None or holder is None or not self.owns(holder):
                 raise
+            self._warn_of_single(holder)
             call = Call(False, self.eps, self.activation, mean, var, mask=mask)
             output = functional.normalise(input, weight, bias, residual, call)
         if call.rate is not None:
@@ -218,7 +219,10 @@ class _BatchNorm(Tracking):
         return output
 
     def _follows_batches(self) -> bool:
-        return self.training and not isinstance(self.statistics, Population)
+        return self.training and not self._frozen()
+
+    def _frozen(self) -> bool:
+        return isinstance(self.statistics, Population)
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias; as attributes, each costs a microsecond."""

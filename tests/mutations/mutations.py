@@ -381,7 +381,7 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoint guard removed", "layers.py",
-        "and var is not None and not recomputing():", "and var is not None:",
+        "and mean is not None and not recomputing():", "and mean is not None:",
         "a checkpointed batch counts twice", CHECKPOINTING,
     ),
     Mutation(

@@ -30,7 +30,7 @@ class _SavedStatistics:
         self.is_new = isinstance(layer, _BatchNorm) and not layer.has_domain(
             self._domain
         )  # its statistics are the initial ones
-        self._values = [values.clone() for values in _running(layer)]
+        self._values = [values.clone() for values in _buffers(layer)]
 
     def restore(self) -> None:
         if self.is_new and isinstance(self._layer, _BatchNorm) and self._domain is not None:
@@ -38,7 +38,7 @@ class _SavedStatistics:
             return
         with domain(self._domain):
             # look up the buffers again, as the layer may have been moved or loaded
-            for buffer, value in zip(_running(self._layer), self._values, strict=True):
+            for buffer, value in zip(_buffers(self._layer), self._values, strict=True):
                 buffer.copy_(value)
 
 
@@ -154,10 +154,10 @@ def adapt(
         ):
             assert source is not None
             buffer.copy_(source.to(target.dtype).flatten().lerp(target, share))
-        if before[-1].is_new and isinstance(
-            layer, _BatchNorm
-        ):  # or the first batch that trains it would take their place
-            layer.set_num_batches_tracked(collectors[layer].batches)
+        if isinstance(layer, _BatchNorm):  # or the first batch that trains it would take their place
+            if before[-1].is_new:
+                layer.set_num_batches_tracked(collectors[layer].batches)
+            layer.take_over()
     return Adaptation(before, max(collector.samples for collector in collectors.values()))
 
 
@@ -256,3 +256,11 @@ def _running(layer: nn.modules.batchnorm._BatchNorm) -> Running:
         return layer.running_statistics()
     assert layer.running_mean is not None and layer.running_var is not None
     return layer.running_mean, layer.running_var
+
+
+def _buffers(layer: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:
+    """The running statistics of the active domain, and their number, where it is counted."""
+    statistics = _running(layer)
+    holder = layer.active_statistics() if isinstance(layer, _BatchNorm) else layer
+    batches = holder.num_batches_tracked
+    return [*statistics, *([] if batches is None else [batches])]

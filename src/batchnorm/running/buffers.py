@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -24,6 +25,31 @@ def rate_of_next(momentum: float | None, batches: Tensor | None, debiased: bool)
     if not debiased or batches is None or momentum == 0:
         return momentum
     return momentum / (1 - (1 - momentum) ** (batches + 1).double())
+
+
+def established(momentum: float | None) -> int:
+    """As how many batches statistics count that came without a number, where the rate depends on it.
+
+    So many that an exponential average has forgotten what it began with, to a thousandth; and that the next batch
+    enters a cumulative one at torch's default rate, a tenth.
+    """
+    if momentum is None:
+        return 9
+    return math.ceil(math.log(1e-3) / math.log1p(-momentum)) if 0 < momentum < 1 else 1
+
+
+def untouched(holder: nn.Module) -> Tensor | None:
+    """Whether the statistics of `holder` are those a layer begins with, a 0-dimensional bool; None without any."""
+    mean, var = holder._buffers["running_mean"], holder._buffers["running_var"]
+    return None if mean is None or var is None else ((mean == 0) & (var == 1)).all()
+
+
+def establish(holder: nn.Module, momentum: float | None) -> None:
+    """Let the statistics of `holder`, which have come from elsewhere, count as `established` if they have no number."""
+    batches, new = holder._buffers["num_batches_tracked"], untouched(holder)
+    if batches is not None and new is not None:
+        unknown = (batches == 0) & ~new
+        batches.copy_(torch.where(unknown, established(momentum), batches))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -80,6 +106,7 @@ class RunningStatistics(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    given: bool = False  # whether they have come from elsewhere since the last batch, see `establish`
 
     def __init__(self, like: Tensor, name: str) -> None:
         super().__init__()
@@ -102,3 +129,4 @@ class RunningStatistics(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         widen(self)
+        self.given = True

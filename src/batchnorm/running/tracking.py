@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from batchnorm.kernels.call import Call
 from batchnorm.kernels.observers import transformed
 from batchnorm.layer_path import forget_name, qualified_name
-from batchnorm.running.buffers import RunningStatistics, apply_widely, flat, widen
+from batchnorm.running.buffers import (
+    RunningStatistics,
+    apply_widely,
+    establish,
+    flat,
+    rate_of_next,
+    untouched,
+    widen,
+)
 from batchnorm.running.domain import active
 
 
@@ -21,6 +29,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
 
     num_batches_skipped: Tensor | None
     domains: nn.ModuleDict
+    given: bool = False  # whether running statistics have come from elsewhere since the last batch
     debiased: bool = False
     on_single: Literal["raise", "running"] = "raise"
 
@@ -32,6 +41,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         # not in the state_dict, whose keys are torch's
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
         self._warned_of_skipped = False
+        self._single_batches = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return forget_name(vars(self))
@@ -94,6 +104,21 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         if batches is not None:
             batches.fill_(count)
 
+    def take_over(self) -> None:
+        """Let the statistics of the active domain, which have come from elsewhere, be more than a beginning.
+
+        An average that is debiased, or cumulative, would forget them at the first batch if it has seen none.
+        """
+        self.active_statistics().given = True
+
+    def rate_of_next(self, statistics: Tracking | RunningStatistics) -> float | Tensor:
+        """The weight of the next batch in `statistics`, see buffers.rate_of_next."""
+        if statistics.given and (self.debiased or self.momentum is None) and not self._frozen():
+            establish(statistics, self.momentum)
+            if not torch.compiler.is_compiling():  # compiled code may not run now
+                statistics.given = False
+        return rate_of_next(self.momentum, statistics._buffers["num_batches_tracked"], self.debiased)
+
     def _domains(self) -> dict[str, RunningStatistics]:
         return cast(dict[str, RunningStatistics], getattr(self._modules.get("domains"), "_modules", {}))
 
@@ -132,14 +157,11 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         return super().train(mode)
 
     def _warn_of_skipped(self, skipped: Tensor) -> None:
-        """Warn, once, if `skipped` is not 0, and if its value can be asked for: not compiled, traced or mapped."""
+        """Warn, once, if `skipped` is not 0, and if that can be asked for: not compiled, traced or mapped."""
         # compiling first: compiled code that had read the flag would be compiled again once it is set
-        if torch.compiler.is_compiling() or self._warned_of_skipped or skipped.is_meta:
+        if torch.compiler.is_compiling() or self._warned_of_skipped:
             return
-        try:
-            self._warned_of_skipped = bool(skipped)
-        except RuntimeError:
-            return
+        self._warned_of_skipped = bool(_known(skipped))
         if self._warned_of_skipped:
             warnings.warn(
                 f"layer {qualified_name(self)} saw a batch whose mean or variance is inf or nan: its running "
@@ -149,8 +171,37 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
                 stacklevel=2,
             )
 
+    def _warn_of_single(self, statistics: Tracking | RunningStatistics) -> None:
+        """Warn, once, when a second batch of one value per channel comes to `statistics` that no batch has entered."""
+        if torch.compiler.is_compiling() or self._single_batches > 1:
+            return
+        self._single_batches += 1
+        if self._single_batches > 1 and _known(untouched(statistics)):
+            warnings.warn(
+                f"layer {qualified_name(self)} has seen only batches of one value per channel, which it normalises by "
+                "running statistics that no batch has entered, a mean of 0 and a variance of 1: give it larger "
+                "batches, or statistics (load_state_dict, bn.adapt); this warning is given once",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _frozen(self) -> bool:
+        """Whether the running statistics stay as they are in training too."""
+        return False
+
     def reset_running_stats(self) -> None:
-        """As torch's, in every domain; also forget the batches that were skipped."""
+        """As torch's, in every domain; also forget the batches that were skipped.
+
+        A frozen layer keeps its statistics, and warns: no batch would ever replace them.
+        """
+        if self._frozen() and _known(untouched(self)) is False:
+            warnings.warn(
+                f"layer {qualified_name(self)} is frozen and keeps its running statistics: bn.unfreeze(model) first, "
+                "if they are to be reset or estimated again (torch.optim.swa_utils.update_bn)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
         super().reset_running_stats()
         for statistics in self._domains().values():
             statistics.reset()
@@ -168,7 +219,9 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         skipped = self.num_batches_skipped
         apply_widely(self, lambda: super(Tracking, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         if skipped is not None and skipped.is_meta:
-            self._forget_skipped()  # what was materialised is arbitrary, and no checkpoint brings a value
+            # what was materialised is arbitrary; no checkpoint brings the counter, and a frozen layer is not reset
+            super().reset_running_stats()
+            self._forget_skipped()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -180,6 +233,15 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         widen(self)  # load_state_dict(assign=True) takes the checkpoint's tensors as they are
         if f"{prefix}running_mean" in state_dict:
             self._forget_skipped()
+            self.given = True
+
+
+def _known(value: Tensor | None) -> bool | None:
+    """A bool tensor's value; None where it has none, or none that can be asked for."""
+    try:
+        return None if value is None or value.is_meta else bool(value)
+    except RuntimeError:
+        return None
 
 
 def _domains_in(state_dict: dict[str, Any], prefix: str) -> set[str]:
