@@ -75,6 +75,14 @@ def layers():
     train(bn.BatchNorm2d(4, activation="silu", momentum=None), (8, 4, 3, 3))
     train(bn.BatchNorm3d(4, debiased=True), (4, 4, 2, 3, 3))
     train(bn.BatchNorm((4, 3)), (8, 4, 3))
+    for lazy, shape in (
+        (bn.LazyBatchNorm1d, (8, 4)),
+        (bn.LazyBatchNorm2d, (8, 4, 3, 3)),
+        (bn.LazyBatchNorm3d, (4, 4, 2, 3, 3)),
+    ):
+        layer = lazy(activation="relu")
+        layer(torch.randn(shape))
+        train(layer, shape)
     limits = bn.Renorm(bn.Ramp(1, 3, 0, 10), bn.Ramp(0, 5, 0, 10))
     for statistics in (bn.Ghost(4), bn.Sync(), bn.Population(), limits, bn.Renorm.scheduled()):
         train(bn.BatchNorm2d(4, statistics=statistics), (8, 4, 3, 3))
@@ -108,6 +116,8 @@ def passes():
     model, report = bn.unfreeze(model)
     model(x)
     assert not model[0][1].running_mean.equal(before)
+    model, report = bn.downgrade(model, sync=False)
+    assert report.count("downgraded") == 2 and type(model[0][2]) is nn.ReLU
 
 
 def process():

@@ -12,6 +12,7 @@ from tests.mutations.mutation import Mutation
 NAMES = (
     {"Affine", "Moments", "__version__", "batch_norm", "kernels", "keep_memory", "return_memory"}
     | {"BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
+    | {"LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"}
     | {"Ghost", "Population", "Ramp", "Renorm", "Sync", "domain"}
     | {"adapt", "convert_sync", "downgrade", "freeze", "unfreeze", "upgrade", "virtual_batch"}
 )

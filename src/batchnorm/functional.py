@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.kernels import dispatch
 from batchnorm.kernels.call import Activation, Call
@@ -65,8 +66,9 @@ def batch_norm(
         ValueError: one value per channel when training; eps ≤ 0 when training; only one running statistic
             given; an unknown activation; a residual or a mask of another shape.
         TypeError: a mask that is neither bool nor lengths.
-        RuntimeError: a per-channel argument whose shape is not (C,); no running statistics when not training;
-            an input of less than 2 dimensions, unless that is an IndexError.
+        RuntimeError: a per-channel argument whose shape is not (C,); no running statistics when not training, or one
+            that requires a gradient; an update of running statistics within torch.func's transforms; an input of less
+            than 2 dimensions, unless that is an IndexError.
         IndexError: as torch's, an input of less than 2 dimensions when training without running statistics.
         NotImplementedError: an input that is not floating point.
 
@@ -79,6 +81,23 @@ def batch_norm(
         >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True).add(x).relu(), atol=1e-5)
         True
     """
+    tensors = input, running_mean, running_var, weight, bias, residual, mask
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            batch_norm,
+            tensors,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            activation=activation,
+            residual=residual,
+            mask=mask,
+        )
     if mask is not None:
         mask = positions(mask, input)
     tracked = training and running_mean is not None and running_var is not None
@@ -119,7 +138,16 @@ def update(
         or (not isinstance(moments.count, Tensor) and moments.count == 0)
     ):
         return None
-    return track(moments, running_mean, running_var, rate, batches)
+    try:
+        return track(moments, running_mean, running_var, rate, batches)
+    except RuntimeError as error:
+        if not transformed():
+            raise
+        raise RuntimeError(
+            "running statistics cannot be updated here: they are not among what torch.func transforms. Make the layer "
+            "with track_running_stats=False, call .eval(), or hand buffers over with the parameters: "
+            "torch.func.functional_call(model, (parameters, buffers), input), under vmap those of stack_module_state"
+        ) from error
 
 
 class OneValueError(ValueError):
@@ -182,6 +210,13 @@ def _check(
         group = call.group
         if count_per_channel(input[:group] if group else input) == 1:
             raise _one_value(input)
+    if torch.is_grad_enabled():
+        for name, values in (("running_mean", running_mean), ("running_var", running_var)):
+            if values is not None and values.requires_grad:
+                raise RuntimeError(
+                    f"batch_norm is not differentiable with respect to argument '{name}', a constant, which cannot "
+                    f"have requires_grad True: pass {name}.detach()"
+                )
     eps = call.eps
     if eps <= 0 if training else eps < 0:
         raise ValueError(

@@ -247,7 +247,7 @@ def _subclass(base: Any, rewriting: Rewriting) -> type[nn.Module]:
         reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
         constructor, (kind, *rest), *state = reduced
         assert constructor is copyreg.__newobj__ and kind is type(self)  # type: ignore[attr-defined]
-        return _reconstruct, (base, rewriting, *rest), *state
+        return reconstruct, (base, rewriting, *rest), *state
 
     names = {
         "forward": forward,
@@ -260,7 +260,8 @@ def _subclass(base: Any, rewriting: Rewriting) -> type[nn.Module]:
     return types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(names))
 
 
-def _reconstruct(base: Any, rewriting: Rewriting, *args: Any) -> nn.Module:
+def reconstruct(base: Any, rewriting: Rewriting, *args: Any) -> nn.Module:
+    """What the pickle of a rewritten module calls; it runs the code that the pickle holds, as any pickle may."""
     kind = _subclass(base, rewriting)
     return kind.__new__(kind, *args)
 

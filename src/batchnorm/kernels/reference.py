@@ -117,8 +117,9 @@ def batch_norm(
     if not call.training:
         assert call.statistics is not None
         mean, variance = call.statistics
-        # a copy, for autograd may keep it and a later batch moves the buffer
-        return normalise(x, (mean.clone(), variance), weight, bias, call.eps), None
+        # constants, also to forward-mode gradients; a copy, for autograd may keep it and a later batch moves the buffer
+        constants = mean.detach().clone(), variance.detach()
+        return normalise(x, constants, weight, bias, call.eps), None
 
     def own() -> Moments:
         return moments(x, call.mask, call.group)

@@ -101,8 +101,6 @@ def swap_back(layer: _BatchNorm, kind: type[nn.Module]) -> None:
     for name in (*ours.keys() - theirs.keys(), "activation"):
         vars(layer).pop(name, None)
     layer._modules.pop("activation", None)
-    layer._buffers.pop("num_batches_skipped", None)
-    layer._non_persistent_buffers_set.discard("num_batches_skipped")
     narrow(layer)
     if kind is nn.SyncBatchNorm:
         vars(layer)["process_group"] = group

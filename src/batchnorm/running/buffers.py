@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -61,7 +62,7 @@ def widen(module: nn.Module) -> None:
     """Make the running statistics of `module` float32 or wider, and contiguous: those of activations are seen flat."""
     for name in STATISTICS:
         values = module._buffers[name]
-        if values is not None:
+        if values is not None and not is_lazy(values):
             module._buffers[name] = values.to(wide(values.dtype)).contiguous()
 
 
@@ -83,7 +84,9 @@ def apply_widely(module: nn.Module, apply: Callable[[], object]) -> None:
     apply()
     for name, values in before.items():
         after = module._buffers[name]
-        if values is not None and after is not None and after.dtype != wide(after.dtype):
+        if values is None or after is None or is_lazy(after):
+            continue
+        if after.dtype != wide(after.dtype):
             module._buffers[name] = values.to(after.device, wide(after.dtype))
     widen(module)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels.call import Call
-from batchnorm.kernels.observers import transformed
+from batchnorm.kernels.observers import captured, transformed
 from batchnorm.layer_path import forget_name, qualified_name
 from batchnorm.running.buffers import (
     RunningStatistics,
@@ -27,9 +27,12 @@ from batchnorm.running.domain import active
 class Tracking(nn.modules.batchnorm._BatchNorm):
     """torch's layer as far as running statistics go; see docs/numerics.md for what they are."""
 
-    num_batches_skipped: Tensor | None
+    # no buffer: neither state_dict() nor buffers() has others than torch's layers have
+    num_batches_skipped: Tensor | None = None
     domains: nn.ModuleDict
     given: bool = False  # whether running statistics have come from elsewhere since the last batch
+    _warned_of_skipped: bool = False
+    _single_batches: int = 0
     debiased: bool = False
     on_single: Literal["raise", "running"] = "raise"
 
@@ -37,10 +40,10 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         """What torch's constructor leaves to do, and a layer of torch's lacks."""
         widen(self)
         mean = self.running_mean
-        skipped = None if mean is None else torch.zeros((), dtype=torch.long, device=mean.device)
-        # not in the state_dict, whose keys are torch's
-        self.register_buffer("num_batches_skipped", skipped, persistent=False)
-        self._warned_of_skipped = False
+        self.num_batches_skipped = (
+            None if mean is None else torch.zeros((), dtype=torch.long, device=mean.device)
+        )
+        self._warned_of_skipped = self.given = False
         self._single_batches = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,8 +148,12 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         skipped = ~torch.as_tensor(call.updated)
         if isinstance(moments.count, Tensor):
             skipped = skipped & (moments.count > 0).any()  # of padding alone it says nothing
-        if self.num_batches_skipped is not None and not _mapped(skipped, self.num_batches_skipped):
-            self.num_batches_skipped.add_(skipped)
+        counter = self.num_batches_skipped
+        if counter is None or captured() or transformed():
+            return
+        # a tracer's fake of what is no buffer does not exist
+        if torch.compiler.is_dynamo_compiling() or type(skipped) is type(counter):
+            counter.add_(skipped.to(counter.device))  # which only parameters and buffers may have left
             if skipped.device.type == "cpu":
                 self._warn_of_skipped(skipped)
 
@@ -208,20 +215,25 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         self._forget_skipped()
 
     def _forget_skipped(self) -> None:
-        skipped = self._buffers.get("num_batches_skipped")  # torch's constructor resets before it exists
-        if skipped is not None and self.running_mean is not None:
-            if skipped.device != self.running_mean.device:  # the statistics were assigned to a layer on meta
-                self.num_batches_skipped = torch.empty_like(skipped, device=self.running_mean.device)
-            self._buffers["num_batches_skipped"].zero_()  # type: ignore[union-attr]
+        skipped, mean = (
+            self.num_batches_skipped,
+            self.running_mean,
+        )  # torch's constructor resets before it exists
+        if skipped is not None and mean is not None:
+            if skipped.device != mean.device:  # the statistics were assigned to a layer on meta
+                self.num_batches_skipped = skipped = torch.empty_like(skipped, device=mean.device)
+            skipped.zero_()
             self._warned_of_skipped = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        skipped = self.num_batches_skipped
         apply_widely(self, lambda: super(Tracking, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        if skipped is not None and skipped.is_meta:
-            # what was materialised is arbitrary; no checkpoint brings the counter, and a frozen layer is not reset
-            super().reset_running_stats()
-            self._forget_skipped()
+        skipped = self.num_batches_skipped
+        if skipped is not None:
+            self.num_batches_skipped = fn(skipped)
+            if skipped.is_meta:
+                # what was materialised is arbitrary; no checkpoint brings the counter, and a frozen layer is not reset
+                super().reset_running_stats()
+                self._forget_skipped()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -248,9 +260,3 @@ def _domains_in(state_dict: dict[str, Any], prefix: str) -> set[str]:
     """The names of the domains that a layer has in `state_dict`."""
     prefix += "domains."
     return {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
-
-
-def _mapped(one: Tensor, other: Tensor) -> bool:
-    """Whether `one` stands for several under vmap and `other` does not: the counter, which is in no state_dict."""
-    batched = torch._C._functorch.is_batchedtensor
-    return transformed() and batched(one) and not batched(other)

@@ -82,7 +82,7 @@ class Sync(Statistics):
         return own if self._alone() else _Ranks(self.process_group, layer).moments(lambda: own)
 
     def _alone(self) -> bool:
-        if isinstance(self.process_group, _Lost):
+        if isinstance(self.process_group, LostGroup):
             raise RuntimeError(
                 f"this Sync was of a process group of ranks {self.process_group.ranks}, which could not be pickled: "
                 "give the layer a new one, layer.statistics = bn.Sync(process_group)"
@@ -102,13 +102,13 @@ class Sync(Statistics):
 
     def __reduce__(self) -> tuple[Any, ...]:
         group = self.process_group
-        if group is None or isinstance(group, _Lost):
+        if group is None or isinstance(group, LostGroup):
             return Sync, (group,)
-        return Sync, (_Lost(tuple(dist.get_process_group_ranks(group))),)
+        return Sync, (LostGroup(tuple(dist.get_process_group_ranks(group))),)
 
 
 @dataclass(frozen=True)
-class _Lost:
+class LostGroup:
     """What is left of a process group in a pickle."""
 
     ranks: tuple[int, ...]
