@@ -7,13 +7,14 @@ What they do better is in docs/numerics.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm import functional
+from batchnorm import functional, guards
 from batchnorm.kernels.call import Activation, Call
 from batchnorm.kernels.observers import recomputing
 from batchnorm.kernels.reference import activation_function
@@ -23,6 +24,7 @@ from batchnorm.running.buffers import RunningStatistics, flat
 from batchnorm.running.tracking import Tracking
 from batchnorm.statistics.batch import Batch, Statistics
 from batchnorm.statistics.population import Population
+from batchnorm.statistics.sync import Sync
 
 
 # What the three layers share; they differ in the ranks they accept, which torch's classes check.
@@ -37,7 +39,8 @@ class _BatchNorm(Tracking):
     `num_batches_skipped` counts such batches and the first one warns. A forward pass that recomputes
     activations during the backward pass (torch.utils.checkpoint) does not enter them a second time.
 
-    torch's converters (SyncBatchNorm, fusion) know nothing of `activation`, which they drop, and of `residual`.
+    Tools that would drop `activation`, `statistics` or another option (torch's converters and fusers) raise a RuntimeError
+    that names the call to use; `downgrade` makes a layer torch's.
 
     Args:
         num_features: C, the number of channels of an input (N, C, *S); or (C, *S): then every activation has moments,
@@ -71,6 +74,7 @@ class _BatchNorm(Tracking):
 
     num_features: int | tuple[int, ...]  # type: ignore[assignment]
     statistics: Statistics | None = None
+    restorable: Activation = None  # what a rewritten forward does itself again where this layer is replaced
     _shapes: str
     _ranks: tuple[int, ...]
 
@@ -109,6 +113,47 @@ class _BatchNorm(Tracking):
         self.activation = activation
         self.statistics = statistics
         self.debiased, self.on_single = debiased, on_single
+
+    # What other people's tools ask of a layer; guards.py says what for.
+    @property
+    def eps(self) -> float:
+        """Of the constructor."""
+        if not torch.compiler.is_compiling():
+            guards.check_reader(sys._getframe(1), self._beside_torch_s)
+        return cast(float, self.__dict__["eps"])
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = value
+
+    @property
+    def __class__(self) -> type:
+        """Its type; to DistributedDataParallel a layer with Sync is a SyncBatchNorm, which it is in what it does."""
+        synchronized = isinstance(self.__dict__.get("statistics"), Sync)
+        return nn.SyncBatchNorm if synchronized and guards.read_by_ddp(sys._getframe(1)) else type(self)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        vars(object)["__class__"].__set__(self, kind)
+
+    def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's; also what everybody calls who looks for layers of a class."""
+        guards.check_walker(sys._getframe(1))
+        guards.register_in_opacus((BatchNorm, *_TORCH_S.values()), lambda layer: layer._beside_torch_s(False))
+        return cast(Iterator[tuple[str, nn.Module]], super().named_modules(*arguments, **named))
+
+    def _beside_torch_s(self, trained: bool) -> list[str]:
+        """What it does that torch's layer of its rank does not, in evaluation, or also when it is `trained`."""
+        found = []
+        if self.activation is not None and self.activation != self.restorable:
+            found.append(f"activation={self.activation!r}")
+        if trained:
+            if not isinstance(self.statistics, Sync | None):
+                found.append(f"statistics={self.statistics!r}")
+            found += ["debiased=True"] * self.debiased
+            found += [f"on_single={self.on_single!r}"] * (self.on_single != "raise")
+            found += [f"domain {name!r}" for name in self.domain_names()]
+        return found
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalise `input`, add `residual`, apply the activation.
@@ -169,7 +214,7 @@ class _BatchNorm(Tracking):
         by_batch = self.training or (mean is None and var is None)
         if by_batch and holder is not None and mean is not None and not recomputing():
             rate = self.rate_of_next(holder)
-        call = Call(by_batch, self.eps, self.activation, mean, var, rate, batches, mask)
+        call = Call(by_batch, self.__dict__["eps"], self.activation, mean, var, rate, batches, mask)
         try:
             if self.statistics is None or not self.training:
                 output = functional.normalise(input, weight, bias, residual, call)
@@ -179,7 +224,7 @@ class _BatchNorm(Tracking):
             if self.on_single == "raise" or mean is None or holder is None or not self.owns(holder):
                 raise
             self._warn_of_single(holder)
-            call = Call(False, self.eps, self.activation, mean, var, mask=mask)
+            call = Call(False, self.__dict__["eps"], self.activation, mean, var, mask=mask)
             output = functional.normalise(input, weight, bias, residual, call)
         if call.rate is not None:
             if call.updated is not True:  # known at once, on a CPU
@@ -202,7 +247,7 @@ class _BatchNorm(Tracking):
             input,
             weight,
             bias,
-            self.eps,
+            call.eps,
             self.activation,
             residual,
             call.mask,
@@ -260,6 +305,7 @@ class _BatchNorm(Tracking):
             ) from None
 
     def _as_fx_node(self, proxy: Any, input: Any, residual: Any, mask: Any) -> Tensor:
+        guards.check_tracer(proxy.tracer)
         arguments = (input,) if residual is None and mask is None else (input, residual)
         arguments = arguments if mask is None else (*arguments, mask)
         path = proxy.tracer.path_of_module(self)
@@ -327,6 +373,14 @@ class BatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank will do; functional.normalise refuses less than 2."""
+
+
+_TORCH_S: dict[type[nn.Module], type[_BatchNorm]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+guards.register(dict(_TORCH_S))
 
 
 # What the three lazy layers share: torch's way to wait for the first input, and the options of ours.

@@ -61,15 +61,20 @@ each_capture = pytest.mark.parametrize(
 
 @each_capture
 @each_mode
-@pytest.mark.parametrize(
-    "dynamic", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dynamic", "static"]
-)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_is_torch_s_operators(name, dynamic, training, strict):
+def test_a_layer_is_torch_s_operators(name, training, strict):
     layer = unlike(LAYERS[name]()).train(training)
-    program = exported(layer, images(), strict=strict, dynamic=dynamic)
+    program = exported(layer, images(), strict=strict)
     assert foreign(program) == []
-    same_as(program.module(), layer, images(9 if dynamic else 6))
+    same_as(program.module(), layer, images(9))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_for_one_size_of_batches(name):
+    layer = unlike(LAYERS[name]())
+    program = exported(layer, images(), dynamic=False)
+    assert foreign(program) == []
+    same_as(program.module(), layer, images())
 
 
 @each_capture

@@ -551,7 +551,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one value moves the running statistics", "layers.py",
-        "            call = Call(False, self.eps, self.activation, mean, var, mask=mask)\n", "            call = Call(False, self.eps, self.activation, mean, var, mask=mask)\n            functional.track(functional.Moments(2, mean.double() + 1, var.double()), mean, var, 0.1)\n",
+        "            call = Call(False, self.__dict__[\"eps\"], self.activation, mean, var, mask=mask)\n", "            call = Call(False, self.eps, self.activation, mean, var, mask=mask)\n            functional.track(functional.Moments(2, mean.double() + 1, var.double()), mean, var, 0.1)\n",
         "it says nothing of a variance", RATES,
     ),
     Mutation(

@@ -360,7 +360,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the counter stays", "passes/swap.py",
-        "for name in (*ours.keys() - theirs.keys(), \"activation\"):", "for name in ():",
+        "for name in (*ours.keys() - theirs.keys(), \"activation\", \"restorable\"):", "for name in ():",
         "torch's layer has attributes of ours",
     ),
     Mutation(

@@ -108,6 +108,10 @@ def rewrite(module: nn.Module, rewriting: Rewriting) -> None:
     """
     kind: Any = type(module)
     module.__class__ = _subclass(kind, rewriting)
+    for path in rewriting.layers:
+        layer = _find(module, path)
+        if isinstance(layer, _BatchNorm):
+            vars(layer)["restorable"] = layer.activation
 
 
 def is_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
@@ -272,6 +276,7 @@ def _restore(module: nn.Module, base: type[nn.Module], rewriting: Rewriting) -> 
         layer = _find(module, path)
         if isinstance(layer, _BatchNorm):
             layer.activation = None
+            vars(layer).pop("restorable", None)
     module.__class__ = base
 
 

@@ -9,6 +9,7 @@ reference  plain torch operations: for torch.func's transforms, forward-mode gra
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.kernels import choice, reference
@@ -206,19 +207,19 @@ def _as_captured(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Ca
     moments from what the operator does to copies, which in evaluation is nothing.
     """
     mean, variance, rate = call.running_mean, call.running_var, call.rate
-    dtype, flag = accumulator(x.dtype), torch.backends.cudnn.enabled
+    dtype = accumulator(x.dtype)
     if mean is None or variance is None:
-        return torch.batch_norm(x, weight, bias, None, None, call.training, 0.0, call.eps, flag)
+        return F.batch_norm(x, None, None, weight, bias, call.training, 0.0, call.eps)
     if rate is not None:
         call.updated = True  # by what is captured here
         if call.batches is not None:
             call.batches.add_(1)
     if mean.dtype == dtype and not (call.training and (rate is None or isinstance(rate, Tensor))):
         momentum = rate if isinstance(rate, float) else 0.0
-        return torch.batch_norm(x, weight, bias, mean, variance, call.training, momentum, call.eps, flag)
+        return F.batch_norm(x, mean, variance, weight, bias, call.training, momentum, call.eps)
     # with a momentum of 1 the copies become the batch's own, the variance unbiased
     own_mean, own_variance = (values.to(dtype, copy=True) for values in (mean, variance))
-    y = torch.batch_norm(x, weight, bias, own_mean, own_variance, call.training, 1.0, call.eps, flag)
+    y = F.batch_norm(x, own_mean, own_variance, weight, bias, call.training, 1.0, call.eps)
     if call.training:
         count, wide = count_per_channel(x), statistics_dtype(x.device)
         call.moments = Moments(count, own_mean.to(wide), own_variance.to(wide) * (count - 1))

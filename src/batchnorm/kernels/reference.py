@@ -179,9 +179,10 @@ def track(
     return entered
 
 
-# What may follow the normalisation, by torch's names; each takes and returns a tensor.
+# What may follow the normalisation, by torch's names; each takes and returns a tensor. By the functions of
+# torch.nn.functional quantizers know in an exported graph what was called.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
+    "relu": torch.nn.functional.relu,
     "leaky_relu": torch.nn.functional.leaky_relu,  # slope 0.01, torch's default
     "relu6": torch.nn.functional.relu6,
     "silu": torch.nn.functional.silu,

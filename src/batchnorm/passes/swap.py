@@ -56,7 +56,7 @@ def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] 
         return "is SyncBatchNorm: bn.convert_sync makes it ours"
     if isinstance(layer, _BatchNorm):
         return f"is {kind.__name__} of {kind.__module__}, which has a forward of its own"
-    if kind not in ours and not _is_timm(layer):
+    if kind not in ours and not is_timm_s(layer):
         return f"is {kind.__name__} of {kind.__module__}, not exactly a layer of torch's"
     if is_patched(layer):
         return "its forward was replaced on the instance"
@@ -67,7 +67,7 @@ def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] 
     for name in ("activation", "statistics", "debiased", "on_single", "domains", "num_batches_skipped"):
         if hasattr(layer, name):
             return f"has an attribute {name} of its own, a name that ours needs"
-    if _is_timm(layer):
+    if is_timm_s(layer):
         if type(layer.drop) is not nn.Identity:
             return f"drops between normalization and activation ({layer.drop})"
         if has_hooks(layer.drop):
@@ -77,7 +77,7 @@ def obstacle(layer: nn.Module, ours: Mapping[type[nn.Module], type[_BatchNorm]] 
 
 def swap(layer: nn.Module) -> None:
     """Convert `layer`, which has no `obstacle`, to ours."""
-    timm_layer = _is_timm(layer)
+    timm_layer = is_timm_s(layer)
     kind = _ANY_RANK[nn.BatchNorm2d if timm_layer else type(layer)]
     group = vars(layer).pop("process_group", None)
     statistics = Sync(group) if type(layer) is nn.SyncBatchNorm else None
@@ -98,19 +98,19 @@ def swap_back(layer: _BatchNorm, kind: type[nn.Module]) -> None:
     """Convert `layer` to torch's or timm's `kind`: the same object, parameters, buffers and hooks."""
     group = getattr(thawed(layer.statistics), "process_group", None)
     ours, theirs = (vars(each(1, affine=False, track_running_stats=False)) for each in (type(layer), kind))
-    for name in (*ours.keys() - theirs.keys(), "activation"):
+    for name in (*ours.keys() - theirs.keys(), "activation", "restorable"):
         vars(layer).pop(name, None)
     layer._modules.pop("activation", None)
     narrow(layer)
     if kind is nn.SyncBatchNorm:
         vars(layer)["process_group"] = group
-    layer.__class__ = kind  # type: ignore[assignment]
+    layer.__class__ = kind
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _is_timm(layer: nn.Module) -> bool:
+def is_timm_s(layer: nn.Module) -> bool:
     """Whether `layer` is timm's batch normalization with an activation in it."""
     kind = type(layer)
     return kind.__name__ == "BatchNormAct2d" and kind.__module__.partition(".")[0] == "timm"

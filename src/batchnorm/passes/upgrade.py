@@ -16,7 +16,7 @@ from batchnorm.graph.trace import Trace, is_plain_identity, is_sequential
 from batchnorm.layers import _BatchNorm
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
-from batchnorm.passes.swap import obstacle, swap
+from batchnorm.passes.swap import is_timm_s, obstacle, swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,6 +67,11 @@ def upgrade(model: Model, *, fuse: bool = True) -> tuple[Model, Report]:
 def _upgrade(model: nn.Module, fuse: bool) -> Report:
     layers = {each: name for name, each in model.named_modules() if is_normalization(each)}
     obstacles = {layer: why for layer in layers if (why := obstacle(layer)) is not None}
+    if not fuse:
+        fused = {
+            layer: "fuse=False, and it has an activation of its own" for layer in layers if is_timm_s(layer)
+        }
+        obstacles = fused | obstacles
     for layer in layers:
         if layer not in obstacles:
             swap(layer)
