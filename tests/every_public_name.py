@@ -116,6 +116,12 @@ def passes():
     model, report = bn.unfreeze(model)
     model(x)
     assert not model[0][1].running_mean.equal(before)
+    before = model[0][1].running_mean.clone()
+    with bn.paused(model):
+        model(x)
+    assert model[0][1].running_mean.equal(before)
+    model, report = bn.configure(model, momentum=0.2, only="0.*")
+    assert report["0.1"].what == "momentum=0.2" and model[3].momentum == 0.1
     model, report = bn.downgrade(model, sync=False)
     assert report.count("downgraded") == 2 and type(model[0][2]) is nn.ReLU
 

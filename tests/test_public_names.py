@@ -14,7 +14,17 @@ NAMES = (
     | {"BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
     | {"LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"}
     | {"Ghost", "Population", "Ramp", "Renorm", "Sync", "domain"}
-    | {"adapt", "convert_sync", "downgrade", "freeze", "unfreeze", "upgrade", "virtual_batch"}
+    | {
+        "adapt",
+        "configure",
+        "convert_sync",
+        "downgrade",
+        "freeze",
+        "paused",
+        "unfreeze",
+        "upgrade",
+        "virtual_batch",
+    }
 )
 LAYERS = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d]
 

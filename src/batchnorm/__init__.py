@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from batchnorm.memory import return_memory as return_memory
     from batchnorm.moments import Affine as Affine
     from batchnorm.moments import Moments as Moments
+    from batchnorm.passes.configure import configure as configure
     from batchnorm.passes.convert_sync import convert_sync as convert_sync
     from batchnorm.passes.downgrade import downgrade as downgrade
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
+    from batchnorm.passes.paused import paused as paused
     from batchnorm.passes.upgrade import upgrade as upgrade
     from batchnorm.passes.virtual_batch import virtual_batch as virtual_batch
     from batchnorm.running.domain import domain as domain
@@ -61,9 +63,11 @@ _HOME = {
     "Sync": "statistics",
     "domain": "running",
     "adapt": "calibrate.adapt",
+    "configure": "passes.configure",
     "convert_sync": "passes.convert_sync",
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",
+    "paused": "passes.paused",
     "upgrade": "passes.upgrade",
     "downgrade": "passes.downgrade",
     "virtual_batch": "passes.virtual_batch",

@@ -39,8 +39,8 @@ class _BatchNorm(Tracking):
     `num_batches_skipped` counts such batches and the first one warns. A forward pass that recomputes
     activations during the backward pass (torch.utils.checkpoint) does not enter them a second time.
 
-    Tools that would drop `activation`, `statistics` or another option (torch's converters and fusers) raise a RuntimeError
-    that names the call to use; `downgrade` makes a layer torch's.
+    Tools that would drop `activation`, `statistics` or another option (torch's converters and fusers) raise a
+    RuntimeError that names the call to use; `downgrade` makes a layer torch's.
 
     Args:
         num_features: C, the number of channels of an input (N, C, *S); or (C, *S): then every activation has moments,
@@ -95,7 +95,7 @@ class _BatchNorm(Tracking):
         on_single: Literal["raise", "running"] = "raise",
     ) -> None:
         activation_function(activation)  # an unknown name fails here, not in the first forward
-        _check_options(statistics, on_single)
+        check_options(statistics, on_single)
         if isinstance(num_features, Sequence):
             num_features = tuple(num_features)  # a list would be no shape
         without_bias = {} if bias else {"bias": False}
@@ -212,7 +212,7 @@ class _BatchNorm(Tracking):
             mean, var = flat(holder)
             batches = holder._buffers["num_batches_tracked"]
         by_batch = self.training or (mean is None and var is None)
-        if by_batch and holder is not None and mean is not None and not recomputing():
+        if by_batch and self.follows and holder is not None and mean is not None and not recomputing():
             rate = self.rate_of_next(holder)
         call = Call(by_batch, self.__dict__["eps"], self.activation, mean, var, rate, batches, mask)
         try:
@@ -430,7 +430,7 @@ class _Lazy(nn.modules.batchnorm._LazyNormBase):
         on_single: Literal["raise", "running"] = "raise",
     ) -> None:
         activation_function(activation)
-        _check_options(statistics, on_single)
+        check_options(statistics, on_single)
         without_bias: dict[str, Any] = {} if bias else {"bias": False}
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
         self.activation = activation
@@ -465,7 +465,8 @@ def inherited(layer: _BatchNorm, *arguments: Any) -> Tensor:
     return _BatchNorm.forward(layer, *arguments)
 
 
-def _check_options(statistics: Statistics | None, on_single: str) -> None:
+def check_options(statistics: Statistics | None, on_single: str) -> None:
+    """Raise for options that no layer takes."""
     if statistics is not None and not isinstance(statistics, Statistics):
         raise TypeError(
             f"statistics is one of bn.Ghost(size), bn.Sync(), bn.Renorm(), bn.Population(), or None, got {statistics!r}"

@@ -16,7 +16,7 @@ from batchnorm.statistics.sync import Sync
 M = TypeVar("M", bound=nn.Module)
 
 
-def convert_sync(model: M, process_group: Any = None) -> tuple[M, Report]:
+def convert_sync(model: M, process_group: Any = None, *, revert: bool = False) -> tuple[M, Report]:
     """Let every batch normalization of `model` normalise by the samples of all ranks, in place.
 
     torch's layers and its SyncBatchNorm become ours with `statistics=Sync(process_group)`; parameters, buffers,
@@ -25,6 +25,8 @@ def convert_sync(model: M, process_group: Any = None) -> tuple[M, Report]:
     Args:
         model: with layers of torch's or ours, its SyncBatchNorm among them.
         process_group: whose ranks; None: those that a SyncBatchNorm or Sync was given, or else all of them.
+        revert: the way back: layers with Sync, and torch's SyncBatchNorm, which become ours for it, normalise by the
+            samples of their own rank again; all others are left alone.
 
     Returns: `model` itself, and a Report that lists the layers.
 
@@ -38,8 +40,13 @@ def convert_sync(model: M, process_group: Any = None) -> tuple[M, Report]:
         >>> model, report = bn.convert_sync(model)  # in every process, before DistributedDataParallel
         >>> model[1].statistics, report.summary
         (Sync(process_group=None), '1 layer: 1 synchronized')
+        >>> model, report = bn.convert_sync(model, revert=True)
+        >>> model[1].statistics, report.summary
+        (None, '1 layer: 1 unsynchronized')
     """
     layers = layers_of(model)
+    if revert:
+        return model, _revert(model, layers)
     others = {
         f"layer {name!r}" if name else "the model itself": own
         for name, layer in layers.items()
@@ -57,6 +64,26 @@ def convert_sync(model: M, process_group: Any = None) -> tuple[M, Report]:
             sync = Sync(group)
             layer.statistics = Population(sync) if isinstance(layer.statistics, Population) else sync
     return model, Report(tuple(LayerReport(name, "synchronized") for name in layers))
+
+
+def _revert(model: nn.Module, layers: dict[str, nn.modules.batchnorm._BatchNorm]) -> Report:
+    synchronized: dict[str, nn.modules.batchnorm._BatchNorm] = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, nn.SyncBatchNorm)
+        or (is_ours(layer) and isinstance(thawed(layer.statistics), Sync))
+    }
+    with unchanged_on_failure(model):
+        for layer in convert_layers(synchronized):
+            layer.statistics = Population() if isinstance(layer.statistics, Population) else None
+    return Report(
+        tuple(
+            LayerReport(name, "unsynchronized")
+            if name in synchronized
+            else LayerReport(name, "left alone", why="is not synchronized")
+            for name in layers
+        )
+    )
 
 
 def _group(layer: nn.Module) -> Any:

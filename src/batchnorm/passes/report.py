@@ -6,7 +6,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Outcome = Literal["fused", "swapped", "synchronized", "frozen", "unfrozen", "downgraded", "left alone"]
+Outcome = Literal[
+    "fused",
+    "swapped",
+    "synchronized",
+    "unsynchronized",
+    "frozen",
+    "unfrozen",
+    "configured",
+    "downgraded",
+    "left alone",
+]
 
 
 @dataclass(frozen=True)
@@ -15,8 +25,10 @@ class LayerReport:
 
     Args:
         name: its path in the model; "" is the model itself.
-        outcome: "fused", "swapped", "synchronized", "frozen", "unfrozen", "downgraded" or "left alone".
-        what: what was fused into it ("relu", "residual, relu"), what of it was frozen, or torch's class that it became.
+        outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded"
+            or "left alone".
+        what: what was fused into it ("relu", "residual, relu"), what of it was frozen or set, or torch's class that
+            it became.
         why: why it was not fused, or left alone.
 
     Example:

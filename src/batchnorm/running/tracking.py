@@ -30,6 +30,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
     # no buffer: neither state_dict() nor buffers() has others than torch's layers have
     num_batches_skipped: Tensor | None = None
     domains: nn.ModuleDict
+    follows: bool = True  # whether training batches move running statistics; see passes/paused.py
     given: bool = False  # whether running statistics have come from elsewhere since the last batch
     _warned_of_skipped: bool = False
     _single_batches: int = 0
