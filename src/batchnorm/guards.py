@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -86,7 +86,7 @@ def read_by_ddp(reader: FrameType) -> bool:
     return home == "torch.nn.parallel.distributed" and reader.f_code.co_name == "_ddp_init_helper"
 
 
-def register(ours: dict[type[nn.Module], type[nn.Module]]) -> None:
+def register(ours: Mapping[type[nn.Module], type[nn.Module]]) -> None:
     """Let torch's eager quantization refuse the layers `ours`, by torch's class that each is derived from."""
     methods = fuser_method_mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD
     for pattern in list(methods):

@@ -139,7 +139,7 @@ class _BatchNorm(Tracking):
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
         """As torch's; also what everybody calls who looks for layers of a class."""
         guards.check_walker(sys._getframe(1))
-        guards.register_in_opacus((BatchNorm, *_TORCH_S.values()), lambda layer: layer._beside_torch_s(False))
+        guards.register_in_opacus((BatchNorm, *OURS.values()), lambda layer: layer._beside_torch_s(False))
         return cast(Iterator[tuple[str, nn.Module]], super().named_modules(*arguments, **named))
 
     def _beside_torch_s(self, trained: bool) -> list[str]:
@@ -375,12 +375,13 @@ class BatchNorm(_BatchNorm):
         """Any rank will do; functional.normalise refuses less than 2."""
 
 
-_TORCH_S: dict[type[nn.Module], type[_BatchNorm]] = {
+# by torch's class
+OURS: dict[type[nn.Module], type[_BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-guards.register(dict(_TORCH_S))
+guards.register(OURS)
 
 
 # What the three lazy layers share: torch's way to wait for the first input, and the options of ours.

@@ -11,10 +11,10 @@ from batchnorm import layers
 from batchnorm.graph import rewrite
 from batchnorm.graph.modules import activation_of, fused_at, is_normalization, module_of
 from batchnorm.graph.trace import is_sequential
-from batchnorm.layers import _BatchNorm
+from batchnorm.layers import OURS, _BatchNorm
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
-from batchnorm.passes.swap import OURS, swap_back
+from batchnorm.passes.swap import swap_back
 from batchnorm.statistics.population import Population, thawed
 from batchnorm.statistics.sync import Sync
 

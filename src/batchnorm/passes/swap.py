@@ -14,16 +14,11 @@ from torch.nn.utils import parametrize
 
 from batchnorm import layers
 from batchnorm.graph.modules import activation_of, has_hooks, is_ours, is_patched
-from batchnorm.layers import _BatchNorm
+from batchnorm.layers import OURS, _BatchNorm
 from batchnorm.running.buffers import narrow
 from batchnorm.statistics.population import thawed
 from batchnorm.statistics.sync import Sync
 
-OURS: dict[type[nn.Module], type[_BatchNorm]] = {
-    nn.BatchNorm1d: layers.BatchNorm1d,
-    nn.BatchNorm2d: layers.BatchNorm2d,
-    nn.BatchNorm3d: layers.BatchNorm3d,
-}
 _ANY_RANK = {**OURS, nn.SyncBatchNorm: layers.BatchNorm}
 
 

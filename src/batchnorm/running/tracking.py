@@ -216,10 +216,7 @@ class Tracking(nn.modules.batchnorm._BatchNorm):
         self._forget_skipped()
 
     def _forget_skipped(self) -> None:
-        skipped, mean = (
-            self.num_batches_skipped,
-            self.running_mean,
-        )  # torch's constructor resets before it exists
+        skipped, mean = self.num_batches_skipped, self.running_mean
         if skipped is not None and mean is not None:
             if skipped.device != mean.device:  # the statistics were assigned to a layer on meta
                 self.num_batches_skipped = skipped = torch.empty_like(skipped, device=mean.device)
