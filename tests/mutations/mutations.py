@@ -529,8 +529,8 @@ MUTATIONS = [
     ),
     # --- statistics: of many processes
     Mutation(
-        "every rank counts the same", "statistics/sync.py",
-        "packed = torch.cat([own_count, ", "packed = torch.cat([own_count.clamp(max=1), ",
+        "every rank counts the same", "statistics/process_group.py",
+        "torch.cat([self._head(wanted, mean), own_count, ", "torch.cat([self._head(wanted, mean), own_count.clamp(max=1), ",
         "the plain mean of means, wrong for unequal parts", SYNC,
     ),
     Mutation(
@@ -539,9 +539,24 @@ MUTATIONS = [
         "the moments are of all ranks, and so is the gradient", SYNC,
     ),
     Mutation(
-        "a graph of gradients not summed over the ranks", "statistics/sync.py",
+        "a graph of gradients not summed over the ranks", "statistics/process_group.py",
         "total: Tensor = _Sum.apply(of_rows, ctx.ranks)", "total: Tensor = of_rows",
         "what other ranks did with a rank's moments is forgotten", SYNC,
+    ),
+    Mutation(
+        "ranks never asked whether they are at one layer", "statistics/process_group.py",
+        "return found[:, 0].tolist() == [number] * ranks", "return True",
+        "two layers of equal width are mixed", SYNC,
+    ),
+    Mutation(
+        "sums never asked whether they are of one layer", "statistics/process_group.py",
+        "return found[:2].tolist() == [ranks * number, ranks * number**2]", "return found[0].item() == ranks * number",
+        "of four ranks two others may have the same sum", SYNC,
+    ),
+    Mutation(
+        "a rank brings what the others do not expect", "statistics/process_group.py",
+        "        if expected == wanted.by:", "        if expected == wanted.by or expected is _UNKNOWN:",
+        "of unequal width it aborts a process", SYNC,
     ),
     # --- statistics: running
     Mutation(

@@ -12,7 +12,7 @@ import pickle
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+import batchnorm.statistics.process_group as exchange_of
 from batchnorm.kernels import stepwise
 from batchnorm.kernels.choice import NAMES, Name
 
@@ -80,6 +81,12 @@ def exchanges(expected: list[str]) -> Iterator[None]:
         yield
     events = sorted(seen.events() or [], key=lambda event: event.time_range.start)
     assert [event.name for event in events if event.name.startswith("gloo:")] == expected
+
+
+@contextmanager
+def unknown(_: list[str]) -> Iterator[None]:
+    """Of the first steps, in which ranks do not know yet what follows what, and exchange a number first."""
+    yield
 
 
 FORWARD, BACKWARD = ["gloo:all_gather"], ["gloo:all_reduce"]
@@ -238,21 +245,24 @@ def a_layer_costs_one_exchange_forward_and_one_backward():
     for kernels, batch in itertools.product(NAMES, [(3, 4), (0, 4)]):
         first, second = (bn.BatchNorm1d(4, activation="relu", statistics=bn.Sync()) for _ in range(2))
         with bn.kernels.use(kernels):
-            x = torch.randn(batch if dist.get_rank() else (3, 4), requires_grad=True)
-            with exchanges(FORWARD * 2):
-                y = second(first(x), x)
-            with exchanges(BACKWARD * 2):
-                y.sum().backward()
-            with exchanges(FORWARD), torch.no_grad():
-                first(x)
-            with exchanges(FORWARD * 2):
-                y = second(first(x.detach()))
-            with exchanges(BACKWARD):  # nobody asks for the gradient of the data
-                y.sum().backward()
-            with exchanges([]):
-                second.eval()(first.eval()(x)).sum().backward()
-            with exchanges([]):
-                bn.freeze(first.train())[0](x).sum().backward()
+            for expect in (unknown, unknown, exchanges):
+                for layer in (first, second):
+                    layer.train()
+                x = torch.randn(batch if dist.get_rank() else (3, 4), requires_grad=True)
+                with expect(FORWARD * 2):
+                    y = second(first(x), x)
+                with expect(BACKWARD * 2):
+                    y.sum().backward()
+                with expect(FORWARD), torch.no_grad():
+                    first(x)
+                with expect(FORWARD * 2):
+                    y = second(first(x.detach()))
+                with expect(BACKWARD):  # nobody asks for the gradient of the data
+                    y.sum().backward()
+                with exchanges([]):
+                    second.eval()(first.eval()(x)).sum().backward()
+                with exchanges([]):
+                    bn.freeze(copy.deepcopy(first).train())[0](x).sum().backward()
 
 
 @on(4)
@@ -350,18 +360,19 @@ def two_forwards_before_a_backward():
 
 @on(2)
 def a_checkpoint_exchanges_again_and_counts_once():
-    kept, recomputed = (bn.convert_sync(network().double())[0] for _ in range(2))
+    kept, *others = (bn.convert_sync(network().double())[0] for _ in range(4))
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     kept(x).pow(2).sum().backward()
-    body, head = recomputed[:4], recomputed[4:]
-    with exchanges(FORWARD * 2):
-        y = head(checkpoint(body, x, use_reentrant=False))
-    with exchanges(FORWARD * 2 + BACKWARD * 2):
-        y.pow(2).sum().backward()
-    same_state(recomputed, kept, 1e-14)
-    for a, b in zip(recomputed.parameters(), kept.parameters(), strict=True):
-        assert a.grad is not None and b.grad is not None
-        near(a.grad, b.grad, 1e-14)
+    for recomputed, expect in zip(others, (unknown, unknown, exchanges), strict=True):
+        body, head = recomputed[:4], recomputed[4:]
+        with expect(FORWARD * 2):
+            y = head(checkpoint(body, x, use_reentrant=False))
+        with expect(FORWARD * 2 + BACKWARD * 2):
+            y.pow(2).sum().backward()
+        same_state(recomputed, kept, 1e-14)
+        for a, b in zip(recomputed.parameters(), kept.parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            near(a.grad, b.grad, 1e-14)
 
 
 @on(2)
@@ -397,8 +408,8 @@ def one_value_of_all_ranks_is_one_value():
     x = torch.randn(1 - dist.get_rank(), 3)
     layer = bn.BatchNorm1d(3, statistics=bn.Sync())
     before = copy.deepcopy(layer.state_dict())
-    with exchanges(FORWARD), pytest.raises(ValueError, match="more than 1 value per channel"):
-        layer(x)
+    with exchanges(FORWARD * 2), pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x)  # one more than later, see above
     for name, values in layer.state_dict().items():
         assert torch.equal(values, before[name])
     patient = bn.BatchNorm1d(3, statistics=bn.Sync(), on_single="running")
@@ -536,6 +547,110 @@ def a_rank_without_samples_adapts_to_those_of_the_others():
     bn.adapt(one, [data])
     bn.adapt(two, [mine(data)])
     same_state(two, one, 1e-12)
+
+
+class Branches(nn.Module):
+    """Layers of equal and of other width, and a rank that may go its own way through them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.other, self.wide = (
+            bn.BatchNorm1d(features, statistics=bn.Sync()) for features in (4, 4, 7)
+        )
+        self.each = bn.BatchNorm1d((4, 3), statistics=bn.Sync())
+
+    def forward(self, path: Sequence[str]) -> Tensor:
+        total = torch.zeros(())
+        for step in path:
+            name, _, masked = step.partition(" ")
+            layer = getattr(self, name)
+            features = layer.num_features
+            shape = features if isinstance(features, tuple) else (features,)
+            x = torch.randn(5, *shape, requires_grad=True)
+            mask = torch.full((5,), 2) if masked else None
+            total = total + layer(x, mask=mask).sum()
+        return total
+
+
+PATHS: dict[str, tuple[Sequence[str], Sequence[str], str, str]] = {
+    "equal width": (["narrow"], ["other"], "the moments of layer 'narrow'", "the moments of layer 'other'"),
+    "unequal width": (["narrow"], ["wide"], "'narrow': .*1d.4,.* 9 numbers", "'wide': .*1d.7,.* 15 numbers"),
+    "masks": (["each"], ["each masked"], "'each'.* 25 numbers", "'each'.* 36 numbers"),
+    "left out": (
+        ["narrow", "wide", "other"],
+        ["narrow", "other"],
+        "the moments of layer 'wide'",
+        "the moments of layer 'other'",
+    ),
+    "left out at the end": (
+        ["narrow", "wide"],
+        ["narrow"],
+        "the moments of layer 'wide'",
+        "the gradient's sums of layer 'narrow'",
+    ),
+    "twice": (["narrow", "narrow"], ["narrow", "wide"], "the moments of layer 'narrow'", "'wide'"),
+}
+
+
+@on(2)
+def ranks_that_differ_all_say_so_and_may_go_on():
+    for case, (*paths, ours, theirs) in PATHS.items():
+        for known in (0, 1, 2):  # steps before
+            model = bn.convert_sync(Branches(), dist.new_group([0, 1]))[0]  # a new group knows nothing
+            for _ in range(known):
+                model(paths[0]).backward()
+            with pytest.raises(RuntimeError, match=f"rank 0: .*{ours}.*rank 1: .*{theirs}"):
+                model(paths[dist.get_rank()]).backward()
+            model(paths[1]).backward()
+            for name, values in model.named_buffers():
+                assert torch.equal(summed(values.double()), 2 * values.double()), (case, name)
+
+
+@on(4)
+def of_four_ranks_one_may_differ_and_layers_need_no_module():
+    torch.manual_seed(dist.get_rank())
+    first, second = (bn.BatchNorm1d(3, statistics=bn.Sync()) for _ in range(2))
+    layers = [bn.BatchNorm1d(3, statistics=bn.Sync()) for _ in range(2)]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"ranks 0, 1, 3: .*layer 'first'.*rank 2: .*layer 'second'"):
+            (second if dist.get_rank() == 2 else first)(torch.randn(5, 3))
+        with pytest.raises(RuntimeError, match=r"layer 'layers\[0\]'.*layer 'layers\[1\]'"):
+            layers[dist.get_rank() % 2](torch.randn(5, 3))
+        first(torch.randn(5, 3))
+
+
+@on(2)
+def what_is_remembered_of_long_steps_has_an_end():
+    group = dist.new_group([0, 1])
+    model = bn.convert_sync(Branches(), group)[0]
+    names = ["narrow", "other", "wide"]
+    with mock.patch.object(exchange_of, "_LONGEST_STEP", 9):
+        for step in range(8):  # of 8 to 12 exchanges
+            model(names + names[step % 3 :]).backward()
+        assert len(exchange_of._protocol(group)._history._past) < 18
+        with pytest.raises(RuntimeError, match=r"rank 0: .*layer 'narrow'.*rank 1: .*layer 'other'"):
+            model([names[dist.get_rank()]])
+
+
+@on(2)
+def a_layer_is_the_same_within_a_wrapper():
+    model = nn.Sequential(bn.BatchNorm1d(3, statistics=bn.Sync()), bn.BatchNorm1d(3, statistics=bn.Sync()))
+    wrapped = nn.ModuleDict({"module": model})
+    called = model if dist.get_rank() else lambda x: Wrapper(wrapped)(x)
+    for expect in (unknown, unknown, exchanges):
+        with expect(FORWARD * 2):
+            y = called(torch.randn(4, 3, requires_grad=True))
+        with expect(BACKWARD * 2):
+            y.sum().backward()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.ModuleDict) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["module"](x)  # type: ignore[no-any-return]
 
 
 class Model(nn.Module):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.statistics.process_group import _Collective
 from tests.forked import Forked
 from tests.mutations.mutation import Mutation
 from tests.statistics import ranks
@@ -76,6 +77,18 @@ def test_two_ranks(task, of_two):
 @pytest.mark.parametrize("task", ranks.TASKS[4])
 def test_four_ranks(task, of_four):
     assert task not in of_four, of_four[task]
+
+
+@pytest.mark.parametrize(
+    "numbers", [(2, 2, 2, 2), (1, 2, 3, 2), (1, 3, 1, 3), (2, 2, 2, 3), (2**20 - 1,) * 8192]
+)
+@pytest.mark.parametrize("name", ["all_gather", "all_reduce"])
+def test_ranks_agree_if_all_bring_the_same_number(name, numbers):
+    collective = _Collective(name, 4, torch.float64)
+    brought = torch.tensor([[*collective.head(number), 5, 6, 7][:4] for number in numbers], dtype=torch.float64)
+    found = brought if name == "all_gather" else brought.sum(0)
+    for number in set(numbers):
+        assert collective.agreed(found, number, len(numbers)) == (len(set(numbers)) == 1)
 
 
 def survivors(task: str, tmp_path: Path, **env: str) -> list[str]:

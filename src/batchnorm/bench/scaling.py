@@ -29,7 +29,7 @@ from batchnorm.bench.rows import Processes
 from batchnorm.bench.traffic import Collective
 from batchnorm.models.inception import BNInception
 from batchnorm.passes.convert_sync import convert_sync
-from batchnorm.statistics.sync import _all_gather
+from batchnorm.statistics.process_group import all_gather
 from batchnorm.training.workers import available_cores
 
 _SIZE = 28  # pixels
@@ -107,7 +107,7 @@ def _alone(collective: Collective) -> Sample:
         torch.conv2d(images, weight, padding=1)
         start = time.perf_counter()
         if collective.name == "all_gather":
-            _all_gather(gathered, tensor)
+            all_gather(gathered, tensor)
         else:
             dist.all_reduce(tensor)
         seconds += time.perf_counter() - start

@@ -1,8 +1,8 @@
 """The collectives of distributed training, their number and bytes, computed without running anything.
 
-Sync's collectives are those of statistics/sync.py, for layers that are called once per step without a mask. The others
-are those of DistributedDataParallel with its defaults, as torch documents them: gradients are all-reduced in buckets,
-and the buffers of rank 0 are broadcast before each forward pass.
+Sync's collectives are those of statistics/process_group.py, for layers that are called once per step without a mask, in a step
+that repeats the one before. The others are those of DistributedDataParallel with its defaults, as torch documents them:
+gradients are all-reduced in buckets, and the buffers of rank 0 are broadcast before each forward pass.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def exchanges(model: nn.Module) -> list[Collective]:
     channels = [_channels(layer) for layer in layers_of(model).values()]
     double = torch.float64.itemsize
     return [
-        *(Collective("all_gather", (1 + 2 * each) * double) for each in channels),  # count, means, m2s
-        *(Collective("all_reduce", 2 * each * double) for each in reversed(channels)),  # Σ g, Σ g·x̂
+        *(Collective("all_gather", (2 + 2 * each) * double) for each in channels),  # what, count, means, m2s
+        *(
+            Collective("all_reduce", (2 + 2 * each) * double) for each in reversed(channels)
+        ),  # what, Σ g, Σ g·x̂
     ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm import functional
 from batchnorm.kernels.call import Activation, Call, Exchange
+from batchnorm.layer_path import Name
 from batchnorm.moments import Moments
 
 
@@ -19,7 +20,7 @@ class Batch:
     input: (N, C, *S), and residual as that; mask: (N, 1, *S) or (N, C, *S), see moments.positions.
     weight, bias, running_mean, running_var: (C,) each, or None.
     step: how many batches the running statistics have seen, int64; None where nobody counts.
-    layer: the layer's path in its model and its repr, for messages.
+    layer: the layer's name.
     """
 
     input: Tensor
@@ -32,7 +33,7 @@ class Batch:
     running_mean: Tensor | None
     running_var: Tensor | None
     step: Tensor | None
-    layer: Callable[[], str]
+    layer: Callable[[], Name]
 
     def normalised(
         self, training: bool = True, group: int = 0, exchange: Exchange | None = None
