@@ -120,6 +120,8 @@ def passes():
     with bn.paused(model):
         model(x)
     assert model[0][1].running_mean.equal(before)
+    with bn.mask(model, torch.rand(len(x), *x.shape[2:]) < 0.5):
+        model(x)
     model, report = bn.configure(model, momentum=0.2, only="0.*")
     assert report["0.1"].what == "momentum=0.2" and model[3].momentum == 0.1
     model, report = bn.downgrade(model, sync=False)

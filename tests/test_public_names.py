@@ -20,6 +20,7 @@ NAMES = (
         "convert_sync",
         "downgrade",
         "freeze",
+        "mask",
         "paused",
         "unfreeze",
         "upgrade",

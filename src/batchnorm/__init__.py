@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from batchnorm.passes.downgrade import downgrade as downgrade
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
+    from batchnorm.passes.mask import mask as mask
     from batchnorm.passes.paused import paused as paused
     from batchnorm.passes.upgrade import upgrade as upgrade
     from batchnorm.passes.virtual_batch import virtual_batch as virtual_batch
@@ -67,6 +68,7 @@ _HOME = {
     "convert_sync": "passes.convert_sync",
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",
+    "mask": "passes.mask",
     "paused": "passes.paused",
     "upgrade": "passes.upgrade",
     "downgrade": "passes.downgrade",

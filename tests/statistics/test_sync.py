@@ -85,7 +85,9 @@ def test_four_ranks(task, of_four):
 @pytest.mark.parametrize("name", ["all_gather", "all_reduce"])
 def test_ranks_agree_if_all_bring_the_same_number(name, numbers):
     collective = _Collective(name, 4, torch.float64)
-    brought = torch.tensor([[*collective.head(number), 5, 6, 7][:4] for number in numbers], dtype=torch.float64)
+    brought = torch.tensor(
+        [[*collective.head(number), 5, 6, 7][:4] for number in numbers], dtype=torch.float64
+    )
     found = brought if name == "all_gather" else brought.sum(0)
     for number in set(numbers):
         assert collective.agreed(found, number, len(numbers)) == (len(set(numbers)) == 1)

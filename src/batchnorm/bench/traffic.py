@@ -1,8 +1,8 @@
 """The collectives of distributed training, their number and bytes, computed without running anything.
 
-Sync's collectives are those of statistics/process_group.py, for layers that are called once per step without a mask, in a step
-that repeats the one before. The others are those of DistributedDataParallel with its defaults, as torch documents them:
-gradients are all-reduced in buckets, and the buffers of rank 0 are broadcast before each forward pass.
+Sync's collectives are those of statistics/process_group.py, for layers that are called once per step without a mask, in
+a step that repeats the one before. The others are those of DistributedDataParallel with its defaults, as torch
+documents them: gradients are all-reduced in buckets, and the buffers of rank 0 are broadcast before each forward pass.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ class Sync(Statistics):
 
     Raises:
         RuntimeError: when called; names the layer when another rank is gone or does not come within the group's
-            timeout, and the layers of all ranks when they differ (tensors on a CPU, not compiled). Also within torch.func's
-            transforms and forward-mode gradients, for a process that is not of the group, and for a Sync that has lost
-            its group in a pickle.
+            timeout, and the layers of all ranks when they differ (tensors on a CPU, not compiled). Also within
+            torch.func's transforms and forward-mode gradients, for a process that is not of the group, and for a Sync
+            that has lost its group in a pickle.
 
     Example:
         >>> import torch, batchnorm as bn
