@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import warnings
@@ -48,6 +49,22 @@ def test_every_language_is_one_that_is_run(page):
     known = {"batchnorm", "make", "pip"}
     for block in blocks(page, "bash"):
         assert {line.split()[0] for line in block.splitlines() if line.strip()} <= known
+
+
+@pytest.mark.slow
+def test_the_table_of_data_that_is_not_shuffled_repeats():
+    shown = re.search(r"(\| training \| rate .*?\n)\n", (ROOT / "docs/statistics.md").read_text(), re.DOTALL)
+    assert shown is not None
+    rows = [line.split(" | ") for line in shown.group(1).splitlines()[2:]]
+    script = runpy.run_path(str(ROOT / "docs/class_ordered.py"))
+    digits = Digits.load()
+    assert [row[0].removeprefix("| ") for row in rows] == list(script["WAYS"])
+    for way, rate, mean, seeds in rows:
+        found = script["accuracy"](
+            digits, way.removeprefix("| "), float(rate), seed=7
+        )  # not one of the table's
+        low, high = map(float, seeds.removesuffix(" |").split("–"))
+        assert low - 0.1 < found < high + 0.1 and low <= float(mean) <= high
 
 
 @pytest.mark.slow
