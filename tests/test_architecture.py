@@ -19,7 +19,7 @@ LADDER = (
     ("functional",),
     ("running", "statistics"),
     ("layers",),
-    ("graph",),
+    ("graph", "lazy_layers"),
     ("calibrate",),
     ("passes",),
     ("data", "models"),

@@ -110,12 +110,12 @@ def test_upgrade_fuses_into_it_once_it_is_made():
 
 MUTATIONS = [
     Mutation(
-        "statistics of a lazy layer stay as wide as it", "layers.py",
+        "statistics of a lazy layer stay as wide as it", "lazy_layers.py",
         "        cast(_BatchNorm, self)._begin_tracking()\n", "        pass\n",
         "in float16 they stop moving",
     ),
     Mutation(
-        "a frozen lazy layer keeps what memory held", "layers.py",
+        "a frozen lazy layer keeps what memory held", "lazy_layers.py",
         "statistics, self.statistics = self.statistics, None", "statistics = self.statistics",
         "it is never initialised",
     ),

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
     from batchnorm.layers import BatchNorm2d as BatchNorm2d
     from batchnorm.layers import BatchNorm3d as BatchNorm3d
-    from batchnorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
-    from batchnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
-    from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.lazy_layers import LazyBatchNorm1d as LazyBatchNorm1d
+    from batchnorm.lazy_layers import LazyBatchNorm2d as LazyBatchNorm2d
+    from batchnorm.lazy_layers import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.memory import keep_memory as keep_memory
     from batchnorm.memory import return_memory as return_memory
     from batchnorm.moments import Affine as Affine
@@ -54,9 +54,9 @@ _HOME = {
     "BatchNorm1d": "layers",
     "BatchNorm2d": "layers",
     "BatchNorm3d": "layers",
-    "LazyBatchNorm1d": "layers",
-    "LazyBatchNorm2d": "layers",
-    "LazyBatchNorm3d": "layers",
+    "LazyBatchNorm1d": "lazy_layers",
+    "LazyBatchNorm2d": "lazy_layers",
+    "LazyBatchNorm3d": "lazy_layers",
     "Ghost": "statistics",
     "Population": "statistics",
     "Ramp": "statistics",

@@ -159,6 +159,25 @@ torch.testing.assert_close({program}(x), expected, rtol=1e-4, atol=1e-4)
 """
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.filterwarnings("ignore")
+def test_executorch_s_edge_dialect_and_runtime(name):
+    exir, runtime = pytest.importorskip("executorch.exir"), pytest.importorskip("executorch.runtime")
+    theirs = unlike(pytest.importorskip("torchvision").models.get_model(name, weights=None)).eval()
+    ours, x = bn.upgrade(copy.deepcopy(theirs))[0].eval(), torch.randn(2, 3, 64, 64)
+    outputs, nodes = [], []
+    for model in (theirs, ours):
+        edge = exir.to_edge(torch.export.export(model, (x,)))
+        nodes.append(
+            [str(node.target) for node in edge.exported_program().graph.nodes if node.op == "call_function"]
+        )
+        program = runtime.Runtime.get().load_program(edge.to_executorch().buffer)
+        outputs.append(program.load_method("forward").execute([x])[0])
+    assert sorted(nodes[1]) == sorted(nodes[0])  # a residual is computed before the layer that adds it
+    assert_close(outputs[1], outputs[0])
+    assert_close(outputs[1], theirs(x), rtol=1e-4, atol=1e-4)
+
+
 def _run_elsewhere(program, path, folder):
     arguments = [path, folder / "expected.pt"]
     subprocess.run([sys.executable, "-c", ELSEWHERE.format(program=program), *arguments], check=True)

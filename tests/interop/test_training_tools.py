@@ -166,3 +166,32 @@ def test_captum_attributes_the_same(fuse):
         assert_close(layer[1], (layer[0] + X).relu(), rtol=1e-3, atol=1e-4)
     else:
         assert_close(layer[1], layer[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_trains_and_saves_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=3
+    )
+    theirs = unlike(transformers.ResNetForImageClassification(config))
+    ours, report = bn.upgrade(copy.deepcopy(theirs))
+    assert report.count("swapped") == 8  # its forward is not traceable, so nothing is fused
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": torch.tensor(n % 3)}
+        for n in range(16)
+    ]
+    for model in (theirs, ours):
+        options = transformers.TrainingArguments(
+            str(tmp_path / "run"), per_device_train_batch_size=4, num_train_epochs=2, optim="sgd", learning_rate=0.05,
+            report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        transformers.Trainer(model, options, train_dataset=data).train()
+    assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-4, atol=1e-4)
+    ours.eval().save_pretrained(tmp_path / "saved")
+    loaded = transformers.ResNetForImageClassification.from_pretrained(tmp_path / "saved").eval()
+    x = torch.randn(4, 3, 32, 32)
+    assert type(loaded.resnet.embedder.embedder.normalization) is nn.BatchNorm2d
+    assert_close(loaded(x).logits, ours(x).logits, rtol=1e-5, atol=1e-5)

@@ -260,6 +260,7 @@ def in_a_domain():
         (lambda: bn.BatchNorm2d(3, debiased=True), "1 is debiased"),
         (lambda: bn.BatchNorm2d(3, on_single="running"), '1 has on_single="running"'),
         (lambda: Shifted(3), "1 is Shifted of tests.passes.test_downgrade, not exactly a layer of ours"),
+        (bn.LazyBatchNorm2d, "1 is lazy: run a batch through the model first"),
         (Caller, "1.norm has activation='relu', and Caller calls it"),
         (lambda: bn.BatchNorm2d(3, activation=torch.sin), "1 has activation=<built-in method sin"),
     ],

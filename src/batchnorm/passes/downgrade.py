@@ -6,6 +6,7 @@ import importlib
 from typing import TypeVar, cast
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers
 from batchnorm.graph import rewrite
@@ -104,6 +105,8 @@ class _NoCounterpart(Exception):
 def _counterpart(layer: _BatchNorm, sync: bool) -> type[nn.Module]:
     """The class of torch's, or timm's, that `layer` becomes. Raises: _NoCounterpart."""
     kind, statistics = type(layer), thawed(layer.statistics)
+    if isinstance(layer, LazyModuleMixin):
+        raise _NoCounterpart("is lazy: run a batch through the model first")
     if kind not in _THEIRS and kind is not layers.BatchNorm:
         raise _NoCounterpart(f"is {kind.__name__} of {kind.__module__}, not exactly a layer of ours")
     if isinstance(layer.num_features, tuple):
