@@ -14,7 +14,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// What sums run in: float32, or float64 for float64.
+// What is computed in: float32, or float64 for float64.
 template <class E>
 struct Widened {
   using type = float;
@@ -25,6 +25,22 @@ struct Widened<double> {
 };
 template <class E>
 using Wide = typename Widened<E>::type;
+
+// What many values are summed in: float64, but for those whose results have 8 or 11 digits.
+template <class E>
+struct Summed {
+  using type = double;
+};
+template <>
+struct Summed<bf16> {
+  using type = float;
+};
+template <>
+struct Summed<f16> {
+  using type = float;
+};
+template <class E>
+using Sum = typename Summed<E>::type;
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;

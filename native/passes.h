@@ -1,7 +1,8 @@
 // The passes over a part: its moments, its output, the sums of its gradient, its gradient.
 //
-// Accuracy. Sums run over deviations from a shift near the mean, in float32 for a block and in float64 across blocks,
-// which are merged by Chan's formula. The shift of a block is the mean of all blocks before it. Should that be far from
+// Accuracy. Sums run over deviations from a shift near the mean: of 4 to 16 values in float32, and these in float64. (In
+// float32 equal terms, of which images and counts have many, are all rounded alike: a block of 4096 was off by 1e-5.)
+// Blocks are merged by Chan's formula. The shift of a block is the mean of all blocks before it. Should that be far from
 // the block's own mean, what cancels in the block is no larger than the spread between the two, which enters m2 as well.
 #pragma once
 
@@ -12,7 +13,7 @@
 namespace batchnorm {
 namespace {
 
-constexpr int64_t block_values = 4096, block_rows = 64;  // summed in float32 before they are added in float64
+constexpr int64_t block_values = 4096, block_rows = 64;  // about one shift
 constexpr int64_t first_values = 1024, first_rows = 8;   // that give the first shift
 constexpr int64_t streams_from = 4 << 20;                // bytes of a result that no cache will keep
 constexpr int64_t short_run = 512;                       // bytes
@@ -69,6 +70,7 @@ inline void walk(const Part& part, int64_t inner, const F& f) {
 // Rows are summed several at once, a quarter of the part apart: every accumulator is read and written a quarter as often, and
 // the processor's prefetcher sees as many long streams. Rows that lie side by side it does not follow (10 GB/s for 25).
 constexpr int64_t turns = 4;
+constexpr int64_t float_steps = 4;  // of so many rows each that a column is summed in float32: 16 values
 
 // f(n, apart, count) for rows n, n + apart, ..., `count` of them, one of each quarter, for some steps of a part; in its last
 // steps also for the rows that are left over. Returns how many rows those were.
@@ -108,20 +110,21 @@ struct Seen {
   }
 };
 
-// Adds up the columns of each channel.
+// Adds the columns of each channel to its total, and empties them.
 template <class W>
-inline void fold(const W* columns, int64_t channels, int64_t inner, double* totals) {
+inline void fold(W* columns, int64_t channels, int64_t inner, double* totals) {
   if (inner == 1) {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; c++) totals[c] = columns[c];
-    return;
-  }
-  for (int64_t c = 0; c < channels; c++) {
-    double total = 0;
+    for (int64_t c = 0; c < channels; c++) totals[c] += columns[c];
+  } else {
+    for (int64_t c = 0; c < channels; c++) {
+      double total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < inner; k++) total += columns[c * inner + k];
-    totals[c] = total;
+      for (int64_t k = 0; k < inner; k++) total += columns[c * inner + k];
+      totals[c] += total;
+    }
   }
+  for (int64_t k = 0; k < channels * inner; k++) columns[k] = 0;
 }
 
 // Per-channel values as the columns of a part see them: copied to `local` where a channel has several.
@@ -143,7 +146,8 @@ void moments(const Shape& shape, const Tensor& x, const Part& part, double* mean
   alignas(64) W shift[max_width], columns[by_rows ? max_width : 1], more[by_rows ? max_width : 1], local[by_rows ? max_width : 1];
   if constexpr (by_rows) {
     const int64_t rows = min(first_rows, part.outer);
-    for (int64_t k = 0; k < width; k++) columns[k] = 0;
+    for (int64_t k = 0; k < width; k++) columns[k] = more[k] = 0;
+    for (int64_t c = 0; c < channels; c++) first[c] = 0;
     for (int64_t n = 0; n < rows; n++) add(at<E>(x, part.first_outer + n, part.first_channel), width, columns);
     fold(columns, channels, inner, first);
     for (int64_t c = 0; c < channels; c++) shift[c] = static_cast<W>(first[c] / static_cast<double>(rows * inner));
@@ -156,17 +160,18 @@ void moments(const Shape& shape, const Tensor& x, const Part& part, double* mean
   Seen seen{0, mean + part.first_channel, m2 + part.first_channel};
   const int64_t steps = max(1, (by_rows ? block_rows : block_values / inner) / turns);
   for (int64_t step = 0; step < steps_of(part); step += steps) {
-    int64_t rows;
+    int64_t rows = 0;
+    for (int64_t c = 0; c < channels; c++) first[c] = second[c] = 0;
     if constexpr (by_rows) {
       const Each<W> shifts{spread(shift, channels, inner, local)};
-      for (int64_t k = 0; k < width; k++) columns[k] = more[k] = 0;
-      rows = by_turns(part, step, steps, [&](int64_t n, int64_t apart, auto count) {
-        deviations<count>(at<E>(x, n, part.first_channel), apart * x.outer_stride, width, shifts, columns, more);
-      });
-      fold(columns, channels, inner, first);
-      fold(more, channels, inner, second);
+      for (int64_t some = step; some < min(step + steps, steps_of(part)); some += float_steps) {
+        rows += by_turns(part, some, float_steps, [&](int64_t n, int64_t apart, auto count) {
+          deviations<count>(at<E>(x, n, part.first_channel), apart * x.outer_stride, width, shifts, columns, more);
+        });
+        fold(columns, channels, inner, first);
+        fold(more, channels, inner, second);
+      }
     } else {
-      for (int64_t c = 0; c < channels; c++) first[c] = second[c] = 0;
       rows = by_turns(part, step, steps, [&](int64_t n, int64_t apart, auto count) {
         for (int64_t c = 0; c < channels; c++)
           for (int64_t i = 0; i < inner; i += block_values)
@@ -366,9 +371,9 @@ void products(const Layer& layer, const Backward& call, const Coefficients<Wide<
   moved += part.first_channel;
   for (int64_t c = 0; c < channels; c++) sums[c] = moved[c] = 0;
   const Tensor& known = from_y ? call.y : call.dy;
-  const int64_t steps = max(1, (by_rows ? block_rows : block_values / inner) / turns);
+  const int64_t steps = by_rows ? float_steps : max(1, block_values / inner / turns);
+  for (int64_t k = 0; k < width; k++) columns[k] = more[k] = 0;
   for (int64_t step = 0; step < steps_of(part); step += steps) {
-    for (int64_t k = 0; k < width; k++) columns[k] = more[k] = 0;
     for (int64_t c = 0; c < channels; c++) first[c] = second[c] = 0;
     by_turns(part, step, steps, [&](int64_t n, int64_t apart, auto count) {
       const int64_t of_dy = apart * call.dy.outer_stride, of_x = apart * call.x.outer_stride,

@@ -57,6 +57,8 @@ inline W through(W z, W dy, const Bend<W>& bend) {
   return dy;
 }
 
+constexpr int quarters = 4;
+
 template <class E, class W = Wide<E>>
 inline W sum(const E* x, int64_t n) {
   W total = 0;
@@ -70,17 +72,28 @@ inline void add(const E* x, int64_t n, W* totals) {
   for (int64_t i = 0; i < n; i++) totals[i] += widen(x[i]);
 }
 
-// Σ (x - shift) and Σ (x - shift)², of a plane, then of each column
+// Σ (x - shift) and Σ (x - shift)², of a plane, then of each column. As many values as there are rows are summed in float32,
+// of a single row its quarters.
 template <int rows, class E, class W>
 inline void deviations(const E* x, int64_t stride, int64_t n, Same<W> shift, double* first, double* second) {
-  W a = 0, b = 0;
+  if constexpr (rows == 1) {
+    if (n >= quarters) {
+      const int64_t apart = n / quarters;
+      deviations<quarters>(x, apart, apart, shift, first, second);
+      return deviations<1>(x + quarters * apart, 0, n % quarters, shift, first, second);
+    }
+  }
+  Sum<E> a = 0, b = 0;
 #pragma omp simd reduction(+ : a, b)
   for (int64_t i = 0; i < n; i++) {
+    W some = 0, squares = 0;
     for (int row = 0; row < rows; row++) {
       const W d = widen(x[row * stride + i]) - shift.value;
-      a += d;
-      b += d * d;
+      some += d;
+      squares += d * d;
     }
+    a += some;
+    b += squares;
   }
   *first += a;
   *second += b;
@@ -89,14 +102,14 @@ template <int rows, class E, class W>
 inline void deviations(const E* x, int64_t stride, int64_t n, Each<W> shift, W* first, W* second) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    W a = first[i], b = second[i];
+    W some = 0, squares = 0;
     for (int row = 0; row < rows; row++) {
       const W d = widen(x[row * stride + i]) - shift[i];
-      a += d;
-      b += d * d;
+      some += d;
+      squares += d * d;
     }
-    first[i] = a;
-    second[i] = b;
+    first[i] += some;
+    second[i] += squares;
   }
 }
 
@@ -119,18 +132,28 @@ inline W gradient(const E* dy, const E* x, const E* y, int64_t i, const Line<V>&
   return through<form>(z, widen(dy[i]), bend);
 }
 
-// Σ g and Σ g·(x - about), of a plane, then of each column
+// Σ g and Σ g·(x - about), likewise
 template <int rows, Form form, bool from_y, class E, class W>
 inline void products(const E* dy, const E* x, const E* y, int64_t stride_of_dy, int64_t stride_of_x,
                      int64_t stride_of_y, int64_t n, Line<Same<W>> line, Bend<W> bend, double* first, double* second) {
-  W a = 0, b = 0;
+  if constexpr (rows == 1) {
+    if (n >= quarters) {
+      const int64_t apart = n / quarters, rest = quarters * apart;
+      products<quarters, form, from_y>(dy, x, y, apart, apart, apart, apart, line, bend, first, second);
+      return products<1, form, from_y>(dy + rest, x + rest, y + rest, 0, 0, 0, n % quarters, line, bend, first, second);
+    }
+  }
+  Sum<E> a = 0, b = 0;
 #pragma omp simd reduction(+ : a, b)
   for (int64_t i = 0; i < n; i++) {
+    W some = 0, moved = 0;
     for (int row = 0; row < rows; row++) {
       const W g = gradient<form, from_y>(dy + row * stride_of_dy, x + row * stride_of_x, y + row * stride_of_y, i, line, bend);
-      a += g;
-      b += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
+      some += g;
+      moved += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
     }
+    a += some;
+    b += moved;
   }
   *first += a;
   *second += b;
@@ -140,14 +163,14 @@ inline void products(const E* dy, const E* x, const E* y, int64_t stride_of_dy, 
                      int64_t stride_of_y, int64_t n, Line<Each<W>> line, Bend<W> bend, W* first, W* second) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    W a = first[i], b = second[i];
+    W some = 0, moved = 0;
     for (int row = 0; row < rows; row++) {
       const W g = gradient<form, from_y>(dy + row * stride_of_dy, x + row * stride_of_x, y + row * stride_of_y, i, line, bend);
-      a += g;
-      b += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
+      some += g;
+      moved += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
     }
-    first[i] = a;
-    second[i] = b;
+    first[i] += some;
+    second[i] += moved;
   }
 }
 
