@@ -868,7 +868,7 @@ MUTATIONS = [
     ),
     Mutation(
         "checksums not looked at", "training/checkpoint.py",
-        "whole = archive.testzip() is None", "whole = True",
+        "archive.testzip() is not None", "False",
         "a flipped bit would be trained on",
     ),
     Mutation(

@@ -231,3 +231,53 @@ def test_every_section_of_the_example_is_read():
 def test_values_are_written_as_in_toml(value, text):
     assert toml.literal(value) == text
     assert tomllib.loads(f"value = {text}")["value"] == value
+
+
+ABSURD = [
+    "nan",
+    "inf",
+    "-inf",
+    "1e30",
+    "1" + "0" * 30,
+    "-1",
+    "9" * 10_000,
+    "[" * 5_000,
+    "x" * 100_000,
+    "true",
+    "1e999",
+    "[]",
+]
+NUMBERS = [
+    f"{section}.{name}"
+    for section, part in Config.model_fields.items()
+    for name, field in (InceptionModel if section == "model" else part.annotation).model_fields.items()
+    if field.annotation in (int, float, int | None, float | None)
+]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_an_absurd_number_is_one_line_that_names_the_key_and_its_range(key):
+    refused = 0
+    for value in ABSURD:
+        try:
+            toml.parse({"training": {"steps": 1}}, [f"{key}={value}"])
+        except ConfigError as error:
+            said, refused = str(error), refused + 1
+            assert said.startswith(f"{key} = ") and "\n" not in said and len(said) < 500
+            assert re.search("; it is (at least|above|at most|below) ", said)
+    assert refused >= 9, f"only {refused}"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("training.steps=1e30", "valid integer; it is at least 1 and at most 1,000,000,000,000,000"),
+        ("model.width=1e9", "model.width = 1000000000.0: .*; it is above 0 and at most 16"),
+        ("data.image_size=1_000_000", "it is at least 8 and at most 8,192"),
+        ("machine.loaders=100_000", "it is at least 0 and at most 256"),
+        ("optimizer.rate=nan", "optimizer.rate = nan: .*finite number; it is above 0"),
+    ],
+)
+def test_a_number_out_of_range_says_what_is_in_it(change, says):
+    with pytest.raises(ConfigError, match=says):
+        toml.parse({"training": {"steps": 1}}, [change])

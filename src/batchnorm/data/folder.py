@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from batchnorm.data.idx import DataError
 from batchnorm.data.images import decode
@@ -15,6 +15,7 @@ from batchnorm.data.names import Names
 from batchnorm.data.source import Split
 
 _LISTED = 5
+_IMAGES = (*IMG_EXTENSIONS, ".gif")
 
 
 class ImageFolder:
@@ -33,7 +34,7 @@ class ImageFolder:
         self.classes = len(classes)
         self._folder = root / split
         try:
-            found = make_dataset(self._folder, classes, extensions=IMG_EXTENSIONS)
+            found = make_dataset(self._folder, classes, is_valid_file=_is_image)
         except FileNotFoundError as error:
             raise DataError(f"{self._folder}: {error}") from None
         self._names = Names(os.path.relpath(path, self._folder) for path, _ in found)
@@ -55,11 +56,23 @@ def _classes(root: Path, split: Split) -> dict[str, int]:
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"{root} has no folder {split}: images are looked for in {split}/CLASS/*.jpg")
-    try:
-        numbers: dict[str, int] = find_classes(folder)[1]
-    except FileNotFoundError:
-        raise DataError(f"{folder} has no folders: each class needs one, with its images in it") from None
-    return numbers
+    names = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)
+    )
+    if not names:
+        raise DataError(f"{folder} has no folders: each class needs one, with its images in it")
+    if len(names) == 1 and split == "train":
+        raise DataError(f"{folder} has a single class, {names[0]}: there is nothing to tell apart")
+    return {name: number for number, name in enumerate(names)}
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(_IMAGES) and not _is_hidden(os.path.basename(path))
+
+
+def _is_hidden(name: str) -> bool:
+    """Such as .ipynb_checkpoints, and the ._name.jpg that macOS leaves beside name.jpg."""
+    return name.startswith(".")
 
 
 def _expect_equal(root: Path, train: dict[str, int], val: dict[str, int]) -> None:

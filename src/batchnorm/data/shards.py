@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from batchnorm.data.idx import DataError
@@ -27,8 +27,11 @@ _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # the key ends at the first dot of the file's name
 _METADATA = re.compile(r"__[^/]*__($|/)")
 _SPLITS = re.compile(r"\{([^{},]*),([^{},]*)\}")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # by which tarfile stands for bytes that are not UTF-8
 _BLOCK = 512
 _OPEN_FILES = 16
+_LABELS = 1_000_000  # one more than the largest label
+_LABEL_FILE = 2**20  # bytes; a .json may hold more than the label
 _SCANS = 8  # concurrent scans; on a network file system a scan mostly waits for I/O
 
 
@@ -51,6 +54,21 @@ class Index(BaseModel):
     sizes: list[int]
     labels: list[int]
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        """An index that says where things are that cannot be there would be followed to read them."""
+        samples = len(self.keys)
+        if not samples == len(self.offsets) == len(self.sizes) == len(self.labels):
+            raise ValueError("lists of unequal lengths")
+        places = zip(self.offsets, self.sizes, strict=True)
+        if not all(
+            offset >= _BLOCK and size >= 0 and offset + size <= self.length for offset, size in places
+        ):
+            raise ValueError("an image outside of the shard")
+        if not all(0 <= label < _LABELS for label in self.labels):
+            raise ValueError("a label that no class has")
+        return self
+
     @property
     def stamp(self) -> tuple[int, int]:
         return self.length, self.modified
@@ -66,9 +84,10 @@ class Index(BaseModel):
             stamp = _stamp(shard.stat())
             with shard.open("rb") as file:
                 try:
-                    index = cls.model_validate_json(stored.read_bytes())
-                    if index.stamp == stamp:
-                        return index
+                    if stored.is_file() and stored.stat().st_size <= stamp[0]:
+                        index = cls.model_validate_json(stored.read_bytes())
+                        if index.stamp == stamp:
+                            return index
                 except (OSError, ValidationError):
                     pass  # missing or broken: scan again
                 index = cls._scan(shard, file, stamp)
@@ -86,9 +105,12 @@ class Index(BaseModel):
                 if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile accepts a file truncated between members
                     raise tarfile.ReadError("it has no end mark")
                 samples = [_sample(shard, tar, key, members) for key, members in grouped]
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError, MemoryError, OverflowError, ValueError) as error:
             raise DataError(f"{shard} is torn, or no plain tar file ({error}); fetch it again") from None
         keys, offsets, sizes, labels = map(list, zip(*samples, strict=True)) if samples else ([], [], [], [])
+        for key, offset, size in zip(keys, offsets, sizes, strict=True):
+            if offset + size > stamp[0]:  # a sparse member may claim any size
+                raise DataError(f"{shard}: the image of {key} is beyond the end of the file; fetch it again")
         return cls(length=stamp[0], modified=stamp[1], keys=keys, offsets=offsets, sizes=sizes, labels=labels)
 
 
@@ -100,6 +122,8 @@ def _group_by_key(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict
         if member.isreg() and not _METADATA.match(member.name) and (match := _MEMBER.fullmatch(member.name))
     )
     for key, group in itertools.groupby(files, lambda file: file[0]):
+        if _SURROGATE.search(key):
+            raise DataError(f"{shard} has a member whose name is not UTF-8 text, {key!r}: rename it")
         members: dict[str, tarfile.TarInfo] = {}
         for _, ending, member in group:
             if ending in members:
@@ -120,14 +144,19 @@ def _sample(
             label = int(_content(tar, members["cls"]))
         else:
             label = int(json.loads(_content(tar, members["json"]))["label"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         label = -1
-    if label < 0:
-        raise DataError(f"{shard}: {key} has no class, a number from 0 in a .cls, or as label in a .json")
+    if not 0 <= label < _LABELS:
+        raise DataError(
+            f"{shard}: {key} has no class, a number from 0 to {_LABELS - 1:,} in a .cls, or as label in a .json"
+        )
     return key, image.offset_data, image.size, label
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Raises: ValueError for one that is too large to hold a label."""
+    if member.size > _LABEL_FILE:
+        raise ValueError("no label")
     file = tar.extractfile(member)
     assert file is not None  # it is a regular one
     with file:

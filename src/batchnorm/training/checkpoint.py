@@ -1,15 +1,24 @@
-"""Checkpoints, written atomically: to a temporary file, which is synced to the disk and then renamed."""
+"""Checkpoints, written atomically: to a temporary file, which is synced to the disk and then renamed.
+
+A file is a ZIP archive of torch.save whose comment is the SHA-256 of all bytes before it: the archive's own checksums
+leave out its directory and padding, and torch.load verifies none of them. torch.load reads it as any other.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_LABEL = b"sha256="
+_COMMENT = len(_LABEL) + 2 * hashlib.sha256().digest_size
 
 
 class CheckpointError(Exception):
@@ -25,6 +34,9 @@ def save(state: dict[str, Any], path: Path) -> None:
     unfinished = path.with_suffix(".unfinished")
     content = io.BytesIO()  # torch.save to a full disk would raise RuntimeError instead of OSError
     torch.save(state, content)
+    content.seek(-2, os.SEEK_END)
+    content.write(_COMMENT.to_bytes(2, "little"))
+    content.write(_comment(content.getbuffer()))
     try:
         with unfinished.open("wb") as file:
             file.write(content.getbuffer())
@@ -40,21 +52,48 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: Path) -> dict[str, Any] | None:
     """The state at `path`, or None if there is no such file. Loads data, never code (weights_only=True).
 
-    Raises: CheckpointError when the file's checksums are wrong or it is not a file of `save`.
+    Raises: CheckpointError when it is not exactly what `save` wrote, or no file but a pipe or a device.
     """
-    if not path.exists():
-        return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            whole = archive.testzip() is None  # torch.load does not verify the checksums
-        state = torch.load(path, weights_only=True, map_location="cpu") if whole else None
-    except Exception:  # on corrupt data the unpickler may raise any exception
-        state = None
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    state = None
+    if stat.S_ISREG(mode):
+        try:
+            state = _read(path)
+        except Exception:  # on corrupt data the unpickler may raise any exception
+            state = None
     if not isinstance(state, dict):
         raise CheckpointError(
             f"the checkpoint {path} is broken: delete it to resume from the previous one, or else from the start"
         )
     return state
+
+
+def _read(path: Path) -> object:
+    """What `save`, or torch.save by itself, wrote; None if the file holds something else.
+
+    Takes memory for the file, whatever it holds.
+    """
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # a large file of another kind is not read at all
+            return None
+        file.seek(0)
+        content = file.read()
+    whole, comment = memoryview(content)[:-_COMMENT], content[-_COMMENT:]
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        signed = not content.endswith(bytes(2))  # the length of an archive's comment, where it has none
+        if comment != _comment(whole) if signed else archive.testzip() is not None:
+            return None
+        members = archive.infolist()
+    if any(each.compress_type != zipfile.ZIP_STORED or each.external_attr for each in members):
+        return None  # a compressed member may be larger than memory, and a folder has no content
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+
+
+def _comment(content: memoryview) -> bytes:
+    return _LABEL + hashlib.sha256(content).hexdigest().encode()
 
 
 class Checkpoints:

@@ -10,6 +10,8 @@ from batchnorm.models.inception import Nonlinearity, Stem
 
 # The sections that may change when a run is resumed: where it runs and how often it is saved.
 RESUMABLE_SECTIONS = {"machine", "checkpoints"}
+_MANY = 10**15  # of steps, images, ...: more than there can be
+_LARGEST_BATCH = 2**20
 INCEPTION: Literal["bn-inception"] = "bn-inception"
 
 
@@ -26,10 +28,13 @@ class InceptionModel(_Section):
     )
     batch_norm: bool = Field(True, description="before every nonlinearity")
     activation: Nonlinearity = Field("relu", description='or "sigmoid"')
-    width: float = Field(1.0, gt=0, description="multiplies every number of channels")
+    width: float = Field(1.0, gt=0, le=16, description="multiplies every number of channels")
     stem: Stem = Field("imagenet", description='for images of 224 pixels; "small" for 28 to 64')
     pool_proj_4cd: int = Field(
-        96, ge=1, description="channels of the pooling branch in modules 4c and 4d; figure 5 prints 128"
+        96,
+        ge=1,
+        le=16_384,
+        description="channels of the pooling branch in modules 4c and 4d; figure 5 prints 128",
     )
     separable_stem: bool = Field(True, description="the first convolution depthwise, then 1×1")
     auxiliary: bool = Field(False, description="a second classifier after module 4d")
@@ -38,7 +43,7 @@ class InceptionModel(_Section):
     per_activation: tuple[str, ...] = Field(
         (), description="modules whose BN has separate moments for every activation"
     )
-    init_gain: float = Field(1.0, gt=0, description="multiplies the convolutions' initial weights")
+    init_gain: float = Field(1.0, gt=0, le=1e6, description="multiplies the convolutions' initial weights")
 
 
 class TorchvisionModel(_Section):
@@ -68,7 +73,7 @@ class Data(_Section):
         description="a name (mnist-10k, mnist, fashion-mnist, cifar-10), a folder in ImageNet's layout "
         "(train/CLASS/*.jpg, val/CLASS/*.jpg), or a folder of WebDataset shards (train-*.tar, val-*.tar)",
     )
-    image_size: int = Field(224, ge=8, description="height and width of a crop in pixels")
+    image_size: int = Field(224, ge=8, le=8192, description="height and width of a crop in pixels")
     crop_area: tuple[float, float] = Field(
         (0.08, 1.0), description="share of the image that a training crop covers, from and to; GoogLeNet's"
     )
@@ -81,7 +86,7 @@ class Data(_Section):
         description="each epoch shuffles the order of the shards, or the examples within them too (section 4.2.1)",
     )
     shard_size: int = Field(
-        1000, ge=1, description="examples in a shard, for data that does not come in shard files"
+        1000, ge=1, le=_MANY, description="examples in a shard, for data that does not come in shard files"
     )
     corrupt_share: float = Field(
         0.01, ge=0, le=1, description="a larger share of images that cannot be read stops the run"
@@ -101,23 +106,26 @@ class Optimizer(_Section):
     rate: float = Field(0.0015, gt=0, description="initial learning rate; 0.0015 is the paper's Inception")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(
-        2e-4, ge=0, description="L2, on the weights of convolutions and linear layers"
+        2e-4, ge=0, le=1e6, description="L2, on the weights of convolutions and linear layers"
     )
     decay: float = Field(0.96, gt=0, le=1, description="the rate is multiplied by it every decay_every steps")
-    decay_every: int = Field(320_000, ge=1, description="steps; 320,000 are 8 epochs of ImageNet")
+    decay_every: int = Field(320_000, ge=1, le=_MANY, description="steps; 320,000 are 8 epochs of ImageNet")
 
 
 class Schedule(_Section):
     """`[training]`: number of steps, batch size, seed and precision."""
 
-    steps: int = Field(ge=1, description="number of SGD steps")
-    batch_size: int = Field(32, ge=2, description="images per step, over all processes")
+    steps: int = Field(ge=1, le=_MANY, description="number of SGD steps")
+    batch_size: int = Field(32, ge=2, le=_LARGEST_BATCH, description="images per step, over all processes")
     micro_batch: int | None = Field(
         None,
         ge=1,
+        le=_LARGEST_BATCH,
         description="largest number of images per pass in one process; statistics and gradients are the whole batch's",
     )
-    seed: int = Field(0, ge=0, description="of initial weights, data order, distortions and dropout")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="of initial weights, data order, distortions and dropout"
+    )
     sync: bool = Field(False, description="BN normalises by the samples of all processes")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="of activations; float64 applies to the weights too, for comparing runs"
@@ -125,25 +133,42 @@ class Schedule(_Section):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, kept beside them"
     )
-    auxiliary_weight: float = Field(0.3, ge=0, description="of the auxiliary head's loss; GoogLeNet's")
+    auxiliary_weight: float = Field(
+        0.3, ge=0, le=1e6, description="of the auxiliary head's loss; GoogLeNet's"
+    )
     patience: int | None = Field(
-        None, ge=1, description="stop after this many evaluations in a row without a new best accuracy"
+        None,
+        ge=1,
+        le=_MANY,
+        description="stop after this many evaluations in a row without a new best accuracy",
     )
 
 
 class Evaluations(_Section):
     """`[evaluation]`: when the network is evaluated, and on what."""
 
-    every: int | None = Field(None, ge=1, description="steps between evaluations; unless given, an epoch")
+    every: int | None = Field(
+        None, ge=1, le=_MANY, description="steps between evaluations; unless given, an epoch"
+    )
     apart: float | None = Field(
-        None, gt=0, description="instead of every: the gap as a share of the steps so far, at least 10 steps"
+        None,
+        gt=0,
+        le=1e6,
+        description="instead of every: the gap as a share of the steps so far, at least 10 steps",
     )
-    first: int = Field(1, ge=1, description="no evaluation before this step")
+    first: int = Field(1, ge=1, le=_MANY, description="no evaluation before this step")
     images: int | None = Field(
-        None, ge=1, description="size of a fixed random subset of the validation set; unless given, all"
+        None,
+        ge=1,
+        le=_MANY,
+        description="size of a fixed random subset of the validation set; unless given, all",
     )
-    population_batches: int = Field(20, ge=1, description="training batches over which Algorithm 2 averages")
-    batch_size: int = Field(250, ge=1, description="images per forward pass in one process")
+    population_batches: int = Field(
+        20, ge=1, le=_MANY, description="training batches over which Algorithm 2 averages"
+    )
+    batch_size: int = Field(
+        250, ge=1, le=_LARGEST_BATCH, description="images per forward pass in one process"
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -158,10 +183,14 @@ class Checkpoints(_Section):
     every_seconds: float = Field(
         600,
         gt=0,
+        le=1e9,
         description="seconds between checkpoints; one is also written when the run ends or is stopped",
     )
     keep: int = Field(
-        3, ge=1, description="number of newest checkpoints kept, besides the best and final networks"
+        3,
+        ge=1,
+        le=_MANY,
+        description="number of newest checkpoints kept, besides the best and final networks",
     )
 
 
@@ -170,10 +199,10 @@ class Machine(_Section):
 
     device: Literal["auto", "cpu"] = Field("auto", description="an accelerator where there is one")
     threads: int | None = Field(
-        None, ge=1, description="threads of one process on a CPU; unless given, torch's default"
+        None, ge=1, le=1024, description="threads of one process on a CPU; unless given, torch's default"
     )
     loaders: int = Field(
-        0, ge=0, description="processes that read and distort images, for each training process"
+        0, ge=0, le=256, description="processes that read and distort images, for each training process"
     )
     channels_last: bool = Field(True, description="the memory layout of images and weights")
     keep_memory: bool = Field(True, description="see bn.keep_memory; on a CPU only")

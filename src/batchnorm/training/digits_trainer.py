@@ -7,6 +7,7 @@ resumed run gives the same numbers as an uninterrupted one, bit for bit on the s
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -22,7 +23,15 @@ from batchnorm.data.digits import Digits
 from batchnorm.models.mlp import MLP, Nonlinearity
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.schedule import evaluation_steps
+from batchnorm.training.schedule import Due, evaluation_steps
+from batchnorm.training.state import (
+    StateError,
+    check_form,
+    check_number,
+    check_optimizer,
+    check_random,
+    check_records,
+)
 
 # The number of training batches over which Algorithm 2 averages: 1,200 samples.
 POPULATION_BATCHES = 20
@@ -93,7 +102,7 @@ class DigitsTrainer:
 
     def run(self) -> Iterator[Evaluation | Result | None]:
         """Train; yield each record, and None after every other step, where the run may be stopped."""
-        due = set(evaluation_steps(self.config.steps))
+        due = Due(evaluation_steps(self.config.steps))
         while self.step < self.config.steps and not self._diverged:
             started = time.perf_counter()
             images, labels = self._batch()
@@ -195,12 +204,34 @@ class DigitsTrainer:
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
+        try:
+            self._check(state)
+        except StateError as error:
+            raise CheckpointError(
+                f"the checkpoint of {self.job} does not fit the network: delete it, or use a new folder ({error})"
+            ) from None
         self.step, self.loss_sum, self.loss_count = state["step"], state["loss_sum"], state["losses"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         self.seconds, self.watched = state["seconds"], state["watched"]
         self.evaluations = [Evaluation.model_validate_json(line) for line in state["evaluations"]]
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise StateError unless `state` can be that of this trainer at some step."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise StateError("it has other keys")
+        check_number(state["step"], 0, self.config.steps, "step")
+        check_number(state["losses"], 0, state["step"], "losses")
+        check_number(state["seconds"], 0.0, sys.float_info.max, "seconds")
+        check_form(state["model"], own["model"], "model")
+        check_form(state["loss_sum"], own["loss_sum"], "loss_sum")
+        check_optimizer(state["optimizer"], self.optimizer, self.config.rate)
+        check_random([state["random"]], [own["random"]], "random")
+        check_records(state["evaluations"], None, self.job, state["step"])
+        watched = len(state["evaluations"]) if self.config.watch else 0
+        check_form(state["watched"], [torch.empty(3, self.config.hidden[-1])] * watched, "watched")
 
 
 def _binarize(images: Tensor) -> Tensor:

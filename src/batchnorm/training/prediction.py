@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
@@ -138,5 +138,20 @@ def load_predictions(path: Path) -> dict[Crops, Predictions]:
 
 
 def _predictions_of(state: dict[str, Any]) -> dict[Crops, Predictions]:
-    labels = state["labels"]
-    return {crops: Predictions(rows, labels[crops]) for crops, rows in state["probabilities"].items()}
+    """Raises: CheckpointError unless they are probabilities and labels of as many images."""
+    rows, labels = state.get("probabilities"), state.get("labels")
+    if (
+        not isinstance(rows, dict)
+        or not isinstance(labels, dict)
+        or not {1, CROPS} >= rows.keys() == labels.keys()
+    ):
+        raise CheckpointError("this is no checkpoint of predictions: delete it")
+    for crops, each in rows.items():
+        if (
+            not isinstance(each, Tensor)
+            or not isinstance(labels[crops], Tensor)
+            or (each.dim(), each.dtype, labels[crops].dtype) != (2, torch.float32, torch.int64)
+            or labels[crops].shape != each.shape[:1]
+        ):
+            raise CheckpointError("the predictions in this checkpoint are none: delete it")
+    return {crops: Predictions(each, labels[crops]) for crops, each in rows.items()}

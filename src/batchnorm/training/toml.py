@@ -11,10 +11,13 @@ from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from batchnorm.training.config import RESUMABLE_SECTIONS, Config, InceptionModel, TorchvisionModel
 
+_LARGEST = 2**20  # bytes of a run.toml
+_LONGEST = 200  # characters of a value in a message
 _IN_TOML = {"a valid boolean": "true or false", "a valid array": "a list", "tuple": "list"}
 
 
@@ -28,14 +31,20 @@ def read(path: Path, changes: Iterable[str] = ()) -> Config:
     Raises: ConfigError.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read {path}: {reason}") from None
+    if len(content) > _LARGEST:
+        raise ConfigError(f"{path} is no run.toml: it has more than {_LARGEST:,} bytes")
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not TOML that can be read: it is nested too deep") from None
+    except ValueError as error:  # beyond TOML's own: an integer of 5,000 digits
+        raise ConfigError(f"{path} is not TOML: {str(error).split(';')[0]}") from None
     return parse(values, changes)
 
 
@@ -71,8 +80,9 @@ def to_toml(config: Config) -> str:
 
 
 def literal(value: Any) -> str:
-    """`value` as it stands in a run.toml."""
-    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
+    """`value` as it stands in a run.toml, a long one shortened."""
+    text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 4 :]}"
 
 
 def _section(name: str, values: Any) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def _change(values: dict[str, dict[str, Any]], change: str) -> None:
     section, name = parts
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()  # a string needs no quotes on a command line
     values.setdefault(section, {})[name] = value
 
@@ -114,6 +124,8 @@ def format_error(error: ErrorDetails) -> str:
     why = error["msg"][0].lower() + error["msg"][1:]
     for pydantic_word, toml_word in _IN_TOML.items():
         why = why.replace(pydantic_word, toml_word)
+    if len(rest) == 1 and (bounds := _bounds(str(section), str(rest[0]), torchvision)):
+        why = f"{why}; it is {bounds}"
     return f"{where} = {literal(error['input'])}: {why}" if where else why
 
 
@@ -123,10 +135,27 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
 
 
-def _keys(section: str, torchvision: bool = False) -> Iterable[str]:
+def _keys(section: str, torchvision: bool = False) -> dict[str, FieldInfo]:
     """The keys that a section has."""
     if section == "model":
         return (TorchvisionModel if torchvision else InceptionModel).model_fields
     kind = Config.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
     return kind.model_fields
+
+
+def _bounds(section: str, name: str, torchvision: bool) -> str:
+    """The range of a number, e.g. "above 0 and at most 16"; empty for other keys."""
+    field = _keys(section, torchvision).get(name) if section in Config.model_fields else None
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    limits = [
+        f"{word} {_number(getattr(limit, kind))}"
+        for limit in (field.metadata if field else ())
+        for kind, word in words.items()
+        if hasattr(limit, kind)
+    ]
+    return " and ".join(limits)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

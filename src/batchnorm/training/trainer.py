@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -39,8 +40,16 @@ from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import RESUMABLE_SECTIONS, Config
 from batchnorm.training.network import NetworkError, build
-from batchnorm.training.schedule import evaluation_steps
+from batchnorm.training.schedule import Due, evaluation_steps
 from batchnorm.training.score import Score, probabilities
+from batchnorm.training.state import (
+    StateError,
+    check_form,
+    check_number,
+    check_optimizer,
+    check_random,
+    check_records,
+)
 from batchnorm.training.toml import ConfigError
 
 _PRECISIONS = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -134,7 +143,7 @@ class Trainer:
 
         All processes yield equally often, so that they can agree on stopping.
         """
-        due = set(self._evaluation_steps())
+        due = Due(self._evaluation_steps())
         batches: Iterator[Batch] | None = None
         while True:
             evaluated = self.evaluations[-1].step if self.evaluations else 0
@@ -206,7 +215,8 @@ class Trainer:
             candidates: Iterable[int] = evaluation_steps(steps, evaluation.apart)
         else:
             every = evaluation.every or self.order.batches_per_epoch
-            candidates = range(every, steps, every)
+            first = max(self.step, evaluation.first, 1)
+            candidates = range(-(-first // every) * every, steps, every)
         yield from (step for step in candidates if step >= evaluation.first)
         yield steps
 
@@ -340,11 +350,43 @@ class Trainer:
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
         try:
-            self._restore(state)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+            self._check(state)
+        except StateError as error:
             raise CheckpointError(
-                f"the checkpoint of {self.job} does not fit the network: delete it, or use a new folder"
+                f"the checkpoint of {self.job} does not fit the network: delete it, or use a new folder ({error})"
             ) from None
+        self._restore(state)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise StateError unless `state` can be that of this trainer at some step."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise StateError("it has other keys")
+        for name in ("classes", "channels"):
+            check_number(state[name], own[name], own[name], name)
+        step = state["step"]
+        check_number(step, 0, self.config.training.steps, "step")
+        check_number(state["losses"], 0, step, "losses")
+        check_number(state["seconds"], 0.0, sys.float_info.max, "seconds")
+        for name in ("model", "average", "scaler", "diverged", "schedule", "corrupt"):
+            check_form(state[name], own[name], name)
+        loss = state["loss_sum"]  # its dtype is that of the loss
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+            raise StateError("loss_sum is no number")
+        optimizer = self.config.optimizer
+        rate = optimizer.rate * optimizer.decay ** (step // optimizer.decay_every)
+        check_optimizer(state["optimizer"], self.optimizer, rate)
+        lasting = {"last_epoch": step, "_step_count": step + 1, "_last_lr": state["schedule"]["_last_lr"]}
+        for name, value in (own["schedule"] | lasting).items():
+            if state["schedule"][name] != value:
+                raise StateError(f"schedule.{name} is {state['schedule'][name]!r}, not {value!r}")
+        if state["schedule"]["_last_lr"] != [group["lr"] for group in state["optimizer"]["param_groups"]]:
+            raise StateError("schedule._last_lr is not the optimizer's rate")
+        if not isinstance(state["random"], list) or not state["random"]:
+            raise StateError("random is no list of states")
+        for place, states in enumerate(state["random"]):
+            check_random(states, own["random"][0], f"random[{place}]")
+        check_records(state["evaluations"], state["result"], self.job, step)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.loss_count, self.seconds = state["step"], state["losses"], state["seconds"]
