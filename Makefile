@@ -1,4 +1,4 @@
-# make demo | check | test | bench | lint | mutations; each builds .venv first when it is missing or out of date.
+# make demo | check | test | fuzz | bench | lint | mutations; each builds .venv first when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A worker on each core, up to four: each holds torch, and a test computes on one thread.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: help install demo check test bench lint format mutations clean
+.PHONY: help install demo check test fuzz bench lint format mutations clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ check: lint ## lint, types and the quick tests, in a minute: what nearly every b
 
 test: $(INSTALLED) ## the whole test suite, in some minutes
 	$(PYTEST)
+
+fuzz: $(INSTALLED) ## a million calls that nobody would write, against the formula in float64; for hours, stop with Ctrl-C
+	FUZZ_CALLS=1000000 $(BIN)/python -m pytest tests/fuzz
 
 bench: $(INSTALLED) ## kernels, training steps and inference against torch's; writes benchmarks/RESULTS.md
 	$(BIN)/batchnorm bench all --out benchmarks

@@ -136,6 +136,7 @@ def update(
         running_mean is None
         or running_var is None
         or (not isinstance(moments.count, Tensor) and moments.count == 0)
+        or not moments.mean.numel()  # no channels, of which all would be finite
     ):
         return None
     try:
@@ -157,7 +158,7 @@ class OneValueError(ValueError):
 def _check_counts(input: Tensor, call: Call) -> None:
     """Refuse one value per channel, where the number is known without waiting for a device."""
     moments = call.batch_moments()
-    if moments is None:
+    if moments is None or not input.size(1):
         return
     counts = moments.count
     if isinstance(counts, Tensor):
@@ -205,8 +206,8 @@ def _check(
                 raise _of_another_size(input, running_mean, running_var, weight, bias)
             if values.dtype is not torch.float32:
                 accumulator(values.dtype)
-    # only one sample can be one value
-    if training and call.exchange is None and (shape[0] == 1 or call.group == 1):
+    # only one sample can be one value; of a mask `_check_counts` counts
+    if training and call.exchange is None and call.mask is None and (shape[0] == 1 or call.group == 1):
         group = call.group
         if count_per_channel(input[:group] if group else input) == 1:
             raise _one_value(input)

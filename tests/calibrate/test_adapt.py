@@ -519,3 +519,10 @@ MUTATIONS = [
         "the next evaluation is by the batch",
     ),
 ]  # fmt: skip
+
+
+def test_empty_inputs_say_so():
+    layer = bn.BatchNorm2d(3)
+    for empty in (torch.zeros(4, 3, 0, 5), torch.zeros(0, 3, 2, 2)):
+        with pytest.raises((ValueError, RuntimeError), match=r"saw no values|no samples|nothing"):
+            bn.adapt(layer, [empty])

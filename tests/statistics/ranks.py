@@ -575,6 +575,8 @@ class Branches(nn.Module):
 PATHS: dict[str, tuple[Sequence[str], Sequence[str], str, str]] = {
     "equal width": (["narrow"], ["other"], "the moments of layer 'narrow'", "the moments of layer 'other'"),
     "unequal width": (["narrow"], ["wide"], "'narrow': .*1d.4,.* 9 numbers", "'wide': .*1d.7,.* 15 numbers"),
+    "another order": (["narrow", "other"], ["other", "narrow"], "layer 'narrow'", "layer 'other'"),
+    "caught up": (["narrow", "wide", "other"], ["narrow", "other", "wide"], "layer 'wide'", "layer 'other'"),
     "masks": (["each"], ["each masked"], "'each'.* 25 numbers", "'each'.* 36 numbers"),
     "left out": (
         ["narrow", "wide", "other"],

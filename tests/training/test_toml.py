@@ -249,8 +249,8 @@ ABSURD = [
 ]
 NUMBERS = [
     f"{section}.{name}"
-    for section, part in Config.model_fields.items()
-    for name, field in (InceptionModel if section == "model" else part.annotation).model_fields.items()
+    for section in Config.model_fields
+    for name, field in toml._keys(section).items()
     if field.annotation in (int, float, int | None, float | None)
 ]
 

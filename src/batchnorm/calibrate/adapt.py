@@ -239,6 +239,8 @@ def _target(name: str, layer: nn.modules.batchnorm._BatchNorm, collector: _Colle
     """The mean and unbiased variance of all inputs of the layer."""
     moments = collector.moments
     assert moments is not None and layer.running_mean is not None
+    if not bool((torch.as_tensor(moments.count) > 0).any()):
+        raise ValueError(f"layer {name!r} saw no values, only empty inputs or padding: adapt to samples")
     if bool((torch.as_tensor(moments.count) == 1).any()):
         raise ValueError(
             f"layer {name!r} saw one value per channel, which has no variance: adapt to more samples"
