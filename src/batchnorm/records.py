@@ -24,6 +24,14 @@ SCHEMA = 1
 Role = Literal["bn", "plain", "other"]
 
 
+# What a page can show and a step can count: records from elsewhere may hold anything.
+Text = Annotated[str, Field(max_length=10_000)]
+Label = Annotated[str, Field(max_length=300)]
+Step = Annotated[int, Field(ge=0, le=10**15)]
+_POINTS, _LINES, _PANELS, _ROWS = 10**6, 60, 12, 5_000
+_LARGEST = 256 * 2**20  # bytes of a file
+
+
 class RecordError(Exception):
     """A record file that is missing or invalid; the message says which line and why."""
 
@@ -38,23 +46,23 @@ class Run(_Record):
 
     kind: Literal["run"] = "run"
     schema_version: int = SCHEMA
-    experiment: str
-    title: str
-    command: str
+    experiment: Label
+    title: Text
+    command: Text
     config: dict[str, JsonValue]
     seeds: list[int]
     versions: dict[str, str]
-    machine: str
-    data: str = Field("", description="the data set: name, numbers and sizes of its images")
-    started: str = Field(description="ISO 8601, UTC")
+    machine: Text
+    data: Text = Field("", description="the data set: name, numbers and sizes of its images")
+    started: Label = Field(description="ISO 8601, UTC")
 
 
 class Evaluation(_Record):
     """The evaluation of one network after `step` training steps."""
 
     kind: Literal["evaluation"] = "evaluation"
-    job: str = Field(description="the network's name within the run")
-    step: int
+    job: Label = Field(description="the network's name within the run")
+    step: Step
     loss: float = Field(description="training loss, nats, mean since the previous evaluation")
     accuracy: float = Field(
         description="on the test set, 0 to 1; with BN by Algorithm 2's population statistics"
@@ -81,9 +89,9 @@ class Result(_Record):
     """The final result of one network."""
 
     kind: Literal["result"] = "result"
-    job: str
+    job: Label
     config: dict[str, JsonValue]
-    steps: int = Field(
+    steps: Step = Field(
         description="steps taken; fewer than configured if it diverged or was stopped early by `patience`"
     )
     diverged: bool = Field(description="the loss became inf or nan")
@@ -98,9 +106,9 @@ class Result(_Record):
 class Line(_Record):
     """One line of a chart: y against x, with an optional band from `low` to `high`."""
 
-    label: str
+    label: Label
     role: Role = Field(description="which network it is, for the colour")
-    x: list[float]
+    x: list[float] = Field(max_length=_POINTS)
     y: list[float | None]
     low: list[float | None] | None = None
     high: list[float | None] | None = None
@@ -118,46 +126,47 @@ class Line(_Record):
 class Panel(_Record):
     """One pair of axes of a chart."""
 
-    title: str
-    x_label: str
-    y_label: str
+    title: Label
+    x_label: Label
+    y_label: Label
     x_log: bool = False
     y_range: tuple[float, float] | None = None
     y_percent: bool = False
-    lines: list[Line]
+    lines: list[Line] = Field(max_length=_LINES)
 
 
 class Chart(_Record):
     """The data of a figure; its panels are drawn side by side."""
 
     kind: Literal["chart"] = "chart"
-    claim: str
+    claim: Label
     name: str = Field(
+        max_length=100,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="the file name of the figure, without its extension",
     )
-    title: str
-    caption: str
-    panels: list[Panel]
+    title: Text
+    caption: Text
+    panels: list[Panel] = Field(max_length=_PANELS)
 
 
 class Table(_Record):
     """Rows of text under a header; the first column names the row."""
 
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
+    columns: list[Label] = Field(max_length=100)
+    rows: list[list[Text]] = Field(max_length=_ROWS)
+    note: Text = ""
 
 
 class Verdict(_Record):
     """A claim of the paper, what was expected, what was measured, and whether the claim was seen."""
 
     kind: Literal["verdict"] = "verdict"
-    claim: str = Field(description="a short name, e.g. 'figure-1'")
-    title: str = Field(description="the claim in one sentence")
-    source: str = Field(description="where in the paper")
-    expected: str = Field(description="the band that counts as seen")
-    measured: str = Field(description="what was measured, one or two sentences")
+    claim: Label = Field(description="a short name, e.g. 'figure-1'")
+    title: Text = Field(description="the claim in one sentence")
+    source: Text = Field(description="where in the paper")
+    expected: Text = Field(description="the band that counts as seen")
+    measured: Text = Field(description="what was measured, one or two sentences")
     outcome: Literal["seen", "not seen here", "incomplete"]
     choices: list[str] = Field(default=[], description="our choices where the paper leaves them open")
     tables: dict[str, Table] = Field(default={}, description="by title")
@@ -239,6 +248,8 @@ def read(path: Path) -> Iterator[Record]:
     Raises: RecordError when the file cannot be read or a line is not a record.
     """
     try:
+        if path.stat().st_size > _LARGEST:
+            raise RecordError(f"{path} has more than {_LARGEST >> 20} MB, which no run writes")
         content = path.read_bytes()
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from None

@@ -241,8 +241,11 @@ def formula(call: Call, layer: bn.BatchNorm, given: Tensors, training: bool) -> 
     finite = (given.x.isfinite() | ~valid).double()
     largest = max([largest, *z.detach().abs().nan_to_num(0, 0, 0).flatten().tolist()])
     clear = torch.ones(shape, dtype=torch.float64)
+    largest_x = max([1.0, *x.detach().abs().nan_to_num(0, 0, 0).flatten().tolist()])
+    of_mean = largest_x * steepness * (2.0**-24 if call.kernels == "torch" else 2.0**-53)
+    rounding = 64 * (UNITS[call.dtype] * largest + of_mean)
     for kink in KINKS.get(call.activation or "", ()):
-        clear = clear * ((z.detach() - kink).abs() > 64 * UNITS[call.dtype] * largest)
+        clear = clear * ((z.detach() - kink).abs() > rounding)
     if x.numel():
         finite = finite.amin(where, keepdim=True).expand(shape)
         clear = clear.amin(where, keepdim=True).expand(shape)

@@ -19,6 +19,8 @@ from batchnorm.records import (
     Verdict,
 )
 
+_MOST = {"charts": 60, "verdicts": 100, "networks": 2_000}
+
 
 @dataclass
 class Network:
@@ -74,7 +76,7 @@ class Contents:
 def gather(records: Iterable[Record]) -> Contents:
     """Group `records` by subject; the last version of a chart or verdict replaces earlier ones, in their position.
 
-    Raises: RecordError when the run record is missing.
+    Raises: RecordError when the run record is missing, or there is more than a page shows.
     """
     run: Run | None = None
     verdicts: dict[str, Verdict] = {}
@@ -93,6 +95,9 @@ def gather(records: Iterable[Record]) -> Contents:
             networks.setdefault(record.job, Network(record.job)).result = record
     if run is None:
         raise RecordError("the records name no run: the line of kind 'run' is missing")
+    for what, found in (("charts", charts), ("verdicts", verdicts), ("networks", networks)):
+        if len(found) > _MOST[what]:
+            raise RecordError(f"there are {len(found):,} {what}, and a page shows {_MOST[what]:,}")
     # the verdict with the headline comes first
     ordered = sorted(verdicts.values(), key=lambda verdict: not ratios(verdict))
     return Contents(run, ordered, list(charts.values()), list(networks.values()))

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from batchnorm.records import Line, Panel
 from batchnorm.report.palette import Palette
 
-_INFINITE = 1e100  # larger values are treated as infinite, and drawn as gaps
+_DRAWN = 2_000  # points of a line; more are thinned to the extremes of as many stretches
+INFINITE = 1e100  # larger values are treated as infinite, and drawn as gaps
 
 # Styles of the lines of one role, in order; further lines have markers too.
 _SOLID: list[Any] = ["-", (0, (7, 2, 1.5, 2)), (0, (7, 2, 1.5, 2, 1.5, 2))]
@@ -44,14 +45,14 @@ def curves(panel: Panel, palette: Palette) -> list[Curve]:
     """The lines of `panel` in order."""
     count_by_role: dict[tuple[str, bool], int] = {}
     found = []
-    for line in panel.lines:
+    for line in map(thinned, panel.lines):
         # a line without a label belongs to the previous one and has the same style
         number = max(count_by_role.get((line.role, line.dashed), -1) + bool(line.label), 0)
         count_by_role[line.role, line.dashed] = number
         tones = palette.tones(line.role)
         styles = _DASHED if line.dashed else _SOLID
         x = np.asarray(line.x, dtype=np.float64)
-        undrawable = ~(np.abs(x) <= _INFINITE) | (x <= 0 if panel.x_log else False)
+        undrawable = ~(np.abs(x) <= INFINITE) | (x <= 0 if panel.x_log else False)
         found.append(
             Curve(
                 label=printable(line.label),
@@ -68,10 +69,31 @@ def curves(panel: Panel, palette: Palette) -> list[Curve]:
     return found
 
 
+def thinned(line: Line) -> Line:
+    """A line of about `_DRAWN` points at most: of each stretch its first, lowest and highest ones, and the last."""
+    if len(line.x) <= _DRAWN:
+        return line
+    y = np.asarray([math.nan if value is None else value for value in line.y], dtype=np.float64)
+    stretches = np.array_split(np.arange(len(y)), _DRAWN // 3)
+    kept = {len(y) - 1}
+    for stretch in stretches:
+        values = y[stretch]
+        kept.add(int(stretch[0]))
+        if not np.isnan(values).all():
+            kept |= {int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])}
+    places = sorted(kept)
+
+    def at(values: list[Any]) -> list[Any]:
+        return [values[place] for place in places]
+
+    low, high = (None if band is None else at(band) for band in (line.low, line.high))
+    return line.model_copy(update={"x": at(line.x), "y": at(line.y), "low": low, "high": high})
+
+
 def heights(line: Line) -> list[float]:
     """All y values of the line and its band."""
     values = [*line.y, *(line.low or ()), *(line.high or ())]
-    return [value for value in values if value is not None and abs(value) <= _INFINITE]
+    return [value for value in values if value is not None and abs(value) <= INFINITE]
 
 
 def printable(text: str) -> str:
@@ -82,4 +104,4 @@ def printable(text: str) -> str:
 
 def _values(values: list[float | None], undrawable: NDArray[np.bool_]) -> NDArray[np.float64]:
     array = np.asarray([math.nan if value is None else value for value in values], dtype=np.float64)
-    return np.where(undrawable | ~(np.abs(array) <= _INFINITE), np.nan, array)
+    return np.where(undrawable | ~(np.abs(array) <= INFINITE), np.nan, array)

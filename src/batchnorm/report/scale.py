@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from batchnorm.records import Panel
-from batchnorm.report.curve import heights
+from batchnorm.report.curve import INFINITE, heights
 
 _Y_MARGIN = 0.06  # of the range, above and below
 _STEPS = [1, 2, 2.5, 5, 10]
@@ -24,7 +24,7 @@ def scale(axes: Axes, panel: Panel, *, drawn: bool, wide: bool) -> None:
     if not drawn:
         axes.set(xlim=(1, 10), ylim=(0, 1))
     limits = panel.y_range
-    if limits and all(map(math.isfinite, limits)) and limits[0] < limits[1]:
+    if limits and all(abs(limit) <= INFINITE for limit in limits) and limits[0] < limits[1]:
         axes.set_ylim(*limits)
     if panel.x_log:
         left, right = axes.get_xlim()

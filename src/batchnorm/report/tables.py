@@ -84,9 +84,9 @@ def format_time(iso: str) -> str:
     """A readable form of a time in ISO 8601; other text is returned unchanged."""
     try:
         time = datetime.fromisoformat(iso)
-    except ValueError:
+        return f"{time.astimezone(UTC):%Y-%m-%d, %H:%M} UTC" if time.tzinfo else iso
+    except (ValueError, OverflowError):  # the year 0, in another time zone
         return iso
-    return f"{time.astimezone(UTC):%Y-%m-%d, %H:%M} UTC" if time.tzinfo else iso
 
 
 def format_share(value: float | None) -> str:
