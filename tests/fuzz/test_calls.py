@@ -63,7 +63,8 @@ def check(call: Call) -> None:
     of_mean = 4 * rounding * largest_x * expected.steepness
     near(y, expected.y, expected.same_y, 8 * unit * expected.largest + of_mean, "y")
     of_gradients = expected.steepness * max([1.0, *given.dy.double().abs().flatten().tolist()])
-    near(dx, expected.dx, expected.same_dx, 16 * (unit * expected.largest + of_mean) * of_gradients, "dx")
+    if of_gradients * expected.largest < torch.finfo(call.dtype).max / 16:  # else what is summed may overflow
+        near(dx, expected.dx, expected.same_dx, 16 * (unit * expected.largest + of_mean) * of_gradients, "dx")
     assert not y[~given.positions()].any()
     skipped = not training or call.statistics == "Population" or not expected.same_y.all() or not y.numel()
     if skipped or not given.positions().any():
