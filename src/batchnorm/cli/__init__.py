@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import sys
 
+from batchnorm.requirements import install_command
+
 # What each extra of pyproject.toml brings, by the names that are imported.
 EXTRAS = {
     "cli": ("jinja2", "markupsafe", "matplotlib", "numpy", "pydantic", "rich", "typer"),
@@ -32,4 +34,4 @@ def main() -> None:
         extra = next((extra for extra, packages in EXTRAS.items() if error.name in packages), None)
         if extra is None:
             raise
-        sys.exit(f"error: this needs {error.name}, which is not installed: pip install 'batchnorm[{extra}]'")
+        sys.exit(f"error: this needs {error.name}, which is not installed: {install_command(extra)}")

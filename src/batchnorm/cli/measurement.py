@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from batchnorm.cli.terminal import Failure, as_failure, command_line, from_options, new_folder, show, words
+from batchnorm.requirements import install_command
 
 if TYPE_CHECKING:
     from batchnorm.bench.options import Options
@@ -70,7 +71,7 @@ def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
     if unknown:
         raise Failure(f"no network {', '.join(sorted(unknown))}: choose from {', '.join(NETWORKS)}")
     if set(values.get("networks", ())) - {"mlp"} and not find_spec("torchvision"):
-        raise Failure("the networks are torchvision's: pip install 'batchnorm[train]', or --networks mlp")
+        raise Failure(f"the networks are torchvision's: {install_command('train')}, or --networks mlp")
     if quick:
         values = {"seconds": 0.0} | values | {"least": 3, "size": 32, "batch": 2, "quick": True}
     values.setdefault("seconds", _ROW_SECONDS[command])

@@ -54,7 +54,7 @@ def newest_run(kind: str) -> Path:
     """The folder of the newest incomplete run of a kind, or else of the newest run."""
     runs = sorted(RUNS.glob(f"{kind}-*/records.jsonl"), key=lambda path: -path.stat().st_mtime)
     if not runs:
-        raise Failure(f"no {kind} run to resume in {RUNS}/: name its folder with --out")
+        raise Failure(f"no {kind} run to resume in {RUNS}/: name its folder, as in --out FOLDER --resume")
     return next((path for path in runs if not _complete(path)), runs[0]).parent
 
 

@@ -27,7 +27,7 @@ TERMINATED = 75
 
 EXAMPLE = """\
 [model]
-name = "bn-inception"        # or any classification model of torchvision: "resnet18", ...
+name = "bn-inception"        # or a classification model of torchvision, "resnet18" say, without the two keys below
 width = 0.25
 stem = "small"               # "imagenet" for images of 224 pixels
 

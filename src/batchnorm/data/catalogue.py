@@ -10,6 +10,7 @@ from batchnorm.data.data_sets import CIFAR_10, DIGITS, NAMES
 from batchnorm.data.digits import Digits
 from batchnorm.data.idx import DataError
 from batchnorm.data.source import InMemory, Source, Split
+from batchnorm.requirements import install_command
 
 _DOWNLOADS = Path("~/.cache/batchnorm")
 
@@ -85,4 +86,4 @@ def _files(path: Path, split: Split) -> Source:
 
 
 def _no_torchvision(what: str) -> DataError:
-    return DataError(f"{what} need torchvision, which is not installed: pip install 'batchnorm[train]'")
+    return DataError(f"{what} need torchvision, which is not installed: {install_command('train')}")

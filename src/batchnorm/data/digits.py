@@ -11,6 +11,7 @@ from torch import Tensor
 from batchnorm.data import idx
 from batchnorm.data.data_sets import SHIPPED
 from batchnorm.data.idx import DataError
+from batchnorm.requirements import install_command
 
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 _DOWNLOADS = Path("~/.cache/batchnorm")
@@ -81,7 +82,7 @@ class Digits:
             from torchvision import datasets
         except ImportError:
             raise DataError(
-                f"{name} comes through torchvision, which is not installed: pip install 'batchnorm[train]', "
+                f"{name} comes through torchvision, which is not installed: {install_command('train')}, "
                 f"or use the digits in this package with --data {SHIPPED}"
             ) from None
         root = _DOWNLOADS.expanduser()

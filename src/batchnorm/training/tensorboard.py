@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from batchnorm.records import Evaluation
+from batchnorm.requirements import install_command
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,7 +37,7 @@ class EventFiles:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             if not self._warned:
-                warnings.warn("no TensorBoard events: pip install 'batchnorm[train]'", stacklevel=2)
+                warnings.warn(f"no TensorBoard events: {install_command('train')}", stacklevel=2)
             self._warned = True
             return
         if evaluation.job not in self._writers:

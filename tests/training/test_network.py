@@ -1,0 +1,46 @@
+"""Networks that cannot be trained on images of this size, or are none: said before anything is written."""
+
+import pytest
+
+from batchnorm.training import toml
+from batchnorm.training.network import NetworkError, build
+from tests.command import in_this_process
+
+pytest.importorskip("torchvision", reason="the networks are torchvision's")
+
+
+def settings(name, size):
+    return toml.parse({"training": {"steps": 1}, "model": {"name": name}, "data": {"image_size": size}})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [
+        ("vit_b_16", 64, "vit_b_16 does not take images of data.image_size = 64: Wrong image height"),
+        ("inception_v3", 64, "inception_v3 does not take images of data.image_size = 64: .*Kernel size"),
+        ("alexnet", 32, "alexnet does not take images of data.image_size = 32: .*too small"),
+        ("resnet19", 64, "'resnet19' is no model: did you mean resnet18"),
+        ("fcn_resnet50", 64, "'fcn_resnet50' is a model of torchvision, but none that classifies images"),
+        ("xyz", 64, "'xyz' is no model: take bn-inception, or one of torchvision's"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(name, size, says):
+    with pytest.raises(NetworkError, match=says) as caught:
+        build(settings(name, size), 10, 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("ResNet18", 8), ("bn-inception", 64)])
+def test_what_fits_is_as_it_would_be_without_the_question(name, size):
+    network = build(settings(name, size), 10, 3)
+    assert network.training
+    assert not any(values.is_meta for values in network.state_dict().values())
+    counts = [values for key, values in network.state_dict().items() if key.endswith("num_batches_tracked")]
+    assert counts and not any(map(bool, counts))
+
+
+def test_no_folder_is_made(tmp_path):
+    (tmp_path / "run.toml").write_text('[model]\nname = "resnet19"\n[training]\nsteps = 1\n')
+    done = in_this_process("train", tmp_path / "run.toml", "--out", tmp_path / "run")
+    assert done.code == 1 and "did you mean resnet18" in done.error
+    assert not (tmp_path / "run").exists()
