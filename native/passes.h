@@ -70,7 +70,9 @@ inline void walk(const Part& part, int64_t inner, const F& f) {
 // Rows are summed several at once, a quarter of the part apart: every accumulator is read and written a quarter as often, and
 // the processor's prefetcher sees as many long streams. Rows that lie side by side it does not follow (10 GB/s for 25).
 constexpr int64_t turns = 4;
-constexpr int64_t float_steps = 4;  // of so many rows each that a column is summed in float32: 16 values
+// Steps that a column is summed over before it is added to a total in float64: 16 values in float32.
+template <class W>
+constexpr int64_t column_steps = sizeof(W) == sizeof(double) ? block_rows / turns : 4;
 
 // f(n, apart, count) for rows n, n + apart, ..., `count` of them, one of each quarter, for some steps of a part; in its last
 // steps also for the rows that are left over. Returns how many rows those were.
@@ -164,8 +166,8 @@ void moments(const Shape& shape, const Tensor& x, const Part& part, double* mean
     for (int64_t c = 0; c < channels; c++) first[c] = second[c] = 0;
     if constexpr (by_rows) {
       const Each<W> shifts{spread(shift, channels, inner, local)};
-      for (int64_t some = step; some < min(step + steps, steps_of(part)); some += float_steps) {
-        rows += by_turns(part, some, float_steps, [&](int64_t n, int64_t apart, auto count) {
+      for (int64_t some = step; some < min(step + steps, steps_of(part)); some += column_steps<W>) {
+        rows += by_turns(part, some, column_steps<W>, [&](int64_t n, int64_t apart, auto count) {
           deviations<count>(at<E>(x, n, part.first_channel), apart * x.outer_stride, width, shifts, columns, more);
         });
         fold(columns, channels, inner, first);
@@ -371,7 +373,7 @@ void products(const Layer& layer, const Backward& call, const Coefficients<Wide<
   moved += part.first_channel;
   for (int64_t c = 0; c < channels; c++) sums[c] = moved[c] = 0;
   const Tensor& known = from_y ? call.y : call.dy;
-  const int64_t steps = by_rows ? float_steps : max(1, block_values / inner / turns);
+  const int64_t steps = by_rows ? column_steps<W> : max(1, block_values / inner / turns);
   for (int64_t k = 0; k < width; k++) columns[k] = more[k] = 0;
   for (int64_t step = 0; step < steps_of(part); step += steps) {
     for (int64_t c = 0; c < channels; c++) first[c] = second[c] = 0;

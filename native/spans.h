@@ -3,6 +3,8 @@
 // Per-channel values come as `Each`, one for each value of the run, or `Same`, one for all.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "numbers.h"
 
@@ -59,6 +61,10 @@ inline W through(W z, W dy, const Bend<W>& bend) {
 
 constexpr int quarters = 4;
 
+// Whether values are summed in what they are computed in, so that no sum of a few has to come first.
+template <class E>
+constexpr bool as_wide = std::is_same_v<Wide<E>, Sum<E>>;
+
 template <class E, class W = Wide<E>>
 inline W sum(const E* x, int64_t n) {
   W total = 0;
@@ -76,7 +82,7 @@ inline void add(const E* x, int64_t n, W* totals) {
 // of a single row its quarters.
 template <int rows, class E, class W>
 inline void deviations(const E* x, int64_t stride, int64_t n, Same<W> shift, double* first, double* second) {
-  if constexpr (rows == 1) {
+  if constexpr (rows == 1 && !as_wide<E>) {
     if (n >= quarters) {
       const int64_t apart = n / quarters;
       deviations<quarters>(x, apart, apart, shift, first, second);
@@ -89,11 +95,18 @@ inline void deviations(const E* x, int64_t stride, int64_t n, Same<W> shift, dou
     W some = 0, squares = 0;
     for (int row = 0; row < rows; row++) {
       const W d = widen(x[row * stride + i]) - shift.value;
-      some += d;
-      squares += d * d;
+      if constexpr (as_wide<E>) {
+        a += d;
+        b += d * d;
+      } else {
+        some += d;
+        squares += d * d;
+      }
     }
-    a += some;
-    b += squares;
+    if constexpr (!as_wide<E>) {
+      a += some;
+      b += squares;
+    }
   }
   *first += a;
   *second += b;
@@ -102,14 +115,14 @@ template <int rows, class E, class W>
 inline void deviations(const E* x, int64_t stride, int64_t n, Each<W> shift, W* first, W* second) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    W some = 0, squares = 0;
+    W some = as_wide<E> ? first[i] : 0, squares = as_wide<E> ? second[i] : 0;
     for (int row = 0; row < rows; row++) {
       const W d = widen(x[row * stride + i]) - shift[i];
       some += d;
       squares += d * d;
     }
-    first[i] += some;
-    second[i] += squares;
+    first[i] = as_wide<E> ? some : first[i] + some;
+    second[i] = as_wide<E> ? squares : second[i] + squares;
   }
 }
 
@@ -136,7 +149,7 @@ inline W gradient(const E* dy, const E* x, const E* y, int64_t i, const Line<V>&
 template <int rows, Form form, bool from_y, class E, class W>
 inline void products(const E* dy, const E* x, const E* y, int64_t stride_of_dy, int64_t stride_of_x,
                      int64_t stride_of_y, int64_t n, Line<Same<W>> line, Bend<W> bend, double* first, double* second) {
-  if constexpr (rows == 1) {
+  if constexpr (rows == 1 && !as_wide<E>) {
     if (n >= quarters) {
       const int64_t apart = n / quarters, rest = quarters * apart;
       products<quarters, form, from_y>(dy, x, y, apart, apart, apart, apart, line, bend, first, second);
@@ -149,11 +162,18 @@ inline void products(const E* dy, const E* x, const E* y, int64_t stride_of_dy, 
     W some = 0, moved = 0;
     for (int row = 0; row < rows; row++) {
       const W g = gradient<form, from_y>(dy + row * stride_of_dy, x + row * stride_of_x, y + row * stride_of_y, i, line, bend);
-      some += g;
-      moved += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
+      if constexpr (as_wide<E>) {
+        a += g;
+        b += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
+      } else {
+        some += g;
+        moved += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
+      }
     }
-    a += some;
-    b += moved;
+    if constexpr (!as_wide<E>) {
+      a += some;
+      b += moved;
+    }
   }
   *first += a;
   *second += b;
@@ -163,14 +183,14 @@ inline void products(const E* dy, const E* x, const E* y, int64_t stride_of_dy, 
                      int64_t stride_of_y, int64_t n, Line<Each<W>> line, Bend<W> bend, W* first, W* second) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    W some = 0, moved = 0;
+    W some = as_wide<E> ? first[i] : 0, moved = as_wide<E> ? second[i] : 0;
     for (int row = 0; row < rows; row++) {
       const W g = gradient<form, from_y>(dy + row * stride_of_dy, x + row * stride_of_x, y + row * stride_of_y, i, line, bend);
       some += g;
       moved += g * (widen(x[row * stride_of_x + i]) - line.about[i]);
     }
-    first[i] += some;
-    second[i] += moved;
+    first[i] = as_wide<E> ? some : first[i] + some;
+    second[i] = as_wide<E> ? moved : second[i] + moved;
   }
 }
 

@@ -256,10 +256,11 @@ def test_parts_that_cannot_be_joined(layer, shapes, said):
 
 def test_the_outputs_may_be_used_at_once():
     model, xs = small(), images()
-    one, expected = whole(model, xs, lambda y: y.var(0).sum())  # a loss that needs all of them
+    one, expected = whole(model, xs, lambda y: (y.var(0) + y.mean(0)).sum())  # a loss that needs all of them
     with bn.virtual_batch(model, xs) as outputs:
         assert_close(torch.cat(outputs), expected)
-        torch.cat(outputs).var(0).sum().backward()
+        together = torch.cat(outputs)
+        (together.var(0) + together.mean(0)).sum().backward()
         assert model[0].weight.grad is None
     same(model, one)
 
