@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace batchnorm {
 namespace {
@@ -28,19 +29,7 @@ using Wide = typename Widened<E>::type;
 
 // What many values are summed in: float64, but for those whose results have 8 or 11 digits.
 template <class E>
-struct Summed {
-  using type = double;
-};
-template <>
-struct Summed<bf16> {
-  using type = float;
-};
-template <>
-struct Summed<f16> {
-  using type = float;
-};
-template <class E>
-using Sum = typename Summed<E>::type;
+using Sum = std::conditional_t<std::is_same_v<E, float>, double, Wide<E>>;
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;

@@ -555,7 +555,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a rank brings what the others do not expect", "statistics/process_group.py",
-        "        if expected == wanted.by:", "        if expected == wanted.by or expected is _UNKNOWN:",
+        "as_expected = expected == wanted.by", "as_expected = expected == wanted.by or expected is _UNKNOWN",
         "of unequal width it aborts a process", SYNC,
     ),
     # --- statistics: running

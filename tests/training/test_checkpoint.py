@@ -1,6 +1,5 @@
 """Checkpoint files: whole, damaged, hostile, and none at all."""
 
-import io
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 
 from batchnorm.training import checkpoint
 from batchnorm.training.checkpoint import CheckpointError
+from tests.hostile_files import archive_bomb
 from tests.mutations.mutation import Mutation
 
 STATE = {"step": 3, "weights": torch.arange(5.0), "records": ["a"], "empty": torch.zeros(0, 2), "none": None}
@@ -84,25 +84,11 @@ def test_what_is_no_file_is_refused_and_not_waited_for(kind, tmp_path):
     assert checkpoint.load(tmp_path / "none.pt") is None
 
 
-def bomb(path):
-    """A valid archive of torch.save's members, of which one unpacks to 400 MB."""
-    whole = io.BytesIO()
-    torch.save({"weights": torch.zeros(8)}, whole)
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        for member in source.infolist():
-            if member.filename.endswith("data/0"):
-                with target.open(member.filename, "w", force_zip64=True) as file:
-                    for _ in range(24):
-                        file.write(bytes(2**24))
-            else:
-                target.writestr(member.filename, source.read(member))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
 def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused_in_little_memory(tmp_path):
     path = tmp_path / "step-000000003.pt"
-    bomb(path)
+    archive_bomb(path, megabytes=400)
     code = f"""
         import resource
         from pathlib import Path

@@ -15,15 +15,8 @@ from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.digits_trainer import DigitsTrainer, Training
 from batchnorm.training.trainer import Trainer
 from tests.mutations.mutation import Mutation
+from tests.training.tiny import TINY, same
 
-TINY: dict[str, dict[str, Any]] = {
-    "model": {"width": 0.05, "stem": "small", "dropout": 0.0},
-    "data": {"image_size": 16, "distortion": "none"},
-    "optimizer": {"rate": 0.05},
-    "training": {"steps": 6, "batch_size": 8},
-    "evaluation": {"every": 3, "images": 40, "population_batches": 2},
-    "machine": {"device": "cpu", "threads": 1, "keep_memory": False},
-}
 ABSENT = object()
 GROUP = ("optimizer", "param_groups", 0)
 
@@ -142,16 +135,6 @@ def state_of_digits():
     return after_two(digits_trainer)
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and one.equal(other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 def refused(fresh, state, path, value, says):
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(CheckpointError, match=rf"does not fit the network: delete it.*\(.*{says}") as caught:
@@ -176,6 +159,13 @@ def test_what_a_trainer_had_is_taken(state, state_of_digits):
         each.load_state_dict(its)
         assert each.step == 2
         assert same(each.state_dict(), its)
+
+
+def test_a_run_that_began_on_a_device_may_go_on_without_it(state):
+    each = trainer()
+    of_device = torch.zeros(16, dtype=torch.uint8)
+    each.load_state_dict(changed(state, ("random", 0), lambda states: [*states, of_device]))
+    assert each.step == 2
 
 
 def test_an_evaluation_is_not_listed_before_it_is_due():

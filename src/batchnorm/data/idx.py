@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import stat
 import zlib
 from pathlib import Path
 from typing import IO
@@ -48,7 +47,7 @@ def read(path: Path) -> Tensor:
 def _size(path: Path) -> int:
     """The bytes of a file on a disk; a pipe or a device has no end that could be waited for."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+    if not path.is_file() and not path.is_dir():
         raise DataError(f"cannot read {path}: it is no file, but a pipe or a device")
     return status.st_size
 

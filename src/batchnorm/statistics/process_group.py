@@ -45,6 +45,12 @@ class _Collective(NamedTuple):
         """What each rank's tensor starts with."""
         return [number, number**2][: self.head_size]
 
+    def empty(self, number: int) -> Tensor:
+        """What a rank brings that wants another collective."""
+        values = torch.zeros(self.size, dtype=self.dtype)
+        values[: self.head_size] = torch.tensor(self.head(number))
+        return values
+
     def run(self, own: Tensor, group: Any) -> Tensor:
         """All ranks' tensors, (ranks, size), or their sum."""
         if self.name == "all_reduce":
@@ -123,15 +129,12 @@ class _Protocol:
 
     def exchanged(self, wanted: _Wanted, own: Tensor, layer: Name) -> Tensor:
         expected, number = self._history.expected(), self.number(wanted)
-        if expected == wanted.by:
-            found = expected.run(own, self._group)
-            if not expected.agreed(found, number, self._ranks):
-                number = self._numbers[wanted] = self._settled(wanted, layer)
-        else:
-            empty = own.new_zeros(expected.size, dtype=expected.dtype)
-            empty[: expected.head_size] = torch.tensor(expected.head(number))
-            if not expected.agreed(expected.run(empty, self._group), number, self._ranks):
-                number = self._numbers[wanted] = self._settled(wanted, layer)
+        as_expected = expected == wanted.by
+        brought = own if as_expected else expected.empty(number)
+        found = expected.run(brought, self._group)
+        if not expected.agreed(found, number, self._ranks):
+            number = self._numbers[wanted] = self._settled(wanted, layer)
+        if not as_expected:
             found = wanted.by.run(own, self._group)
         self._history.add(number, wanted.by)
         return found

@@ -10,8 +10,8 @@ import hashlib
 import io
 import os
 import re
-import stat
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,12 @@ def load(path: Path) -> dict[str, Any] | None:
 
     Raises: CheckpointError when it is not exactly what `save` wrote, or no file but a pipe or a device.
     """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
+    if not path.exists():
         return None
     state = None
-    if stat.S_ISREG(mode):
-        try:
+    if path.is_file():  # a pipe or a device has no end that could be waited for
+        with suppress(Exception):  # on corrupt data the unpickler may raise any
             state = _read(path)
-        except Exception:  # on corrupt data the unpickler may raise any exception
-            state = None
     if not isinstance(state, dict):
         raise CheckpointError(
             f"the checkpoint {path} is broken: delete it to resume from the previous one, or else from the start"

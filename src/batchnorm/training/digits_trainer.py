@@ -7,7 +7,6 @@ resumed run gives the same numbers as an uninterrupted one, bit for bit on the s
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -25,12 +24,12 @@ from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.schedule import Due, evaluation_steps
 from batchnorm.training.state import (
-    StateError,
     check_form,
-    check_number,
     check_optimizer,
+    check_progress,
     check_random,
     check_records,
+    refused,
 )
 
 # The number of training batches over which Algorithm 2 averages: 1,200 samples.
@@ -204,12 +203,8 @@ class DigitsTrainer:
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
-        try:
+        with refused(self.job):
             self._check(state)
-        except StateError as error:
-            raise CheckpointError(
-                f"the checkpoint of {self.job} does not fit the network: delete it, or use a new folder ({error})"
-            ) from None
         self.step, self.loss_sum, self.loss_count = state["step"], state["loss_sum"], state["losses"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -220,16 +215,12 @@ class DigitsTrainer:
     def _check(self, state: dict[str, Any]) -> None:
         """Raise StateError unless `state` can be that of this trainer at some step."""
         own = self.state_dict()
-        if state.keys() != own.keys():
-            raise StateError("it has other keys")
-        check_number(state["step"], 0, self.config.steps, "step")
-        check_number(state["losses"], 0, state["step"], "losses")
-        check_number(state["seconds"], 0.0, sys.float_info.max, "seconds")
+        step = check_progress(state, own, self.config.steps)
         check_form(state["model"], own["model"], "model")
         check_form(state["loss_sum"], own["loss_sum"], "loss_sum")
         check_optimizer(state["optimizer"], self.optimizer, self.config.rate)
         check_random([state["random"]], [own["random"]], "random")
-        check_records(state["evaluations"], None, self.job, state["step"])
+        check_records(state["evaluations"], None, self.job, step)
         watched = len(state["evaluations"]) if self.config.watch else 0
         check_form(state["watched"], [torch.empty(3, self.config.hidden[-1])] * watched, "watched")
 

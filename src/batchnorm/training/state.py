@@ -7,17 +7,41 @@ determines has the same values.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from batchnorm.records import Evaluation, Result
+from batchnorm.training.checkpoint import CheckpointError
 
 
 class StateError(ValueError):
     """A state that cannot be a trainer's; the message names the key."""
+
+
+@contextmanager
+def refused(job: str) -> Iterator[None]:
+    """Turn a StateError within the block into a CheckpointError of the network `job`."""
+    try:
+        yield
+    except StateError as error:
+        raise CheckpointError(
+            f"the checkpoint of {job} does not fit the network: delete it, or use a new folder ({error})"
+        ) from None
+
+
+def check_progress(state: Mapping[str, object], own: Mapping[str, object], steps: int) -> int:
+    """The step of `state`, whose keys are those of `own`, in a run of `steps`. Raises: StateError."""
+    if state.keys() != own.keys():
+        raise StateError("it has other keys")
+    step = check_number(state["step"], 0, steps, "step")
+    check_number(state["losses"], 0, step, "losses")
+    check_number(state["seconds"], 0.0, sys.float_info.max, "seconds")
+    return step
 
 
 def check_form(state: object, like: object, key: str) -> None:
@@ -47,18 +71,23 @@ def check_form(state: object, like: object, key: str) -> None:
         raise StateError(f"{key} is {state!r}, where {type(like).__name__} is expected")
 
 
-def check_number(state: object, low: float, high: float, key: str) -> None:
-    """Raise StateError unless `state` is a number from `low` to `high`, an int if `high` is one."""
+def check_number(state: object, low: float, high: float, key: str) -> int:
+    """`state`, a number from `low` to `high`, an int if `high` is one. Raises: StateError."""
     kinds = (int,) if isinstance(high, int) else (int, float)
     if type(state) not in kinds or not low <= state <= high:  # type: ignore[operator]
         raise StateError(f"{key} is {state!r}, which is not within {low:,} to {high:,}")
+    return state  # type: ignore[return-value]
 
 
 def check_random(states: object, like: list[Tensor], key: str) -> None:
-    """Raise StateError unless `states` are those of random generators: the CPU's first, perhaps a device's."""
-    if not isinstance(states, list) or len(states) not in (1, len(like)):
+    """Raise StateError unless `states` are those of random generators: the CPU's first, perhaps a device's.
+
+    A run that began on a device may go on without it, and the other way round.
+    """
+    if not isinstance(states, list) or not states:
         raise StateError(f"{key} is no list of states")
-    check_form(states[:1], like[:1], key)
+    both = min(len(states), len(like))
+    check_form(states[:both], like[:both], key)
     try:
         torch.Generator().set_state(states[0])
     except RuntimeError:

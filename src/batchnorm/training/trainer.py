@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -47,8 +46,10 @@ from batchnorm.training.state import (
     check_form,
     check_number,
     check_optimizer,
+    check_progress,
     check_random,
     check_records,
+    refused,
 )
 from batchnorm.training.toml import ConfigError
 
@@ -349,25 +350,16 @@ class Trainer:
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
-        try:
+        with refused(self.job):
             self._check(state)
-        except StateError as error:
-            raise CheckpointError(
-                f"the checkpoint of {self.job} does not fit the network: delete it, or use a new folder ({error})"
-            ) from None
         self._restore(state)
 
     def _check(self, state: dict[str, Any]) -> None:
         """Raise StateError unless `state` can be that of this trainer at some step."""
         own = self.state_dict()
-        if state.keys() != own.keys():
-            raise StateError("it has other keys")
+        step = check_progress(state, own, self.config.training.steps)
         for name in ("classes", "channels"):
             check_number(state[name], own[name], own[name], name)
-        step = state["step"]
-        check_number(step, 0, self.config.training.steps, "step")
-        check_number(state["losses"], 0, step, "losses")
-        check_number(state["seconds"], 0.0, sys.float_info.max, "seconds")
         for name in ("model", "average", "scaler", "diverged", "schedule", "corrupt"):
             check_form(state[name], own[name], name)
         loss = state["loss_sum"]  # its dtype is that of the loss
