@@ -74,6 +74,8 @@ def _array(
         content = file.read(values)
     if size != before + values:
         found = f"it has {size:,}" if size is not None else f"it cannot have more than {at_most:,.0f}"
+        if at_most < math.inf and size == before + values + 1:  # read no further
+            found = "it has more"
         torn = size is None or size < before + values
         raise DataError(
             f"{path} is {'torn; fetch it again' if torn else 'not what its header says'}: "

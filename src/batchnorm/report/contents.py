@@ -18,6 +18,7 @@ from batchnorm.records import (
     Run,
     Verdict,
 )
+from batchnorm.report.curve import thinned
 
 _MOST = {"charts": 60, "verdicts": 100, "networks": 2_000}
 
@@ -88,7 +89,7 @@ def gather(records: Iterable[Record]) -> Contents:
         elif isinstance(record, Verdict):
             verdicts[record.claim] = record
         elif isinstance(record, Chart):
-            charts[record.name] = record
+            charts[record.name] = _thinned(record)
         elif isinstance(record, Evaluation):
             networks.setdefault(record.job, Network(record.job)).evaluations[record.step] = record
         elif isinstance(record, Result):
@@ -101,6 +102,12 @@ def gather(records: Iterable[Record]) -> Contents:
     # the verdict with the headline comes first
     ordered = sorted(verdicts.values(), key=lambda verdict: not ratios(verdict))
     return Contents(run, ordered, list(charts.values()), list(networks.values()))
+
+
+def _thinned(chart: Chart) -> Chart:
+    """Once, as each chart is drawn several times."""
+    panels = [panel.model_copy(update={"lines": list(map(thinned, panel.lines))}) for panel in chart.panels]
+    return chart.model_copy(update={"panels": panels})
 
 
 def ratios(verdict: Verdict) -> dict[float, float]:

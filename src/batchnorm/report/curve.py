@@ -45,7 +45,7 @@ def curves(panel: Panel, palette: Palette) -> list[Curve]:
     """The lines of `panel` in order."""
     count_by_role: dict[tuple[str, bool], int] = {}
     found = []
-    for line in map(thinned, panel.lines):
+    for line in panel.lines:
         # a line without a label belongs to the previous one and has the same style
         number = max(count_by_role.get((line.role, line.dashed), -1) + bool(line.label), 0)
         count_by_role[line.role, line.dashed] = number
@@ -70,17 +70,23 @@ def curves(panel: Panel, palette: Palette) -> list[Curve]:
 
 
 def thinned(line: Line) -> Line:
-    """A line of about `_DRAWN` points at most: of each stretch its first, lowest and highest ones, and the last."""
+    """A line of about `_DRAWN` points at most: of each stretch the first, lowest and highest ones, and the last.
+
+    Of a band the lowest and highest ones too.
+    """
     if len(line.x) <= _DRAWN:
         return line
-    y = np.asarray([math.nan if value is None else value for value in line.y], dtype=np.float64)
-    stretches = np.array_split(np.arange(len(y)), _DRAWN // 3)
-    kept = {len(y) - 1}
-    for stretch in stretches:
-        values = y[stretch]
+    drawn = [
+        np.asarray([math.nan if value is None else value for value in values], dtype=np.float64)
+        for values in (line.y, line.low, line.high)
+        if values is not None
+    ]
+    kept = {len(line.x) - 1}
+    for stretch in np.array_split(np.arange(len(line.x)), _DRAWN // (1 + 2 * len(drawn))):
         kept.add(int(stretch[0]))
-        if not np.isnan(values).all():
-            kept |= {int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])}
+        for values in (each[stretch] for each in drawn):
+            if not np.isnan(values).all():
+                kept |= {int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])}
     places = sorted(kept)
 
     def at(values: list[Any]) -> list[Any]:
