@@ -3,6 +3,8 @@
 The oracle is torch's batch norm, sum and activation in float64 on the same values.
 """
 
+import copy
+import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -267,6 +269,33 @@ def test_parameters_may_lie_apart(training):
 
     together = results(weight.contiguous(), bias.contiguous())
     assert_close(results(weight, bias), together, rtol=0, atol=0)
+
+
+def in_memory_order(values, order):
+    """The same values, the dimensions in this order in memory."""
+    back = [order.index(dim) for dim in range(values.dim())]
+    return values.permute(order).contiguous().permute(back)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 2, 1, 2), (3, 2, 2, 1), (1, 2, 1, 3), (3, 2, 1, 1), (2, 3, 1, 2, 1)])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_an_image_of_one_row_has_one_gradient_however_it_lies_in_memory(kernels, shape, training):
+    """torch's own backward on a CPU takes such a gradient for one of another layout, without an error."""
+    x, dy = torch.randn(shape), torch.randn(shape)
+    layer = bn.BatchNorm(2 if shape[1] == 2 else 3).train(training)
+    layer.running_var.mul_(2)
+    expected = gradient(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+    orders = list(itertools.permutations(range(len(shape))))
+    for order, other in itertools.product(orders[:: 1 if len(shape) == 4 else 11], repeat=2):
+        found = gradient(layer, in_memory_order(x, order), in_memory_order(dy, other), kernels)
+        assert_close(found.double(), expected, rtol=1e-4, atol=1e-5, msg=f"x as {order}, gradient as {other}")
+
+
+def gradient(layer, x, dy, kernels):
+    x = x.detach().requires_grad_()
+    with bn.kernels.use(kernels):
+        return torch.autograd.grad(layer(x), x, dy)[0]
 
 
 MUTATIONS = [

@@ -188,14 +188,25 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call)
         return _as_captured(x, weight, bias, call)
     if call.fixed is not None:
         mean, variance = (values.to(dtype, copy=True) for values in call.fixed)
-        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, call.eps, True)
+        return _torch_batch_norm(x, weight, bias, mean, variance, False, 0.0, call.eps)
     channels, count = x.size(1), count_per_channel(x)
     # with a momentum of 1 the "running" statistics become this batch's own, the variance unbiased
     mean, variance = (torch.zeros(channels, dtype=dtype, device=x.device) for _ in range(2))
-    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, call.eps, True)
+    y = _torch_batch_norm(x, weight, bias, mean, variance, True, 1.0, call.eps)
     wide = statistics_dtype(x.device)
     call.moments = Moments(count, mean.to(wide), variance.to(wide) * (count - 1))
     return y
+
+
+def _torch_batch_norm(x: Tensor, *arguments: Any) -> Tensor:
+    """torch's operator; where a side of an image is 1, on its positions in one dimension, (N, C, positions).
+
+    The strides of such an image are those of two memory formats at once, and torch's backward on a CPU (2.14) then
+    may read a gradient in the other one, which gives wrong values without an error.
+    """
+    if x.is_cpu and x.dim() > 3 and 1 in x.shape[2:]:
+        return torch.batch_norm(x.flatten(2), *arguments, True).view_as(x)
+    return torch.batch_norm(x, *arguments, True)
 
 
 def _as_captured(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
