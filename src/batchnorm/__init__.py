@@ -83,6 +83,10 @@ __all__ = [*_HOME]
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from batchnorm.requirements import old_torch
+
+    if problem := old_torch():
+        raise ImportError(problem)
     module = import_module(f"{__name__}.{_HOME[name]}")
     value = module if name == _HOME[name] else getattr(module, name)
     globals()[name] = value

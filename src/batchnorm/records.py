@@ -54,6 +54,7 @@ class Run(_Record):
     versions: dict[str, str]
     machine: Text
     data: Text = Field("", description="the data set: name, numbers and sizes of its images")
+    classes: list[Label] = Field([], description="the names of its classes, in the order of their numbers")
     started: Label = Field(description="ISO 8601, UTC")
 
 
@@ -73,6 +74,14 @@ class Evaluation(_Record):
     )
     accuracy_average: float | None = Field(
         None, description="of the average of the weights, its population statistics estimated anew"
+    )
+    loss_validation: float | None = Field(None, description="mean over the validation set, nats")
+    rate: float | None = Field(None, description="learning rate of the next step")
+    confusion: list[tuple[int, int, int]] | None = Field(
+        None,
+        max_length=_POINTS,
+        description="(class, likeliest class, images) wherever there are any; with more than 100 classes the likeliest "
+        "is the class itself, or -1 for any other",
     )
     percentiles: tuple[float, float, float] | None = Field(
         None,
@@ -100,6 +109,7 @@ class Result(_Record):
     accuracy_moving: float | None = None
     train_accuracy: float | None = None
     unreadable: int = Field(0, description="images of both sets that could not be read")
+    unreadable_images: list[Text] = Field([], max_length=100, description="the names of the first of them")
     seconds: float
 
 
@@ -205,8 +215,10 @@ class RecordFile:
         """Write `record` and flush it; return whether it was new."""
         identity = _identity(record)
         before = self._last.get(identity)
-        if isinstance(record, Evaluation | Result) and before is not None:
+        if isinstance(record, Evaluation) and before is not None:
             return False
+        if isinstance(record, Result) and isinstance(before, Result) and record.steps <= before.steps:
+            return False  # but a run that is made longer has another end
         if isinstance(record, Chart) and record == before:
             return False
         self._file.write(record.model_dump_json() + "\n")

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import nn
 
 from batchnorm import cli, memory
-from batchnorm.cli.evaluate import _bar
+from batchnorm.cli.terminal import image_bar
 from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import multi_crop, single_crop
@@ -437,7 +437,7 @@ def test_ctrl_c_ends_it_quietly(run, evaluate, monkeypatch):
 
 def test_the_bar_fits_a_terminal_and_leaves_nothing_behind():
     screen = io.StringIO()
-    with _bar(Console(width=80, force_terminal=True, file=screen), 50_000, 6) as advance:
+    with image_bar(Console(width=80, force_terminal=True, file=screen), 50_000, 6) as advance:
         advance(290_000)
         time.sleep(0.05)  # no more than 20,000 images/s
         advance(1_000)

@@ -1,9 +1,14 @@
 """Networks that cannot be trained on images of this size, or are none: said before anything is written."""
 
-import pytest
+import sys
 
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
 from batchnorm.training import toml
-from batchnorm.training.network import NetworkError, build
+from batchnorm.training.network import NetworkError, _expect_size, build
 from tests.command import in_this_process
 
 pytest.importorskip("torchvision", reason="the networks are torchvision's")
@@ -44,3 +49,47 @@ def test_no_folder_is_made(tmp_path):
     done = in_this_process("train", tmp_path / "run.toml", "--out", tmp_path / "run")
     assert done.code == 1 and "did you mean resnet18" in done.error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [
+        ("timm/resnet18", 1, 32),
+        ("resnet10t", 3, 32),  # which torchvision does not have
+        ("vit_tiny_patch16_224", 3, 64),  # made for the size that is asked for
+        ("resnet18.a1_in1k", 3, 32),
+    ],
+)
+def test_of_timm(name, channels, size):
+    pytest.importorskip("timm")
+    network = build(settings(name, size), 7, channels)
+    assert network(torch.zeros(2, channels, size, size)).shape == (2, 7)
+    batch_norms = [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+    assert all(isinstance(each, bn.BatchNorm2d) for each in batch_norms)
+
+
+def test_dropout_is_the_library_s_own_argument():
+    pytest.importorskip("timm")
+    config = toml.parse({"training": {"steps": 1}, "model": {"name": "timm/resnet18", "dropout": 0.3}})
+    assert build(config, 7, 3).drop_rate == 0.3
+    with pytest.raises(NetworkError, match="dropout"):
+        build(toml.parse({"training": {"steps": 1}, "model": {"name": "resnet18", "dropout": 0.3}}), 7, 3)
+
+
+def test_without_timm_its_models_are_no_models(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    with pytest.raises(NetworkError, match=r"no model: .*; for timm's: pip install timm"):
+        build(settings("timm/zzzzzz", 32), 10, 3)
+
+
+def test_a_forward_that_makes_tensors_of_its_own_is_no_network_of_another_size():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.linear(x.mean((2, 3)) + torch.zeros(2, 3))  # on the CPU
+
+    _expect_size(Own(), settings("resnet18", 32), 3)

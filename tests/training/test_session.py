@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from accelerate.state import AcceleratorState
 from batchnorm import cli
 from batchnorm.data.catalogue import load
 from batchnorm.data.crops import single_crop
+from batchnorm.data.idx import DataError
 from batchnorm.records import RecordFile
 from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError, Checkpoints
@@ -726,20 +728,57 @@ def test_the_example_is_a_configuration(train, tmp_path):
     (tmp_path / "run.toml").write_text(done.out)
     config = toml.read(tmp_path / "run.toml")
     assert config.model.name == "bn-inception"
-    dry = train(tmp_path / "run.toml", "--dry-run", "--out", tmp_path / "none")
-    assert dry.code == 0
-    assert json.loads(dry.out) == config.model_dump(mode="json")
+    assert config.model.name == "bn-inception"
+
+
+def test_a_dry_run_takes_a_step_and_prints_a_run_toml(train, run_toml, tmp_path):
+    (tmp_path / "run.toml").write_text(RUN)
+    dry = train(
+        tmp_path / "run.toml", "--dry-run", "--out", tmp_path / "none", "--set", "optimizer.rate=0.125"
+    )
+    assert (dry.code, dry.error) == (0, "")
     assert not (tmp_path / "none").exists()
+    assert re.search(
+        r"^# [\d,]+ parameters; 8,000 training and 60 validation images in 10 classes$", dry.out, re.M
+    )
+    assert re.search(r"^# one step: loss \d\.\d{4}, [\d.]+ s; 24 of them about", dry.out, re.M)
+    (tmp_path / "printed.toml").write_text(dry.out)
+    assert toml.read(tmp_path / "printed.toml") == toml.read(run_toml, ["optimizer.rate=0.125"])
+    assert train(tmp_path / "printed.toml", "--dry-run").code == 0
+
+
+def test_a_dry_run_finds_what_a_run_would_fail_of(train, run_toml, tmp_path):
+    for change, says in (
+        ("data.source=nowhere", "no data set 'nowhere'"),
+        ("model.name=resnet18", "of a model of torchvision or timm"),
+        ("model.weights=absent.pth", "there is no such file"),
+        ("training.batch_size=9000", "do not fill one batch"),
+    ):
+        done = train(run_toml, "--dry-run", "--set", change)
+        assert done.code == 1 and says in done.error, change
+    assert train(run_toml, "--dry-run", "--data", "nowhere").error == done_of_nowhere()
+
+
+def done_of_nowhere() -> str:
+    with pytest.raises(DataError) as caught:
+        load("nowhere", "train")
+    return f"error: {caught.value}\n"
+
+
+def test_a_key_of_the_file_can_be_left_out(train, run_toml):
+    leave_out = changed("model.name=resnet18", "model.width=", "model.stem=", "data.image_size=32")
+    done = train(run_toml, "--dry-run", *leave_out)
+    assert done.code == 1 and "resnet18 takes images of 3 channels, these have 1" in done.error
 
 
 def test_a_recipe_says_what_it_changes(train, run_toml, tmp_path):
     done = train(run_toml, "--recipe", "bn-x5", "--without", "2", "--dry-run", "--out", tmp_path / "none")
     assert done.code == 0
-    changes, config = done.out.split("\n{", 1)
-    assert "optimizer.rate = 0.05 → 0.25" in changes
-    assert "left out" in changes
-    assert len(changes.splitlines()) >= 7
-    assert json.loads("{" + config)["optimizer"]["rate"] == 0.25
+    changes = [line for line in done.out.splitlines() if line.startswith("# ")]
+    assert any("optimizer.rate = 0.05 → 0.25" in line for line in changes)
+    assert any("left out" in line for line in changes)
+    assert len(changes) >= 7
+    assert tomllib.loads(done.out)["optimizer"]["rate"] == 0.25
     assert train(run_toml, "--recipe", "bn-x6", "--dry-run").code == 1
 
 
@@ -788,6 +827,114 @@ def test_machine_and_checkpoints_may_change_when_a_run_is_continued(train, copy,
     changes = changed(*QUICK, "machine.channels_last=false", "checkpoints.keep=1")
     assert train(run_toml, "--out", copy, "--resume", *changes).code == 0
     assert [path.name for path in Checkpoints(copy / "checkpoints", 1).paths()] == ["step-000000002.pt"]
+
+
+def test_a_run_can_be_made_longer_and_ends_as_one_that_was_longer_from_the_beginning(
+    train, copy, run_toml, tmp_path
+):
+    shutil.rmtree(copy / "figures")
+    done = train("--out", copy, "--resume", "--set", "training.steps=5")
+    assert done.code == 0, done.error
+    assert train(run_toml, "--out", tmp_path / "whole", *changed(*QUICK, "training.steps=5")).code == 0
+    (one,), (two,) = ([state(folder / "checkpoints" / "final.pt")] for folder in (copy, tmp_path / "whole"))
+    assert differs(one["population"], two["population"]) == []
+    records = [json.loads(line) for line in (copy / "records.jsonl").read_text().splitlines()]
+    kinds = [line["kind"] for line in records]
+    assert kinds == ["run", "evaluation", "evaluation", "result", "run", *["evaluation"] * 3, "result"]
+    assert [line["config"]["training"]["steps"] for line in records if line["kind"] == "run"] == [2, 5]
+    assert records[-1]["steps"] == 5
+    assert "right after 5 steps" in done.out
+    again = train("--out", copy, "--resume")  # which is that longer run now
+    assert again.code == 0 and "right after 5 steps" in again.out
+    fewer = train("--out", copy, "--resume", "--set", "training.steps=3")
+    assert fewer.code == 1 and "was trained for 5 steps: training.steps = 3 cannot be fewer" in fewer.error
+
+
+def test_a_run_whose_schedule_ends_at_its_steps_cannot_be_made_longer(train, run_toml, tmp_path):
+    cosine = changed(
+        *QUICK, "optimizer.schedule=CosineAnnealingLR", "optimizer.decay=", "optimizer.decay_every="
+    )
+    assert train(run_toml, "--out", tmp_path / "run", *cosine).code == 0
+    done = train("--out", tmp_path / "run", "--resume", "--set", "training.steps=5")
+    assert done.code == 1
+    assert (
+        "training.steps cannot change when a run is resumed (CosineAnnealingLR ends at training.steps)"
+        in done.error
+    )
+
+
+def test_a_run_that_ended_by_patience_is_not_made_longer(train, run_toml, tmp_path):
+    early = changed(*QUICK, "training.steps=9", "training.patience=1", "optimizer.rate=1e-12")
+    assert train(run_toml, "--out", tmp_path / "run", *early).code == 0
+    done = train("--out", tmp_path / "run", "--resume", "--set", "training.steps=20")
+    assert done.code == 1 and re.search(r"ended after \d of 9 steps by training.patience", done.error)
+
+
+@pytest.mark.parametrize("place", ["runs/own", "own", "elsewhere/own"])
+def test_the_newest_run_is_found_where_out_put_it(train, copy, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mnist-1").mkdir(parents=True)
+    (tmp_path / "runs" / "mnist-1" / "records.jsonl").write_text("nonsense\n")
+    shutil.copytree(copy, tmp_path / place, dirs_exist_ok=True)
+    shutil.rmtree(copy)
+    done = train("--resume")
+    assert done.code == 0, done.error
+    assert f"run folder  {place}" in done.out
+
+
+def test_the_number_of_threads_is_said_and_stays_that_of_the_run(train, run_toml, tmp_path, monkeypatch):
+    from batchnorm.training import threads
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "free_cores", lambda: (1, "1 of 2 cores is free"))
+    done = train(run_toml, "--out", tmp_path / "run", *changed(*QUICK, "machine.threads="))
+    assert "threads     1, as 1 of 2 cores is free; machine.threads chooses" in done.out
+    assert "1 process on cpu, 1 thread" in done.out
+    head = json.loads((tmp_path / "run" / "records.jsonl").read_text().splitlines()[0])
+    assert head["config"]["machine"]["threads"] == 1
+    monkeypatch.setattr(threads, "free_cores", lambda: pytest.fail("was asked again"))
+    assert train("--out", tmp_path / "run", "--resume").code == 0
+    assert (
+        train(run_toml, "--out", tmp_path / "run", "--resume", *changed(*QUICK, "machine.threads=")).code == 0
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # somebody has chosen
+    assert "threads  " not in train(run_toml, "--dry-run", *changed("machine.threads=")).out
+
+
+def test_it_starts_from_weights_and_a_resumed_run_needs_them_no_more(train, run_toml, copy, tmp_path):
+    weights = tmp_path / "best.pt"
+    shutil.copy(copy / "checkpoints" / "best.pt", weights)
+    changes = changed(*QUICK, f"model.weights={weights}", "optimizer.rate=1e-30", "training.steps=1")
+    done = train(run_toml, "--out", tmp_path / "run", *changes)
+    assert done.code == 0, done.error
+    assert f"starting from {weights}" in done.out
+    before, after = state(weights), state(tmp_path / "run" / "checkpoints" / "final.pt")
+    for part in ("population", "average"):
+        torch.testing.assert_close(
+            after[part]["classifier.weight"], before["population"]["classifier.weight"], rtol=1e-5, atol=1e-6
+        )
+    weights.unlink()
+    assert train("--out", tmp_path / "run", "--resume", "--set", "training.steps=2").code == 0
+    assert "there is no such file" in train(run_toml, "--out", tmp_path / "new", *changes).error
+    assert not (tmp_path / "new").exists()
+
+
+def test_tensorboard_has_losses_rate_speed_and_the_layers(train, run_toml, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = changed(*QUICK, "training.steps=100", "evaluation.every=100", "training.patience=")
+    assert train(run_toml, "--out", tmp_path / "run", *changes).code == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard" / "network")).Reload()
+    tags = events.Tags()
+    assert {"loss/train", "loss/validation", "accuracy/test"} <= {*tags["scalars"]}
+    checks = events.Scalars("training/loss")
+    assert [each.step for each in checks] == [50, 100]
+    (evaluation,) = [line for line in lines(tmp_path / "run") if line["kind"] == "evaluation"]
+    assert sum(each.value for each in checks) / 2 == pytest.approx(evaluation["loss"], rel=1e-4)
+    assert events.Scalars("loss/validation")[0].value == pytest.approx(evaluation["loss_validation"])
+    assert events.Scalars("training/learning rate")[0].value == pytest.approx(0.05 * 0.9**7)
+    assert events.Scalars("training/images per second")[0].value > 0
+    histograms = {tag.split("/")[0] for tag in tags["histograms"]}
+    assert histograms == {"bn γ", "bn β", "bn running mean", "bn running variance"}
 
 
 def test_two_runs_do_not_write_one_folder(train, copy):

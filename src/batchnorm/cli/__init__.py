@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from batchnorm.requirements import install_command
+from batchnorm.requirements import install_command, old_torch
 
 # What each extra of pyproject.toml brings, by the names that are imported.
 EXTRAS = {
@@ -22,16 +22,19 @@ EXTRAS = {
 
 
 def main() -> None:
-    """The `batchnorm` command; a package of an extra that is not installed is an error of one line.
+    """The `batchnorm` command; a package that is not installed, or too old a torch, is an error of one line.
 
     Any other failing import is a bug, and keeps its traceback.
     """
+    if problem := old_torch():
+        sys.exit(f"error: {problem}")
     try:
         from batchnorm.cli.commands import run
 
         run()
     except ModuleNotFoundError as error:
-        extra = next((extra for extra, packages in EXTRAS.items() if error.name in packages), None)
+        needed = {"": ("torch",), **EXTRAS}
+        extra = next((extra for extra, packages in needed.items() if error.name in packages), None)
         if extra is None:
             raise
         sys.exit(f"error: this needs {error.name}, which is not installed: {install_command(extra)}")

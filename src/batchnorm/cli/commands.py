@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchnorm.cli import evaluate, train
+from batchnorm.cli import evaluate, predict, train
 from batchnorm.cli.lazy import lazy_app
 from batchnorm.cli.terminal import Failure, as_failure
 
@@ -17,7 +19,6 @@ app = typer.Typer(
     help="Batch Normalization for PyTorch: see the paper's claims hold, each by one command.",
     epilog="Start here:  batchnorm reproduce mnist",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
@@ -46,19 +47,42 @@ app.add_typer(
     name="bench",
 )
 app.command("train", epilog=train.EPILOG)(train.train)
+app.command("predict", epilog=predict.EPILOG, no_args_is_help=True)(predict.predict)
 app.command("evaluate", epilog=evaluate.EPILOG, no_args_is_help=True)(evaluate.evaluate)
 
 
-@app.command("report")
+@app.command(
+    "report",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm report runs/NAME\n\n"
+    "batchnorm report runs/*      of every run there",
+    no_args_is_help=True,
+)
 def report_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder, with its records.jsonl.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Folders of runs, each with its records.jsonl.", show_default=False
+        ),
+    ],
 ) -> None:
-    """Rebuild a run's figures and report.html from records.jsonl; does not need torch."""
+    """Rebuild the figures and report.html of runs from their records.jsonl; does not need torch."""
+    from rich.console import Console
+    from rich.progress import track
+
     from batchnorm import report
     from batchnorm.records import RecordError
 
-    with as_failure(RecordError, OSError):
-        typer.echo(report.build(run))
+    console = Console(stderr=True)
+    for run in runs:
+        with as_failure(RecordError, OSError):
+            page = report.build(
+                run,
+                lambda drawings: track(
+                    drawings, "drawing", console=console, transient=True, disable=not console.is_terminal
+                ),
+            )
+        typer.echo(page)
 
 
 @app.callback(invoke_without_command=True)
@@ -78,8 +102,17 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        app()
+        _recorded(app)()
     except Failure as failure:
         typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
         typer.echo(str(failure), err=True)
         sys.exit(1)
+
+
+def _recorded(command: Callable[[], object]) -> Callable[[], object]:
+    """`command`; under torchrun its error is written where torchrun looks for it, to print it last."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return command
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(command)

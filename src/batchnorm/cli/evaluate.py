@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm.cli.terminal import Failure, as_failure, show
+from batchnorm.cli.terminal import Failure, as_failure, one_of, show
+from batchnorm.cli.terminal import image_bar as _bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,6 @@ EPILOG = (
 )
 
 _TOP5_ABOVE_CLASSES = 10  # with more classes, top-5 accuracy is shown too
-_Value = TypeVar("_Value")
 
 
 def evaluate(
@@ -85,8 +84,8 @@ def evaluate(
     from batchnorm.training import evaluation
     from batchnorm.training.network import NetworkError
 
-    chosen_statistics = _one_of(evaluation.STATISTICS, statistics, "--statistics")
-    chosen_crops = _one_of(evaluation.CROPS, crops, "--crops")
+    chosen_statistics = one_of(evaluation.STATISTICS, statistics, "--statistics")
+    chosen_crops = one_of(evaluation.CROPS, crops, "--crops")
     if threads is not None:
         torch.set_num_threads(threads)
     if not torch.accelerator.is_available():
@@ -118,13 +117,6 @@ def evaluate(
     names = [str(place) for place in places]
     console.print()
     console.print(_table(networks, names, scores, source.classes > _TOP5_ABOVE_CLASSES))
-
-
-def _one_of(choices: dict[_Value, Any], value: object, name: str) -> _Value:
-    for choice in choices:
-        if choice == value:
-            return choice
-    raise Failure(f"{name} {value}: choose {' or '.join(map(str, choices))}")
 
 
 def _source(networks: Sequence[SavedNetwork], data: str | None, images: int | None) -> tuple[Source, str]:
@@ -174,33 +166,6 @@ def _scores(
             every.append(Predictions.concatenate(parts))
     ensemble = [Predictions.mean(every)] if len(every) > 1 else []
     return [predictions.score for predictions in every + ensemble]
-
-
-@contextmanager
-def _bar(console: Console, images: int, networks: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with images/s and remaining time; yields its advance function. Hidden without a terminal."""
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Speed(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.speed or 0.0
-            return Text(f"{speed:,.{0 if speed >= 10 else 2}f} images/s" if speed else "")
-
-    of = f"{networks} × {images:,} images" if networks > 1 else f"{images:,} images"
-    progress = Progress(
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:,}" + f" of {of}"),
-        Speed(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = progress.add_task("", total=images * networks)
-    with progress:
-        yield lambda done: progress.advance(task, done)
 
 
 def _table(

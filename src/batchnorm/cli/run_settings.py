@@ -51,11 +51,28 @@ def resumed_run_settings(folder: Path, experiment: str, kind: type[S], chosen: d
 
 
 def newest_run(kind: str) -> Path:
-    """The folder of the newest incomplete run of a kind, or else of the newest run."""
-    runs = sorted(RUNS.glob(f"{kind}-*/records.jsonl"), key=lambda path: -path.stat().st_mtime)
+    """The folder of the newest incomplete run of a kind, or else of the newest run.
+
+    Runs are looked for in the folders here and in those in them, which is where --out has put most.
+    """
+    found = [path for pattern in ("*", "*/*") for path in Path().glob(f"{pattern}/records.jsonl")]
+    runs = sorted((path for path in found if _kind(path) == kind), key=lambda path: -path.stat().st_mtime)
     if not runs:
-        raise Failure(f"no {kind} run to resume in {RUNS}/: name its folder, as in --out FOLDER --resume")
+        raise Failure(
+            f"no {kind} run to resume in {RUNS}/ or another folder here: name it, as in --out FOLDER --resume"
+        )
     return next((path for path in runs if not _complete(path)), runs[0]).parent
+
+
+def _kind(path: Path) -> str:
+    """The experiment of the run with these records; empty if they are none."""
+    from batchnorm.records import RecordError, Run, read
+
+    try:
+        head = next(read(path), None)
+    except RecordError:
+        return ""
+    return head.experiment if isinstance(head, Run) else ""
 
 
 def _complete(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     Model = TypeVar("Model", bound=BaseModel)
+
+_Value = TypeVar("_Value")
 
 RUNS = Path("runs")
 
@@ -66,3 +68,38 @@ def command_line() -> str:
 def show(console: Console, text: str) -> None:
     """Print `text` without rich's markup, highlighting and wrapping, which would change paths."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def one_of(choices: Iterable[_Value], value: object, name: str) -> _Value:
+    """The choice that equals `value`; another value is a `Failure` that names the option `name`."""
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise Failure(f"{name} {value}: choose {' or '.join(map(str, choices))}")
+
+
+@contextmanager
+def image_bar(console: Console, images: int, networks: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with images/s and remaining time; yields its advance function. Hidden without a terminal."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.speed or 0.0
+            return Text(f"{speed:,.{0 if speed >= 10 else 2}f} images/s" if speed else "")
+
+    of = f"{networks} × {images:,} images" if networks > 1 else f"{images:,} images"
+    progress = Progress(
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:,}" + f" of {of}"),
+        Speed(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = progress.add_task("", total=images * networks)
+    with progress:
+        yield lambda done: progress.advance(task, done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -19,7 +20,7 @@ from batchnorm.cli.terminal import Failure, as_failure, command_line, new_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from batchnorm.records import Result
+    from batchnorm.records import Evaluation, Result
     from batchnorm.training.config import Config
 
 # The exit code of a run that was stopped by SIGTERM (EX_TEMPFAIL of sysexits.h, on which schedulers restart it).
@@ -27,12 +28,12 @@ TERMINATED = 75
 
 EXAMPLE = """\
 [model]
-name = "bn-inception"        # or a classification model of torchvision, "resnet18" say, without the two keys below
+name = "bn-inception"        # or a model of torchvision or timm, "resnet18" say, without the two keys below
 width = 0.25
 stem = "small"               # "imagenet" for images of 224 pixels
 
 [data]
-source = "fashion-mnist"     # or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train-*.tar, val-*.tar
+source = "mnist-10k"         # or "cifar-10", or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or shards
 image_size = 28
 
 [optimizer]
@@ -52,8 +53,10 @@ EPILOG = (
     "batchnorm train --example > run.toml                     write an example\n\n"
     "batchnorm train run.toml                                 train; Ctrl-C loses nothing\n\n"
     "batchnorm train run.toml --set optimizer.rate=0.05       change a key\n\n"
+    "batchnorm train run.toml --data FOLDER --dry-run         try one step, and print the whole configuration\n\n"
     "batchnorm train run.toml --recipe bn-x5                  with the paper's changes, which are printed\n\n"
     "batchnorm train --resume                                 resume the newest run that was stopped\n\n"
+    "batchnorm train --resume --set training.steps=4000       and make it longer\n\n"
     "torchrun --nproc-per-node 2 -m batchnorm.cli train run.toml --out runs/both     two processes\n\n"
     "[bold]Exit codes[/]\n\n"
     "0 done · 1 error · 75 stopped by SIGTERM with a checkpoint · 130 stopped by Ctrl-C with a checkpoint"
@@ -67,7 +70,17 @@ def train(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of run.toml; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Change a key of run.toml, or leave it out (SECTION.KEY=); repeatable.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER", help="The data set: data.source of run.toml.", show_default="run.toml's"
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -87,11 +100,17 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Resume the run in --out (or start it if it has not begun), or the newest one."
+            "--resume",
+            help="Resume the run in --out (or start it if it has not begun), or the newest one in this folder.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the configuration and do not train.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Open the data, build the network and take one step; print the whole configuration as a run.toml. "
+            "Nothing is written.",
+        ),
     ] = False,
     example: Annotated[bool, typer.Option("--example", help="Print an example of run.toml.")] = False,
 ) -> None:
@@ -104,6 +123,8 @@ def train(
     if example:
         typer.echo(EXAMPLE, nl=False)
         return
+    if data is not None:
+        changes = [*(changes or ()), f"data.source={json.dumps(data)}"]
     with _exit_on_sigterm():
         _train(config, changes, recipe, without, out, resume, dry_run)
 
@@ -120,7 +141,6 @@ def _train(
     from rich.console import Console
 
     from batchnorm.training import toml
-    from batchnorm.training.config import Config
     from batchnorm.training.toml import ConfigError
 
     console = Console(quiet=_rank() > 0)
@@ -134,15 +154,20 @@ def _train(
         else:
             raise Failure("name a run.toml; batchnorm train --example prints an example")
         if recipe is not None:
-            run_config = _apply_recipe(console, run_config, recipe, without)
+            run_config = _apply_recipe(console, run_config, recipe, without, "# " if dry_run else "")
         elif without is not None:
             raise Failure("--without leaves out steps of a recipe: name it, --recipe bn-x5")
     if previous is not None and (changed := toml.differences(previous, run_config)):
-        raise Failure(f"{', '.join(changed)} cannot change when a run is resumed; start a new run for that")
+        why = " (CosineAnnealingLR ends at training.steps)" if changed == ["training.steps"] else ""
+        raise Failure(
+            f"{', '.join(changed)} cannot change when a run is resumed{why}, only training.steps, [machine] and "
+            "[checkpoints] can; start a new run for that"
+        )
+    run_config = _with_threads(console, run_config, previous, "# " if dry_run else "")
     if dry_run:
-        show(console, Config.model_dump_json(run_config, indent=2))
-        return
-    _run(console, run_config, folder)
+        _try(console, run_config)
+    else:
+        _run(console, run_config, folder)
 
 
 @contextmanager
@@ -181,13 +206,29 @@ def _previous_config(folder: Path, resume: bool) -> Config | None:
             return None
         raise Failure(f"{folder} holds a run already: add --resume to resume it, or choose another --out")
     with as_failure(RecordError):
-        head = next(read(folder / "records.jsonl"), None)
-    if not isinstance(head, Run) or head.experiment != "train":
+        runs = [record for record in read(folder / "records.jsonl") if isinstance(record, Run)]
+    if not runs or runs[-1].experiment != "train":
         raise Failure(f"{folder} does not hold a run of batchnorm train")
-    return toml.parse(head.config)
+    return toml.parse(runs[-1].config)  # it may have been made longer
 
 
-def _apply_recipe(console: Console, config: Config, recipe: str, without: str | None) -> Config:
+def _with_threads(console: Console, config: Config, previous: Config | None, comment: str) -> Config:
+    """`config` with a number of threads, if it computes on a CPU and nobody has chosen one: that of the run so far."""
+    import torch
+
+    from batchnorm.training.threads import free_cores
+
+    on_cpu = config.machine.device == "cpu" or not torch.accelerator.is_available()
+    if config.machine.threads is not None or not on_cpu or "OMP_NUM_THREADS" in os.environ or _ranks() > 1:
+        return config
+    threads = previous.machine.threads if previous is not None else None
+    if threads is None:
+        threads, why = free_cores()
+        show(console, f"{comment}threads     {threads}, as {why}; machine.threads chooses")
+    return config.with_values("machine", threads=threads)
+
+
+def _apply_recipe(console: Console, config: Config, recipe: str, without: str | None, comment: str) -> Config:
     from batchnorm.training import recipe as recipes
 
     numbers = words(without) if without else ()
@@ -198,8 +239,47 @@ def _apply_recipe(console: Console, config: Config, recipe: str, without: str | 
     except ValueError as error:
         raise Failure(str(error)) from None
     for change in applied:
-        console.print(str(change), style=None if change.changed else "dim", markup=False, highlight=False)
+        style = None if change.changed else "dim"
+        console.print(f"{comment}{change}", style=style, markup=False, highlight=False, soft_wrap=True)
     return config
+
+
+def _try(console: Console, config: Config) -> None:
+    """Take one step, and print the whole configuration as TOML, with what was found as comments."""
+    import time
+
+    from batchnorm.data.idx import DataError
+    from batchnorm.training import toml
+    from batchnorm.training.network import NetworkError
+    from batchnorm.training.session import JOB
+    from batchnorm.training.toml import ConfigError
+    from batchnorm.training.trainer import Trainer
+
+    with as_failure(ConfigError, DataError, NetworkError):
+        trainer = Trainer(config, JOB)
+        new = trainer.load_weights()
+        started = time.monotonic()
+        loss = trainer.try_step()
+        seconds = time.monotonic() - started
+    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    steps = config.training.steps
+    found = [
+        f"{parameters:,} parameters; {len(trainer.source):,} training and {len(trainer.validation_source):,} "
+        f"validation images in {trainer.source.classes} classes",
+        *(f"with new weights: {name}" for name in new),
+        f"one step: loss {loss:.4f}, {seconds:.2f} s; {steps:,} of them about {_duration(steps * seconds)}",
+    ]
+    for line in found:
+        show(console, f"# {line}")
+    show(console, "")
+    show(console, toml.to_toml(config).rstrip("\n"))
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _run(console: Console, config: Config, folder: Path) -> None:
@@ -225,7 +305,7 @@ def _run(console: Console, config: Config, folder: Path) -> None:
     except Stopped as stopped:
         show(console, f"Stopped. Resume with:  batchnorm train --out {shlex.quote(str(folder))} --resume")
         raise typer.Exit(TERMINATED if stopped.signal == signal.SIGTERM else 130) from None
-    show(console, _summary(result))
+    show(console, _summary(result, bar.best))
     show(console, f"report  {folder / 'report.html'}")
 
 
@@ -242,9 +322,17 @@ def _write_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _summary(result: Result) -> str:
+def _summary(result: Result, best: Evaluation | None) -> str:
+    """The accuracy at the end, and the best one where that is another: `evaluate` takes the best network."""
     moving = "" if result.accuracy_moving is None else f" ({result.accuracy_moving:.2%} by moving averages)"
-    return f"{result.accuracy:.2%} of the validation images right after {result.steps:,} steps{moving}"
+    end = f"{result.accuracy:.2%} of the validation images right after {_steps(result.steps)}{moving}"
+    if best is None or best.step == result.steps:
+        return end
+    return f"{end}\nbest  {best.accuracy:.2%} after {_steps(best.step)}, kept as checkpoints/best.pt"
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'s' * (number != 1)}"
 
 
 def _rank() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from batchnorm.data.data_sets import CIFAR_10, DIGITS, NAMES
+from batchnorm.data.data_sets import CIFAR_10, DIGITS, FASHION, NAMES
 from batchnorm.data.digits import Digits
 from batchnorm.data.idx import DataError
 from batchnorm.data.source import InMemory, Source, Split
@@ -55,7 +55,8 @@ def _digits(source: str, split: Split) -> InMemory:
     train = split == "train"
     images = digits.train_images if train else digits.test_images
     labels = digits.train_labels if train else digits.test_labels
-    return InMemory(images.unsqueeze(1), labels.long(), classes, f"{source} {split}")
+    names = FASHION if source == "fashion-mnist" else ()
+    return InMemory(images.unsqueeze(1), labels.long(), classes, f"{source} {split}", names)
 
 
 def _cifar_10(split: Split) -> InMemory:
@@ -73,7 +74,8 @@ def _cifar_10(split: Split) -> InMemory:
             "cifar-10-python.tar.gz there, or use the digits in this package, mnist-10k"
         ) from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return InMemory(images, torch.tensor(data.targets), len(data.classes), f"{CIFAR_10} {split}")
+    names = tuple(data.classes)
+    return InMemory(images, torch.tensor(data.targets), len(names), f"{CIFAR_10} {split}", names)
 
 
 def _files(path: Path, split: Split) -> Source:

@@ -31,10 +31,10 @@ class ImageFolder:
         classes = _classes(root, "train")
         if split == "val":
             _expect_equal(root, classes, _classes(root, "val"))
-        self.classes = len(classes)
+        self.classes, self.class_names = len(classes), tuple(classes)
         self._folder = root / split
         try:
-            found = make_dataset(self._folder, classes, is_valid_file=_is_image)
+            found = make_dataset(self._folder, classes, is_valid_file=is_image)
         except FileNotFoundError as error:
             raise DataError(f"{self._folder}: {error}") from None
         self._names = Names(os.path.relpath(path, self._folder) for path, _ in found)
@@ -66,7 +66,8 @@ def _classes(root: Path, split: Split) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
+    """Whether a file has the name of an image, and no hidden one."""
     return path.lower().endswith(_IMAGES) and not _is_hidden(os.path.basename(path))
 
 

@@ -181,14 +181,17 @@ class Shards:
 
     paths, indices: the shard files, and the `Index` of each.
     classes: number of classes.
+    class_names: of each; () for numbers.
 
     Raises: DataError for a label outside of the classes, or if there are no samples.
     """
 
     channels = 3
 
-    def __init__(self, paths: Sequence[Path], indices: Sequence[Index], classes: int) -> None:
-        self.classes = classes
+    def __init__(
+        self, paths: Sequence[Path], indices: Sequence[Index], classes: int, class_names: tuple[str, ...] = ()
+    ) -> None:
+        self.classes, self.class_names = classes, class_names
         self.shards = tuple(len(index.keys) for index in indices)
         if not sum(self.shards):
             raise DataError(f"{paths[0]} and {len(paths) - 1} more shards hold no samples")
@@ -214,7 +217,8 @@ class Shards:
         Raises: DataError as `Index.of` and `Shards` do, and when no file matches.
         """
         train = _match_shards(pattern, "train")
-        classes = _count_classes(train[0].parent)
+        names = _class_names(train[0].parent)
+        classes = len(names) or None
         if split == "train" or classes is None:
             indices = _read_indices(train)
         if classes is None:
@@ -223,7 +227,7 @@ class Shards:
         if split == "val":
             paths = _match_shards(pattern, "val")
             indices = _read_indices(paths)
-        return cls(paths, indices, classes)
+        return cls(paths, indices, classes, names)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -260,11 +264,15 @@ def _read_indices(paths: Sequence[Path]) -> list[Index]:
         return list(pool.map(Index.of, paths))
 
 
-def _count_classes(folder: Path) -> int | None:
+def _class_names(folder: Path) -> tuple[str, ...]:
+    """The lines of classes.txt, if there is one."""
+    path = folder / "classes.txt"
     try:
-        return len((folder / "classes.txt").read_text().strip().splitlines()) or None
+        return tuple(path.read_text("utf-8-sig").strip().splitlines())
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text: it has the name of a class in each line") from None
     except OSError:
-        return None
+        return ()
 
 
 class _OpenFiles:

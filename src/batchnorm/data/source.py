@@ -22,7 +22,7 @@ class Unreadable(Exception):
 
 
 class Source(Protocol):
-    """A split of a data set. It can be pickled; the pickle holds no open files.
+    """A split of a data set. It can be pickled; the pickle holds no open files. It may have `class_names`, see there.
 
     classes: number of classes, the same in both splits.
     channels: of every image, 1 or 3.
@@ -49,6 +49,12 @@ class Source(Protocol):
         """The name of an image for messages: its path, or its shard and key."""
 
 
+def class_names(source: Source) -> tuple[str, ...]:
+    """The names of the classes, in the order of their numbers; the numbers themselves where the data set has none."""
+    names: tuple[str, ...] = getattr(source, "class_names", ())
+    return names if len(names) == source.classes else tuple(map(str, range(source.classes)))
+
+
 @dataclass(frozen=True, eq=False)
 class InMemory:
     """A data set of images of one size, in memory.
@@ -56,12 +62,14 @@ class InMemory:
     images: (N, C, H, W) uint8.
     labels: (N,) int64.
     title: of the data set, for messages.
+    class_names: of each class; () for numbers.
     """
 
     images: Tensor
     labels: Tensor
     classes: int
     title: str
+    class_names: tuple[str, ...] = ()
     shards: None = None
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from batchnorm.data.source import Source
+from batchnorm.data.source import Source, class_names
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Subset:
     def classes(self) -> int:
         """The number of classes of the whole data set."""
         return self.source.classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the whole data set."""
+        return class_names(self.source)
 
     @property
     def channels(self) -> int:

@@ -198,15 +198,24 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call)
     return y
 
 
-def _torch_batch_norm(x: Tensor, *arguments: Any) -> Tensor:
+def _torch_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     """torch's operator; where a side of an image is 1, on its positions in one dimension, (N, C, positions).
 
     The strides of such an image are those of two memory formats at once, and torch's backward on a CPU (2.14) then
     may read a gradient in the other one, which gives wrong values without an error.
     """
-    if x.is_cpu and x.dim() > 3 and 1 in x.shape[2:]:
-        return torch.batch_norm(x.flatten(2), *arguments, True).view_as(x)
-    return torch.batch_norm(x, *arguments, True)
+    flat = x.flatten(2) if x.is_cpu and x.dim() > 3 and 1 in x.shape[2:] else x
+    y = torch.batch_norm(flat, weight, bias, mean, variance, training, momentum, eps, True)
+    return y if flat is x else y.view_as(x)
 
 
 def _as_captured(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:

@@ -12,11 +12,14 @@ from pathlib import Path
 from batchnorm import records
 from batchnorm.report import figures
 from batchnorm.report.contents import gather
+from batchnorm.report.page import Progress, shown
 from batchnorm.report.page import render as render
 
 
-def build(run: Path) -> Path:
+def build(run: Path, progress: Progress = list) -> Path:
     """Write the figures and report.html of the run in folder `run`; return the path of report.html.
+
+    progress: goes through the charts, which take a while to draw, and may show how many are done.
 
     Raises: RecordError when the folder does not exist, or its records are missing or invalid.
     """
@@ -33,11 +36,12 @@ def build(run: Path) -> Path:
     if not lines:
         raise records.RecordError(f"{file} holds no records")
     try:
-        contents, page = gather(lines), render(lines)
+        contents = gather(lines)
+        page = render(lines, progress)
     except records.RecordError as error:
         raise records.RecordError(f"{file}: {error}") from None
     (run / "figures").mkdir(exist_ok=True)
-    for chart in contents.charts:
+    for chart in progress(shown(contents)):
         _replace(run / "figures" / f"{chart.name}.png", figures.png(chart))
         _replace(run / "figures" / f"{chart.name}.svg", figures.svg(chart).encode())
     _replace(run / "report.html", page.encode())

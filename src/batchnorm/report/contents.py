@@ -48,12 +48,17 @@ class Network:
 
 @dataclass
 class Contents:
-    """The records of one run, by subject."""
+    """The records of one run, by subject.
+
+    run: as it was last resumed, if that changed it.
+    commands: those that began it and changed it.
+    """
 
     run: Run
     verdicts: list[Verdict]
     charts: list[Chart]
     networks: list[Network]
+    commands: list[str] = field(default_factory=list)
 
     @property
     def judged(self) -> bool:
@@ -79,13 +84,13 @@ def gather(records: Iterable[Record]) -> Contents:
 
     Raises: RecordError when the run record is missing, or there is more than a page shows.
     """
-    run: Run | None = None
+    runs: list[Run] = []
     verdicts: dict[str, Verdict] = {}
     charts: dict[str, Chart] = {}
     networks: dict[str, Network] = {}
     for record in records:
         if isinstance(record, Run):
-            run = run or record
+            runs.append(record)
         elif isinstance(record, Verdict):
             verdicts[record.claim] = record
         elif isinstance(record, Chart):
@@ -94,14 +99,15 @@ def gather(records: Iterable[Record]) -> Contents:
             networks.setdefault(record.job, Network(record.job)).evaluations[record.step] = record
         elif isinstance(record, Result):
             networks.setdefault(record.job, Network(record.job)).result = record
-    if run is None:
+    if not runs:
         raise RecordError("the records name no run: the line of kind 'run' is missing")
     for what, found in (("charts", charts), ("verdicts", verdicts), ("networks", networks)):
         if len(found) > _MOST[what]:
             raise RecordError(f"there are {len(found):,} {what}, and a page shows {_MOST[what]:,}")
     # the verdict with the headline comes first
     ordered = sorted(verdicts.values(), key=lambda verdict: not ratios(verdict))
-    return Contents(run, ordered, list(charts.values()), list(networks.values()))
+    commands = list(dict.fromkeys(run.command for run in runs))
+    return Contents(runs[-1], ordered, list(charts.values()), list(networks.values()), commands)
 
 
 def _thinned(chart: Chart) -> Chart:
@@ -133,10 +139,8 @@ class Headline:
 def headline(contents: Contents) -> Headline:
     """The ratio of steps if there is one, else the number of claims seen, else the state of the run.
 
-    For a run without claims, the accuracy of its network.
+    That of a training is another: see course.py.
     """
-    if not contents.judged:
-        return _of_network(contents.networks[0] if contents.networks else None)
     best = ratios(contents.verdicts[0]) if contents.verdicts else {}
     if best:
         # the claim is about some accuracy of 80 % or more: take the largest of these ratios
@@ -160,18 +164,6 @@ def headline(contents: Contents) -> Headline:
     ended = sum(network.result is not None for network in contents.networks)
     return Headline(
         "", "No verdict yet", f"{_networks(ended)} ended, {len(contents.networks) - ended} under way."
-    )
-
-
-def _of_network(network: Network | None) -> Headline:
-    """The accuracy of a network at its last evaluation."""
-    last = network.last if network is not None else None
-    if network is None or last is None:
-        return Headline("", "Not evaluated yet")
-    moving = network.result.accuracy_moving if network.result is not None else None
-    detail = "" if moving is None else f"{100 * moving:.2f} % by the moving averages."
-    return Headline(
-        f"{100 * last.accuracy:.2f} %", f"of the validation images right after {last.step:,} steps", detail
     )
 
 
@@ -201,7 +193,7 @@ def progress(contents: Contents) -> Chart | None:
     axes = Panel(
         title="",
         x_label="training steps",
-        y_label="test accuracy" if contents.judged else "validation accuracy",
+        y_label="test accuracy",
         x_log=True,
         y_range=(0.0, 1.0),
         y_percent=True,
@@ -210,7 +202,7 @@ def progress(contents: Contents) -> Chart | None:
     return Chart(
         claim="",
         name="progress",
-        title="Test accuracy so far" if contents.judged else "Validation accuracy",
+        title="Test accuracy so far",
         caption="One line for each network.",
         panels=[axes],
     )

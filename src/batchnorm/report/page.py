@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from batchnorm.records import Chart, Panel, Record
 from batchnorm.report import contents as report_contents
-from batchnorm.report import figures, tables
+from batchnorm.report import course, figures, tables
+from batchnorm.report.contents import Contents
 from batchnorm.report.palette import DARK, LIGHT
 from batchnorm.report.scale import share_y_range
 
@@ -25,7 +26,8 @@ _ENVIRONMENT = Environment(
 )
 # no line break between a number and its "%" or its spread
 _ENVIRONMENT.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
-_MANY = 30  # a longer table of networks is folded initially
+Progress = Callable[[Sequence[Chart]], Iterable[Chart]]
+_MANY = 30  # a longer table of networks or classes is folded initially
 
 
 @dataclass(frozen=True)
@@ -46,35 +48,62 @@ class Figure:
     pictures: list[Picture]
 
 
-def render(records: Iterable[Record]) -> str:
+def shown(contents: Contents) -> list[Chart]:
+    """The charts of a run: those in its records, and that of a training's course."""
+    whole = None if contents.judged else course.course(contents)
+    return [*contents.charts, *([whole] if whole is not None else [])]
+
+
+def render(records: Iterable[Record], progress: Progress = list) -> str:
     """The page of a run as HTML; deterministic.
+
+    progress: goes through the charts, which take a while to draw, and may show how many are done.
 
     Raises: RecordError when the run record is missing.
     """
     contents = report_contents.gather(records)
-    charts = {chart.name: _figure(chart, f"f{number}") for number, chart in enumerate(contents.charts, 1)}
+    charts = {
+        chart.name: _figure(chart, f"f{number}") for number, chart in enumerate(progress(shown(contents)), 1)
+    }
     claimed = {verdict.claim for verdict in contents.verdicts}
-    progress = None if contents.verdicts else report_contents.progress(contents)
+    so_far = report_contents.progress(contents) if contents.judged and not contents.verdicts else None
     networks = tables.networks(contents)
+    classes = None if contents.judged else course.classes(contents)
     return _ENVIRONMENT.get_template("page.html.j2").render(
         run=contents.run,
+        commands=contents.commands,
         light=Markup(LIGHT.css()),
         dark=Markup(DARK.css()),
         started=tables.format_time(contents.run.started),
-        headline=report_contents.headline(contents),
+        headline=(report_contents if contents.judged else course).headline(contents),
         judged=contents.judged,
         finished=contents.finished,
         resume=contents.resume,
         verdicts=contents.verdicts,
-        figures_of=lambda claim: [charts[chart.name] for chart in contents.charts if chart.claim == claim],
+        figures_of=lambda claim: [charts[chart.name] for chart in shown(contents) if chart.claim == claim],
         tables_of=tables.of_verdict,
-        unjudged=[charts[chart.name] for chart in contents.charts if chart.claim not in claimed],
-        progress=_figure(progress, "f0") if progress else None,
+        unjudged=[charts[chart.name] for chart in shown(contents) if chart.claim not in claimed],
+        progress=_figure(so_far, "f0") if so_far else None,
+        classes=classes,
+        fold_classes=classes is not None and len(classes.rows) > _MANY,
+        confusion=None if contents.judged else course.confusion(contents),
+        unreadable=_unreadable(contents),
         networks=networks,
         fold_networks=networks is not None and len(networks.rows) > _MANY,
         configurations=tables.configurations(contents),
         config=json.dumps(contents.run.config, indent=2, ensure_ascii=False),
     )
+
+
+def _unreadable(contents: Contents) -> str:
+    """How many images a training could not read, and the first of them; empty if it read all."""
+    results = [network.result for network in contents.networks if network.result is not None]
+    number = sum(result.unreadable for result in results)
+    names = [name for result in results for name in result.unreadable_images]
+    if not number:
+        return ""
+    listed = ", ".join(names) + (", …" if len(names) < number else "")
+    return f"{number:,} image{'s' * (number != 1)}" + (f": {listed}" if names else "")
 
 
 def _figure(chart: Chart, prefix: str) -> Figure:

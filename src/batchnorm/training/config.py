@@ -1,8 +1,11 @@
-"""The configuration of a training run, as in run.toml. Together with the data it determines every number of the run."""
+"""The configuration of a training run, as in run.toml. Together with the data it determines every number of the run.
+
+Names of optimizers, schedules and precisions are torch's own.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -13,6 +16,7 @@ RESUMABLE_SECTIONS = {"machine", "checkpoints"}
 _MANY = 10**15  # of steps, images, ...: more than there can be
 _LARGEST_BATCH = 2**20
 INCEPTION: Literal["bn-inception"] = "bn-inception"
+_WEIGHTS = "a file of weights to start from, torchvision's, timm's or of a run; a head for other classes is not taken"
 
 
 class _Section(BaseModel):
@@ -24,7 +28,7 @@ class InceptionModel(_Section):
 
     name: Literal["bn-inception"] = Field(
         INCEPTION,
-        description="or any classification model of torchvision, whose only other key is dropout",
+        description="or any classification model of torchvision or timm, whose other keys are dropout and weights",
     )
     batch_norm: bool = Field(True, description="before every nonlinearity")
     activation: Nonlinearity = Field("relu", description='or "sigmoid"')
@@ -44,22 +48,24 @@ class InceptionModel(_Section):
         (), description="modules whose BN has separate moments for every activation"
     )
     init_gain: float = Field(1.0, gt=0, le=1e6, description="multiplies the convolutions' initial weights")
+    weights: str | None = Field(None, description=_WEIGHTS)
 
 
-class TorchvisionModel(_Section):
-    """`[model]` with any other name: a classification model of torchvision, its BN made ours by `bn.upgrade`."""
+class LibraryModel(_Section):
+    """`[model]` with any other name: a classification model of torchvision or timm, its BN ours by `bn.upgrade`."""
 
-    name: str
+    name: str = Field(description='a model of torchvision or else of timm; "timm/resnet18" is timm\'s')
     dropout: float | None = Field(None, ge=0, lt=1, description="for models that have this argument")
+    weights: str | None = Field(None, description=_WEIGHTS)
 
 
 Model = Annotated[
-    Annotated[InceptionModel, Tag("inception")] | Annotated[TorchvisionModel, Tag("torchvision")],
+    Annotated[InceptionModel, Tag("inception")] | Annotated[LibraryModel, Tag("library")],
     Discriminator(
         lambda model: (
             "inception"
             if (model.get("name", INCEPTION) if isinstance(model, dict) else model.name) == INCEPTION
-            else "torchvision"
+            else "library"
         )
     ),
 ]
@@ -101,15 +107,45 @@ class Data(_Section):
 
 
 class Optimizer(_Section):
-    """`[optimizer]`: SGD with momentum, the rate decaying exponentially in steps."""
+    """`[optimizer]`: unless given, SGD with momentum, its rate decaying exponentially in steps."""
 
+    name: Literal["SGD", "AdamW"] = Field("SGD", description='of torch.optim; or "AdamW"')
     rate: float = Field(0.0015, gt=0, description="initial learning rate; 0.0015 is the paper's Inception")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(
-        2e-4, ge=0, le=1e6, description="L2, on the weights of convolutions and linear layers"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="of AdamW"
     )
-    decay: float = Field(0.96, gt=0, le=1, description="the rate is multiplied by it every decay_every steps")
-    decay_every: int = Field(320_000, ge=1, le=_MANY, description="steps; 320,000 are 8 epochs of ImageNet")
+    weight_decay: float = Field(
+        2e-4,
+        ge=0,
+        le=1e6,
+        description="L2, on the weights of convolutions and linear layers; AdamW's is decoupled from the gradient",
+    )
+    schedule: Literal["StepLR", "CosineAnnealingLR"] = Field(
+        "StepLR", description='of torch.optim.lr_scheduler; or "CosineAnnealingLR", to 0 at the last step'
+    )
+    decay: float = Field(
+        0.96, gt=0, le=1, description="of StepLR: the rate is multiplied by it every decay_every steps"
+    )
+    decay_every: int = Field(
+        320_000, ge=1, le=_MANY, description="of StepLR: steps; 320,000 are 8 epochs of ImageNet"
+    )
+    warmup: int = Field(
+        0, ge=0, le=_MANY, description="steps over which the rate rises linearly, before the schedule begins"
+    )
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Self:
+        """What another optimizer or schedule would use and this one would not is no setting of it."""
+        for key, chosen, owner in (
+            ("momentum", self.name, "SGD"),
+            ("betas", self.name, "AdamW"),
+            ("decay", self.schedule, "StepLR"),
+            ("decay_every", self.schedule, "StepLR"),
+        ):
+            if chosen != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {owner}'s, and {chosen} has none: leave it out")
+        return self
 
 
 class Schedule(_Section):
@@ -133,6 +169,7 @@ class Schedule(_Section):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, kept beside them"
     )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of torch.nn.CrossEntropyLoss")
     auxiliary_weight: float = Field(
         0.3, ge=0, le=1e6, description="of the auxiliary head's loss; GoogLeNet's"
     )
@@ -199,7 +236,10 @@ class Machine(_Section):
 
     device: Literal["auto", "cpu"] = Field("auto", description="an accelerator where there is one")
     threads: int | None = Field(
-        None, ge=1, le=1024, description="threads of one process on a CPU; unless given, torch's default"
+        None,
+        ge=1,
+        le=1024,
+        description="threads of one process on a CPU; unless given, one for each core that is free when a run starts",
     )
     loaders: int = Field(
         0, ge=0, le=256, description="processes that read and distort images, for each training process"
@@ -226,6 +266,16 @@ class Config(_Section):
         """A copy with new `values` for keys of `section`. They are not validated."""
         part = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: part})
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run this one, by section: it must not change when the run is resumed.
+
+        The number of steps may, unless the schedule depends on it.
+        """
+        values = self.model_dump(exclude=RESUMABLE_SECTIONS)
+        if self.optimizer.schedule == "StepLR":
+            del values["training"]["steps"]
+        return values
 
     @property
     def steps(self) -> int:

@@ -22,6 +22,7 @@ from batchnorm.data.digits import Digits
 from batchnorm.models.mlp import MLP, Nonlinearity
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
+from batchnorm.training.optimizer import MOMENTS
 from batchnorm.training.schedule import Due, evaluation_steps
 from batchnorm.training.state import (
     check_form,
@@ -218,7 +219,7 @@ class DigitsTrainer:
         step = check_progress(state, own, self.config.steps)
         check_form(state["model"], own["model"], "model")
         check_form(state["loss_sum"], own["loss_sum"], "loss_sum")
-        check_optimizer(state["optimizer"], self.optimizer, self.config.rate)
+        check_optimizer(state["optimizer"], self.optimizer, self.config.rate, step, MOMENTS["SGD"])
         check_random([state["random"]], [own["random"]], "random")
         check_records(state["evaluations"], None, self.job, step)
         watched = len(state["evaluations"]) if self.config.watch else 0

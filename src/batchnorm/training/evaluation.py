@@ -1,6 +1,6 @@
 """A trained network's class probabilities on labelled images, by one crop of each image or by 144.
 
-    saved = load_network(network_file(Path("runs/NAME")))           # best.pt: verified, on its device, in eval mode
+    saved = load("runs/NAME")                                       # best.pt: verified, on its device, in eval mode
     for part in predict(saved.network, source, saved.config.data.image_size, crops=144, indices=range(done, total)):
         parts.append(part); done += len(part)                       # may be stopped or saved here
     Predictions.concatenate(parts).score.accuracy                   # of one network
@@ -46,7 +46,12 @@ _UNREADABLE = -1
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """A network of `batchnorm train`, in evaluation mode, as it was after `step` steps."""
+    """A network of `batchnorm train`, in evaluation mode, as it was after `step` steps.
+
+    network: takes images as `transform` makes them, (N, channels, S, S) of its weights' dtype, and returns logits,
+        (N, classes).
+    class_names: of each class, in the order of the logits; numbers where the data set had no names.
+    """
 
     path: Path
     network: nn.Module
@@ -54,6 +59,12 @@ class SavedNetwork:
     classes: int
     channels: int
     step: int
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def transform(self) -> Callable[[Tensor], Tensor]:
+        """What makes an image, uint8 (channels, H, W), ready for the network: float32 (channels, S, S) in [-1, 1]."""
+        return single_crop(self.config.data.image_size)
 
     @property
     def has_norms(self) -> bool:
@@ -106,6 +117,32 @@ class Predictions:
         return cls(total / len(networks), torch.stack([network.labels for network in networks]).amin(0))
 
 
+def load(run: str | Path, statistics: Statistics = "population") -> SavedNetwork:
+    """The best network of a run of `batchnorm train`, for use in Python.
+
+    Args:
+        run: the run's folder, or a best.pt or final.pt of its checkpoints.
+        statistics: those by which BN normalises: "population" (Algorithm 2), "moving" (the moving averages of
+            training), or "average" for the average of the weights (training.ema) with its own statistics.
+
+    Returns:
+        The network in evaluation mode, on the accelerator if there is one and its configuration allows it, with its
+        configuration, the names of its classes and the transform of its images.
+
+    Raises:
+        NetworkError: there is no such file, or it is broken or of another kind.
+
+    Example::
+
+        saved = batchnorm.training.load("runs/train-20260101-120000")
+        image = torchvision.io.decode_image("cat.jpg", "RGB")          # uint8 (3, H, W)
+        with torch.inference_mode():
+            probabilities = saved.network(saved.transform(image)[None]).softmax(1)
+        print(saved.class_names[probabilities.argmax()])
+    """
+    return load_network(network_file(Path(run)), statistics)
+
+
 def network_file(place: Path, name: str = "best.pt") -> Path:
     """The file of a network: `place` itself or, if it is a run's folder, checkpoints/`name`. Raises: NetworkError."""
     path = place / "checkpoints" / name if place.is_dir() else place
@@ -143,7 +180,9 @@ def load_network(path: Path, statistics: Statistics = "population") -> SavedNetw
     if config.machine.device == "auto" and torch.accelerator.is_available():
         network = network.to(torch.accelerator.current_accelerator())
     network = network.to(memory_format=torch.channels_last)
-    return SavedNetwork(path, network.eval(), config, state["classes"], state["channels"], state["step"])
+    classes = state["classes"]
+    names = tuple(state.get("class_names") or map(str, range(classes)))  # earlier versions saved none
+    return SavedNetwork(path, network.eval(), config, classes, state["channels"], state["step"], names)
 
 
 def predict(

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -36,6 +37,7 @@ class Bar:
         self._refreshed_at = 0.0
         self._speed_samples: list[tuple[float, int]] = []  # (seconds in training, step)
         self._reported: dict[Corrupt, int] = {}  # the number of unreadable images reported so far
+        self.best: Evaluation | None = None  # of all evaluations, the first with the best accuracy
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -46,18 +48,24 @@ class Bar:
     ) -> None:
         self._bar.stop()
 
-    def on_start(self, trainer: Trainer, source: Path | None) -> None:
-        """Print the model, the data and the checkpoint, and add the bar."""
+    def on_start(self, trainer: Trainer, source: Path | None, new: list[str]) -> None:
+        """Print the model, the data and where it starts from, and add the bar."""
         config = trainer.config
+        for evaluation in trainer.evaluations:
+            self._keep_best(evaluation)
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
         processes = trainer.accelerator
         self._print(
             f"{config.model.name}, {parameters:,} parameters, on {len(trainer.source):,} images of "
             f"{config.data.source}; {processes.num_processes} process{'es' * (processes.num_processes > 1)} "
-            f"on {processes.device}"
+            f"on {processes.device}{_threads(trainer)}"
         )
         if source is not None:
             self._print(f"resuming from {source}")
+        elif config.model.weights is not None:
+            self._print(f"starting from {config.model.weights}")
+        for name in new:
+            self._print(f"with new weights: {name}")
         self._task = self._bar.add_task("", total=config.training.steps, completed=trainer.step, speed="")
 
     def on_step(self, trainer: Trainer) -> None:
@@ -84,6 +92,7 @@ class Bar:
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Print a line."""
+        self._keep_best(evaluation)
         extra = "".join(
             f"  {name} {value:.2%}"
             for name, value in (
@@ -93,12 +102,17 @@ class Bar:
             if value is not None
         )
         self._print(
-            f"step {evaluation.step:>9,}  loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}{extra}"
+            f"step {evaluation.step:>9,}  training loss {evaluation.loss:.4f}  "
+            f"accuracy {evaluation.accuracy:.2%}{extra}"
         )
 
     def on_stop_request(self) -> None:
         """Confirm Ctrl-C."""
         self._print("stopping: writing a checkpoint (Ctrl-C again to quit without it)")
+
+    def _keep_best(self, evaluation: Evaluation) -> None:
+        if self.best is None or evaluation.accuracy > self.best.accuracy:
+            self.best = evaluation
 
     def _name_corrupt(self, trainer: Trainer) -> None:
         for corrupt in trainer.corrupt.values():
@@ -109,3 +123,11 @@ class Bar:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _threads(trainer: Trainer) -> str:
+    """With how many threads a CPU computes."""
+    if trainer.accelerator.device.type != "cpu":
+        return ""
+    threads = torch.get_num_threads()
+    return f", {threads} thread{'s' * (threads > 1)}"

@@ -19,7 +19,9 @@ from typing import Any, Protocol, Self
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
+from batchnorm.data.source import class_names
 from batchnorm.records import Evaluation, RecordFile, Result, Run
 from batchnorm.training import checkpoint
 from batchnorm.training.checkpoint import CheckpointError, Checkpoints
@@ -27,7 +29,7 @@ from batchnorm.training.config import Config
 from batchnorm.training.interruption import Interruption
 from batchnorm.training.machine import machine, versions
 from batchnorm.training.tensorboard import EventFiles
-from batchnorm.training.trainer import Trainer
+from batchnorm.training.trainer import Check, Trainer
 
 JOB = "network"
 _AGREE_EVERY_STEPS = 10  # between two all_reduces by which several processes agree on stopping and saving
@@ -48,8 +50,8 @@ class Diverged(Exception):
 class Callback(Protocol):
     """Called on the events of a run, in the main process only; the command line shows a progress bar."""
 
-    def on_start(self, trainer: Trainer, source: Path | None) -> None:
-        """Training begins, or resumes from the checkpoint `source`."""
+    def on_start(self, trainer: Trainer, source: Path | None, new: list[str]) -> None:
+        """Training begins, or resumes from the checkpoint `source`; `new` are not in the file `model.weights`."""
 
     def on_step(self, trainer: Trainer) -> None:
         """A training step or a batch of an evaluation was computed."""
@@ -82,17 +84,19 @@ class Session:
         with ExitStack() as stack:
             interruption = stack.enter_context(Interruption(lambda _: self.callback.on_stop_request()))
             trainer = Trainer(self.config, JOB)
-            source = self._newest_checkpoint()
+            source, new = self._newest_checkpoint(), []
             if source is not None and (state := checkpoint.load(source)) is not None:
                 try:
                     trainer.load_state_dict(state)
                 except CheckpointError as error:
                     raise CheckpointError(f"{source}: {error}") from None
+            else:
+                new = trainer.load_weights()
             writer = None
             if trainer.accelerator.is_main_process:  # only this one writes records and reports progress
                 writer = stack.enter_context(RunWriter(self.folder))
                 writer.write_head(self._run_record(trainer), trainer.evaluations)
-                self.callback.on_start(trainer, source)
+                self.callback.on_start(trainer, source, new)
             try:
                 result = self._train(trainer, interruption, writer)
             except (Stopped, Diverged):
@@ -120,9 +124,11 @@ class Session:
                 return record
             if writer is not None:
                 self.callback.on_step(trainer)
+                writer.write_check(trainer.checked, self.config.training.batch_size)
             if record is not None:
                 if writer is not None:
                     writer.write(record)
+                    writer.write_norms(trainer.step, trainer.network)
                     self.callback.on_evaluation(record)
                 if record.accuracy > best and not trainer.diverged:
                     best = record.accuracy
@@ -171,6 +177,7 @@ class Session:
             networks = {
                 "config": trainer.config.model_dump(mode="json"),
                 "classes": trainer.source.classes,
+                "class_names": list(class_names(trainer.source)),
                 "channels": trainer.source.channels,
                 "step": trainer.step,
                 "population": inference.state_dict(),
@@ -199,6 +206,7 @@ class Session:
             machine=machine(),
             data=f"{config.data.source}: {len(source):,} training and {len(trainer.validation_source):,} validation "
             f"images in {source.classes} classes",
+            classes=list(class_names(source)),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -213,6 +221,7 @@ class RunWriter:
         with ExitStack() as stack:
             self._records = stack.enter_context(RecordFile(self._folder / "records.jsonl"))
             self._events = stack.enter_context(EventFiles(self._folder / "tensorboard"))
+            self._check: Check | None = None
             self._stack = stack.pop_all()
         return self
 
@@ -220,11 +229,27 @@ class RunWriter:
         self._stack.__exit__(*error)
 
     def write_head(self, head: Run, evaluations: list[Evaluation]) -> None:
-        """Write the run record if the file is new, and evaluations of the checkpoint that the file lacks."""
-        if not self._records.records:
+        """Write the run record if the file is new or its run becomes longer, and evaluations that the file lacks."""
+        runs = [record for record in self._records.records if isinstance(record, Run)]
+        if not runs or _steps(runs[-1]) != _steps(head):
             self._records.append(head)
         for evaluation in evaluations:
             self.write(evaluation)
+
+    def write_check(self, check: Check | None, batch_size: int) -> None:
+        """Write what the training loss was, unless it is written already, to TensorBoard."""
+        before, self._check = self._check, check
+        if check is None or check == before:
+            return
+        values = {"training/loss": check.recent, "training/learning rate": check.rate}
+        if before is not None and check.seconds > before.seconds:
+            images = (check.step - before.step) * batch_size
+            values["training/images per second"] = images / (check.seconds - before.seconds)
+        self._events.add_values(JOB, check.step, values)
+
+    def write_norms(self, step: int, network: nn.Module) -> None:
+        """Write γ, β and the running statistics of the BN layers as histograms, to TensorBoard."""
+        self._events.add_norms(JOB, step, network)
 
     def write_report(self) -> None:
         """Write report.html from the records so far."""
@@ -236,3 +261,9 @@ class RunWriter:
         """Write a record, unless the file has it already, as in a resumed run."""
         if self._records.append(record) and isinstance(record, Evaluation):
             self._events.add(record)
+
+
+def _steps(run: Run) -> object:
+    """The steps that a run was to have."""
+    training = run.config.get("training")
+    return training.get("steps") if isinstance(training, dict) else None

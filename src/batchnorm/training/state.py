@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -112,9 +112,17 @@ def check_records(evaluations: object, result: object, job: str, step: int) -> N
 
 
 def check_optimizer(
-    state: object, optimizer: torch.optim.Optimizer, rate: float, key: str = "optimizer"
+    state: object,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    step: int,
+    moments_of: Collection[str],
+    key: str = "optimizer",
 ) -> None:
-    """Raise StateError unless `state` is that of this optimizer at the learning rate `rate`."""
+    """Raise StateError unless `state` is that of this optimizer after `step` steps, the learning rate now `rate`.
+
+    moments_of: what it keeps for a parameter, apart from the number of its steps.
+    """
     like = optimizer.state_dict()
     if not isinstance(state, Mapping) or state.keys() != like.keys():
         raise StateError(f"{key} has other keys")
@@ -129,7 +137,12 @@ def check_optimizer(
     if not isinstance(moments, Mapping) or not moments.keys() <= set(range(len(parameters))):
         raise StateError(f"{key}.state has other parameters")
     for place, values in moments.items():
-        if not isinstance(values, Mapping) or not values.keys() <= {"momentum_buffer"}:
-            raise StateError(f"{key}.state[{place}] has other keys")
-        if (buffer := values.get("momentum_buffer")) is not None:
-            check_form(buffer, parameters[place].detach(), f"{key}.state[{place}].momentum_buffer")
+        where = f"{key}.state[{place}]"
+        if not isinstance(values, Mapping) or not values.keys() <= {"step", *moments_of}:
+            raise StateError(f"{where} has other keys")
+        for name in moments_of:
+            if (buffer := values.get(name)) is not None:
+                check_form(buffer, parameters[place].detach(), f"{where}.{name}")
+        if "step" in values:
+            check_form(values["step"], torch.zeros(()), f"{where}.step")
+            check_number(float(values["step"]), 0.0, float(step), f"{where}.step")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from batchnorm.training.config import RESUMABLE_SECTIONS, Config, InceptionModel, TorchvisionModel
+from batchnorm.training.config import INCEPTION, Config, InceptionModel, LibraryModel
 
 _LARGEST = 2**20  # bytes of a run.toml
 _LONGEST = 200  # characters of a value in a message
@@ -27,6 +27,8 @@ class ConfigError(Exception):
 
 def read(path: Path, changes: Iterable[str] = ()) -> Config:
     """The configuration in the file at `path` with `changes`, each "section.key=value" with a value as in TOML.
+
+    Without a value, "section.key=", a key of the file is left out.
 
     Raises: ConfigError.
     """
@@ -65,7 +67,7 @@ def parse(values: Mapping[str, Any], changes: Iterable[str] = ()) -> Config:
 
 def differences(one: Config, other: Config) -> list[str]:
     """The keys, section.key, in which two configurations would train differently."""
-    before, after = (config.model_dump(exclude=RESUMABLE_SECTIONS) for config in (one, other))
+    before, after = one.identity(), other.identity()
     return [
         f"{section}.{name}"
         for section, values in before.items()
@@ -101,6 +103,9 @@ def _change(values: dict[str, dict[str, Any]], change: str) -> None:
     if not equals or len(parts) != 2 or not all(parts):
         raise ConfigError(f"--set takes section.key=value, as in optimizer.rate=0.1, not {change!r}")
     section, name = parts
+    if not text.strip() and name in values.get(section, {}):
+        del values[section][name]
+        return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -111,20 +116,22 @@ def _change(values: dict[str, dict[str, Any]], change: str) -> None:
 def format_error(error: ErrorDetails) -> str:
     """One error of pydantic in the words of run.toml: the key, the value and the reason."""
     section, *rest = error["loc"] or ("",)  # no location: a value that JSON cannot hold
-    torchvision = section == "model" and rest[:1] == ["torchvision"]
+    library = section == "model" and rest[:1] == ["library"]
     if section == "model":
         rest = rest[1:]  # the first is the tag of the union
     where = str(section) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if error["type"] == "extra_forbidden":
-        known = _keys(str(section), torchvision) if rest else Config.model_fields
-        of = " of a torchvision model" if torchvision else ""
+        known = _keys(str(section), library) if rest else Config.model_fields
+        of = " of a model of torchvision or timm" if library else ""
+        if library and rest[-1] in _keys("model"):
+            return f"unknown key {where}{of}: it is {INCEPTION}'s; there are {', '.join(known)}"
         return f"unknown key {where}{of}{_suggest(str(rest[-1] if rest else section), known)}"
     if error["type"] == "missing":
         return f"{where} is missing"
-    why = error["msg"][0].lower() + error["msg"][1:]
+    why = (error["msg"][0].lower() + error["msg"][1:]).removeprefix("value error, ")
     for pydantic_word, toml_word in _IN_TOML.items():
         why = why.replace(pydantic_word, toml_word)
-    if len(rest) == 1 and (bounds := _bounds(str(section), str(rest[0]), torchvision)):
+    if len(rest) == 1 and (bounds := _bounds(str(section), str(rest[0]), library)):
         why = f"{why}; it is {bounds}"
     return f"{where} = {literal(error['input'])}: {why}" if where else why
 
@@ -135,18 +142,18 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
 
 
-def _keys(section: str, torchvision: bool = False) -> dict[str, FieldInfo]:
+def _keys(section: str, library: bool = False) -> dict[str, FieldInfo]:
     """The keys that a section has."""
     if section == "model":
-        return (TorchvisionModel if torchvision else InceptionModel).model_fields
+        return (LibraryModel if library else InceptionModel).model_fields
     kind = Config.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
     return kind.model_fields
 
 
-def _bounds(section: str, name: str, torchvision: bool) -> str:
+def _bounds(section: str, name: str, library: bool) -> str:
     """The range of a number, e.g. "above 0 and at most 16"; empty for other keys."""
-    field = _keys(section, torchvision).get(name) if section in Config.model_fields else None
+    field = _keys(section, library).get(name) if section in Config.model_fields else None
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
     limits = [
         f"{word} {_number(getattr(limit, kind))}"

@@ -12,7 +12,9 @@ import itertools
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -36,9 +38,11 @@ from batchnorm.memory import keep_memory
 from batchnorm.passes.convert_sync import convert_sync
 from batchnorm.passes.virtual_batch import virtual_batch
 from batchnorm.records import Evaluation, Result
+from batchnorm.training import weights
 from batchnorm.training.checkpoint import CheckpointError
-from batchnorm.training.config import RESUMABLE_SECTIONS, Config
+from batchnorm.training.config import Config
 from batchnorm.training.network import NetworkError, build
+from batchnorm.training.optimizer import MOMENTS, factor, optimizer, schedule
 from batchnorm.training.schedule import Due, evaluation_steps
 from batchnorm.training.score import Score, probabilities
 from batchnorm.training.state import (
@@ -51,11 +55,29 @@ from batchnorm.training.state import (
     check_records,
     refused,
 )
-from batchnorm.training.toml import ConfigError
+from batchnorm.training.toml import ConfigError, differences
 
 _PRECISIONS = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
 _CHECK_LOSS_EVERY = 50  # steps between two checks that the loss is finite
 _TOP5_ABOVE_CLASSES = 10  # with more classes, top-5 accuracy is recorded too
+_NAMED = 20  # unreadable images in the records
+
+
+class Check(NamedTuple):
+    """The training loss after `step` steps, looked at every 50.
+
+    mean: over the `losses` steps since the last evaluation.
+    recent: over the steps since the previous check, or that evaluation.
+    rate: of the next step.
+    seconds: spent in training steps so far.
+    """
+
+    step: int
+    mean: float
+    losses: int
+    recent: float
+    rate: float
+    seconds: float
 
 
 class Trainer:
@@ -114,14 +136,8 @@ class Trainer:
             network = network.double()
         if config.machine.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            _parameter_groups(network, config.optimizer.weight_decay),
-            lr=config.optimizer.rate,
-            momentum=config.optimizer.momentum,
-        )
-        self.schedule = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, config.optimizer.decay_every, config.optimizer.decay
-        )
+        self.optimizer = optimizer(network, config.optimizer)
+        self.schedule = schedule(self.optimizer, config.optimizer, training.steps)
         self.model, self.optimizer = self.accelerator.prepare(network, self.optimizer)
         self.network = self.accelerator.unwrap_model(self.model)
         self.average = (
@@ -135,9 +151,28 @@ class Trainer:
         self.diverged = False
         self.evaluations: list[Evaluation] = []
         self.result: Result | None = None
+        self.checked: Check | None = None
         # the networks of the last evaluation: the trained weights, and their exponential moving average
         self.inference: nn.Module | None = None
         self.average_inference: nn.Module | None = None
+
+    def load_weights(self) -> list[str]:
+        """Start from the file `model.weights`, if there is one; return what keeps its initial weights.
+
+        Raises: NetworkError for a file that is broken or of another network.
+        """
+        if self.config.model.weights is None:
+            return []
+        path = Path(self.config.model.weights).expanduser()
+        new = weights.load(self.network, path, self.source.classes)
+        if self.average is not None:
+            self.average.module.load_state_dict(self.network.state_dict())
+        return new
+
+    def try_step(self) -> float:
+        """The loss of the first mini-batch, after one step on it, as a trial: the trainer is of no use afterwards."""
+        self._train_step(next(iter(self.loader.batches([0]))))
+        return self._mean_loss()
 
     def run(self) -> Iterator[Evaluation | Result | None]:
         """Train; yield each record, and None after every other step or batch, where the run may be stopped.
@@ -159,7 +194,8 @@ class Trainer:
             self.step += 1
             self.seconds += time.perf_counter() - started
             if self.step % _CHECK_LOSS_EVERY == 0 or self.step in due:
-                self.diverged = not math.isfinite(self._mean_loss())
+                self.checked = self._check()
+                self.diverged = not math.isfinite(self.checked.mean)
             yield None
 
     def _train_step(self, batch: Batch) -> None:
@@ -199,9 +235,13 @@ class Trainer:
     def _loss(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         # a tuple has the auxiliary head's logits too: our `Outputs`, or torchvision's
         main_logits, *auxiliary = [outputs] if isinstance(outputs, Tensor) else outputs
-        loss = nn.functional.cross_entropy(main_logits, labels)
+        training = self.config.training
+        cross_entropy = partial(
+            nn.functional.cross_entropy, target=labels, label_smoothing=training.label_smoothing
+        )
+        loss: Tensor = cross_entropy(main_logits)
         for logits in auxiliary:
-            loss = loss + self.config.training.auxiliary_weight * nn.functional.cross_entropy(logits, labels)
+            loss = loss + training.auxiliary_weight * cross_entropy(logits)
         return loss
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -237,6 +277,9 @@ class Trainer:
             accuracy=population.accuracy,
             accuracy_top5=population.accuracy_top5 if self.source.classes > _TOP5_ABOVE_CLASSES else None,
             accuracy_average=average.accuracy if average is not None else None,
+            loss_validation=population.loss,
+            rate=self.optimizer.param_groups[0]["lr"],
+            confusion=population.confused(self.source.classes),
         )
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
         self.evaluations.append(evaluation)
@@ -268,8 +311,7 @@ class Trainer:
                 images, labels = self._to_device(batch)
                 score += Score.of(probabilities(network, images), labels)
             yield None
-        counts = torch.tensor([score.images, score.top1, score.top5], device=self.accelerator.device)
-        whole = Score(*self.accelerator.reduce(counts).tolist())
+        whole = sum(gather_object([score]), Score())
         if not whole.images:
             raise DataError(f"none of the validation images can be read: {self.corrupt['val']}")
         return whole
@@ -285,6 +327,16 @@ class Trainer:
         if not self.loss_count:
             return math.nan
         return float(self.accelerator.reduce(self.loss_sum / self.loss_count, "mean"))
+
+    def _check(self) -> Check:
+        """The loss now, and of the steps since the previous check."""
+        mean, before = self._mean_loss(), self.checked
+        recent = mean
+        if before is not None and before.step < self.step and before.losses < self.loss_count:
+            steps = self.loss_count - before.losses
+            recent = (mean * self.loss_count - before.mean * before.losses) / steps
+        rate = self.optimizer.param_groups[0]["lr"]
+        return Check(self.step, mean, self.loss_count, recent, rate, self.seconds)
 
     @property
     def is_finite(self) -> bool:
@@ -315,6 +367,7 @@ class Trainer:
                 accuracy=last.accuracy,
                 accuracy_moving=moving.accuracy if moving is not None else None,
                 unreadable=sum(map(len, self.corrupt.values())),
+                unreadable_images=[name for each in self.corrupt.values() for name in each.found][:_NAMED],
                 seconds=round(self.seconds, 2),
             )
         yield self.result
@@ -350,11 +403,23 @@ class Trainer:
             raise CheckpointError(
                 f"the checkpoint of {self.job} was trained with other settings: delete it, or use a new folder"
             )
+        steps, earlier = self.config.training.steps, state["config"]["training"]["steps"]
+        if isinstance(state.get("step"), int) and steps < state["step"] <= earlier:
+            raise CheckpointError(
+                f"{self.job} was trained for {state['step']:,} steps: training.steps = {steps:,} cannot be fewer"
+            )
         with refused(self.job):
-            self._check(state)
+            self._expect_state(state)
         self._restore(state)
+        if steps > earlier and self.result is not None:
+            if self.step < earlier:
+                raise CheckpointError(
+                    f"{self.job} ended after {self.step:,} of {earlier:,} steps by training.patience: "
+                    f"it would not use {steps:,}; start a new run"
+                )
+            self.result = None  # of the end as it was
 
-    def _check(self, state: dict[str, Any]) -> None:
+    def _expect_state(self, state: dict[str, Any]) -> None:
         """Raise StateError unless `state` can be that of this trainer at some step."""
         own = self.state_dict()
         step = check_progress(state, own, self.config.training.steps)
@@ -365,9 +430,9 @@ class Trainer:
         loss = state["loss_sum"]  # its dtype is that of the loss
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             raise StateError("loss_sum is no number")
-        optimizer = self.config.optimizer
-        rate = optimizer.rate * optimizer.decay ** (step // optimizer.decay_every)
-        check_optimizer(state["optimizer"], self.optimizer, rate)
+        settings = self.config.optimizer
+        rate = settings.rate * factor(settings, self.config.training.steps, step)
+        check_optimizer(state["optimizer"], self.optimizer, rate, step, MOMENTS[settings.name])
         lasting = {"last_epoch": step, "_step_count": step + 1, "_last_lr": state["schedule"]["_last_lr"]}
         for name, value in (own["schedule"] | lasting).items():
             if state["schedule"][name] != value:
@@ -427,27 +492,13 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay for the weights of convolutions and linear layers, none for biases, γ and β."""
-    weights = [
-        module.weight
-        for module in network.modules()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    ]
-    decayed = set(map(id, weights))
-    others = [parameter for parameter in network.parameters() if id(parameter) not in decayed]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
 def _is_same_run(config: Config, stored: object) -> bool:
     """Whether `stored`, possibly of an earlier version with fewer keys, determines the same training as `config`."""
     try:
         stored_config = Config.model_validate(stored)
     except ValidationError:
         return False
-    return stored_config.model_dump(exclude=RESUMABLE_SECTIONS) == config.model_dump(
-        exclude=RESUMABLE_SECTIONS
-    )
+    return not differences(stored_config, config)
 
 
 def _argmax(accuracies: list[float]) -> int:

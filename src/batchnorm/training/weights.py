@@ -1,0 +1,125 @@
+"""Weights to start from: torchvision's and timm's files, a network or a checkpoint of `batchnorm train`.
+
+    new_heads = load(network, Path("resnet18-f37072fd.pth"), classes=4)
+
+A file holds a state_dict, by itself or under one of the names below. Every tensor of the network must be in it, with
+its shape, but for a head for another number of classes: that keeps its initial weights, and is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.training import checkpoint
+from batchnorm.training.checkpoint import CheckpointError
+from batchnorm.training.network import NetworkError
+
+# Where files keep the state_dict: ours; timm's, Lightning's; torchvision's.
+_PLACES = ("population", "state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+_COUNTERS = "num_batches_tracked"  # absent from files of torch 0.3
+_LISTED = 3
+
+
+def load(network: nn.Module, path: Path, classes: int) -> list[str]:
+    """Load the weights in `path` into `network`, which has `classes` classes; return what keeps its initial weights.
+
+    Raises: NetworkError, before anything changes, for a file that is broken or of another network.
+    """
+    found = _without_prefix(_state_dict(path), network.state_dict())
+    own = network.state_dict()
+    heads = [name for name in own if name in found and _is_other_head(found[name], own[name], classes)]
+    others = {found[name].size(0) for name in heads}
+    wrong = [
+        f"{name} is {_shape(found[name])}, not {_shape(own[name])}"
+        for name in own
+        if name in found and found[name].shape != own[name].shape and (name not in heads or len(others) > 1)
+    ]
+    wrong += [f"{name} is missing" for name in own if name not in found and not name.endswith(_COUNTERS)]
+    wrong += [f"{name} is not the network's" for name in found if name not in own]
+    wrong += [
+        f"{name} is not finite"
+        for name, values in found.items()
+        if values.is_floating_point() and not bool(values.isfinite().all())
+    ]
+    if wrong:
+        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+        raise NetworkError(
+            f"model.weights = {str(path)!r} are of another network: {'; '.join(wrong[:_LISTED])}{more}"
+        )
+    network.load_state_dict({**own, **{name: found[name] for name in found if name not in heads}})
+    return [f"{name}, which is for {found[name].size(0):,} classes in the file" for name in heads]
+
+
+def _is_other_head(found: Tensor, own: Tensor, classes: int) -> bool:
+    """Whether these are the weights or biases of one classifier, for other numbers of classes."""
+    return (
+        found.dim() == own.dim() > 0
+        and own.size(0) == classes != found.size(0)
+        and found.shape[1:] == own.shape[1:]
+    )
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    state = _read(path)
+    while isinstance(state, Mapping) and (place := next((each for each in _PLACES if each in state), None)):
+        state = state[place]
+    tensors = dict(state) if isinstance(state, Mapping) else {}
+    if not tensors or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in tensors.items()
+    ):
+        raise NetworkError(f"model.weights = {str(path)!r} holds no state_dict of a network: torch.save one")
+    return tensors
+
+
+def _read(path: Path) -> object:
+    """What is in a file: data, never code."""
+    if not path.is_file():
+        raise NetworkError(f"model.weights = {str(path)!r}: there is no such file")
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_by_torch(path)
+    except ImportError:
+        raise NetworkError(
+            f"model.weights = {str(path)!r} needs safetensors, which is not installed: pip install safetensors"
+        ) from None
+    except CheckpointError:
+        raise NetworkError(f"model.weights = {str(path)!r} is broken: copy it again") from None
+    except (
+        Exception
+    ) as error:  # on files that are broken or something else, torch raises nearly any exception
+        why = " ".join(str(error).split(".")[0].split())
+        raise NetworkError(f"model.weights = {str(path)!r} cannot be read as weights: {why}") from None
+
+
+def _read_safetensors(path: Path) -> object:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_by_torch(path: Path) -> object:
+    if checkpoint.is_signed(path):
+        return checkpoint.load(path)
+    # the training scripts of torchvision and timm save their options too
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _without_prefix(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`found` without what a wrapper has put before each name."""
+    found = {name: values for name, values in found.items() if name != "n_averaged"}  # AveragedModel's
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in found) and not all(
+            name.startswith(prefix) for name in own
+        ):
+            return _without_prefix({name.removeprefix(prefix): each for name, each in found.items()}, own)
+    return found
+
+
+def _shape(values: Tensor) -> str:
+    return "×".join(map(str, values.shape)) or "a number"
