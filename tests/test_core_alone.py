@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm
+from batchnorm import requirements
 from batchnorm.cli import EXTRAS, main
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,49 @@ def test_without_its_packages_the_command_line_says_in_one_line_what_to_install(
     (line,) = done.stderr.splitlines()
     assert without in line
     assert re.search(r": pip install 'typer>=[\d.]+' 'rich>=[\d.]+' .*'numpy>=[\d.]+'$", line.strip())
+
+
+@pytest.mark.parametrize("arguments", [["train", "--example"], ["train", "x.toml"], ["reproduce", "mnist"]])
+def test_without_torch_a_command_that_needs_it_says_so_in_one_line(arguments):
+    done = command(*arguments, without="torch")
+    if arguments == ["train", "--example"]:
+        assert (done.returncode, done.stderr) == (0, "")  # prints a text
+        return
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: this needs torch, which is not installed: pip install 'torch>=[\d.]+'\n", done.stderr
+    )
+
+
+@pytest.fixture
+def installed_torch(monkeypatch):
+    """An installation whose torch is of another version."""
+
+    def install(version):
+        monkeypatch.setattr(requirements, "version", lambda _: version)
+        requirements.old_torch.cache_clear()
+
+    yield install
+    requirements.old_torch.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["2.4.0", "1.13.1+cu117", "2.9.1", "2.9"])
+def test_a_torch_that_is_too_old_is_said_in_one_line(installed_torch, monkeypatch, version):
+    installed_torch(version)
+    says = rf"torch {re.escape(version)} is installed, and this needs torch 2\.10 or newer: pip install 'torch>=2\.10'"
+    with pytest.raises(SystemExit, match=says):
+        main()
+    monkeypatch.delitem(vars(batchnorm), "BatchNorm2d", raising=False)
+    with pytest.raises(ImportError, match=says):
+        batchnorm.BatchNorm2d  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "version", ["2.10.0", "2.10", "2.14.1+cpu", "3.0", "2.10.0a0+git123", "2.11.0.dev20260101"]
+)
+def test_a_torch_that_is_new_enough_is_not(installed_torch, version):
+    installed_torch(version)
+    assert requirements.old_torch() == ""
 
 
 def failing_with(error):

@@ -1007,6 +1007,18 @@ def test_two_ranks_then_two_machines_train_as_one_process_would(train, run_toml,
         torch.testing.assert_close(finals[0]["population"][name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
+def test_torchrun_ends_with_the_error_and_not_with_a_list_of_calls(run_toml, tmp_path):
+    process = start(
+        run_toml, "--out", tmp_path / "run", "--set", "data.source=nowhere",
+        launcher=("--nproc-per-node", 2, "--master-port", port()),
+    )  # fmt: skip
+    done = end(process)
+    assert done.code == 1
+    last = "\n".join(done.error.splitlines()[-12:])
+    assert "no data set 'nowhere': name a folder" in last
+    assert "cli/train.py" not in done.error
+
+
 MUTATIONS = [
     Mutation(
         "a checkpoint written in place", "training/checkpoint.py",

@@ -2,8 +2,10 @@
 
 import json
 import re
+import textwrap
 import tomllib
 from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -281,3 +283,23 @@ def test_an_absurd_number_is_one_line_that_names_the_key_and_its_range(key):
 def test_a_number_out_of_range_says_what_is_in_it(change, says):
     with pytest.raises(ConfigError, match=says):
         toml.parse({"training": {"steps": 1}}, [change])
+
+
+def test_the_example_of_the_page_is_a_configuration():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^    \[model\]\n(?:(?:    .*)?\n)+", page, re.M)
+    config = toml.parse(tomllib.loads(textwrap.dedent(block)))
+    assert (config.optimizer.name, config.optimizer.warmup, config.training.label_smoothing) == (
+        "AdamW",
+        200,
+        0.1,
+    )
+
+
+def test_without_a_value_a_key_of_the_file_is_left_out():
+    values = {**STEPS, "optimizer": {"rate": 3.0}}
+    assert toml.parse(values, ["optimizer.rate="]).optimizer.rate == 0.0015
+    assert toml.parse(values, ["optimizer.rate=", "optimizer.rate=2"]).optimizer.rate == 2
+    values = {**STEPS, "model": {"name": "bn-inception", "width": 0.5}}
+    fails("unknown key model.width", "it is bn-inception's", values=values, changes=["model.name=resnet18"])
+    assert toml.parse(values, ["model.name=resnet18", "model.width="]).model.name == "resnet18"

@@ -115,4 +115,12 @@ def _recorded(command: Callable[[], object]) -> Callable[[], object]:
         return command
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(command)
+    def without_traceback() -> None:
+        try:
+            command()
+            return
+        except Failure as failure:
+            message = str(failure)
+        raise Failure(message)  # an error of the user's needs no list of calls
+
+    return record(without_traceback)

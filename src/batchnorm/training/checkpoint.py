@@ -67,13 +67,6 @@ def load(path: Path) -> dict[str, Any] | None:
     return state
 
 
-def is_signed(path: Path) -> bool:
-    """Whether the file ends as those of `save` do."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _COMMENT))
-        return file.read(_COMMENT).startswith(_LABEL)
-
-
 def _read(path: Path) -> object:
     """What `save`, or torch.save by itself, wrote; None if the file holds something else.
 

@@ -96,9 +96,7 @@ class Trainer:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         training, data = config.training, config.data
         sharding: Any = {"rank": rank, "ranks": ranks, "processes": config.machine.loaders}
-        with self.accelerator.local_main_process_first():  # the one that downloads, if necessary
-            self.source = load(data.source, "train")
-            self.validation_source: Source = load(data.source, "val")
+        self.source, self.validation_source = _sources(self.accelerator, data.source)
         if config.evaluation.images is not None:
             self.validation_source = Subset(self.validation_source, config.evaluation.images)
         self.corrupt = {
@@ -490,6 +488,19 @@ def _accelerator(config: Config) -> Accelerator:
     if accelerator.device.type == "cpu" and machine.keep_memory:
         keep_memory()
     return accelerator
+
+
+def _sources(accelerator: Accelerator, name: str) -> tuple[Source, Source]:
+    """The training and validation set, loaded by one process of each machine first, which downloads if necessary."""
+    error = None
+    with accelerator.local_main_process_first():
+        try:
+            return load(name, "train"), load(name, "val")
+        except (
+            DataError
+        ) as found:  # raised below: within, the other processes would only see that this one is gone
+            error = found
+    raise error
 
 
 def _is_same_run(config: Config, stored: object) -> bool:

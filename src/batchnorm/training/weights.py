@@ -9,6 +9,7 @@ its shape, but for a head for another number of classes: that keeps its initial 
 from __future__ import annotations
 
 import argparse
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.training import checkpoint
-from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.network import NetworkError
 
 # Where files keep the state_dict: ours; timm's, Lightning's; torchvision's.
@@ -87,13 +87,11 @@ def _read(path: Path) -> object:
         raise NetworkError(
             f"model.weights = {str(path)!r} needs safetensors, which is not installed: pip install safetensors"
         ) from None
-    except CheckpointError:
-        raise NetworkError(f"model.weights = {str(path)!r} is broken: copy it again") from None
-    except (
-        Exception
-    ) as error:  # on files that are broken or something else, torch raises nearly any exception
-        why = " ".join(str(error).split(".")[0].split())
-        raise NetworkError(f"model.weights = {str(path)!r} cannot be read as weights: {why}") from None
+    except Exception:  # on files that are broken or something else, torch raises nearly any exception
+        raise NetworkError(
+            f"model.weights = {str(path)!r} cannot be read as weights: it is broken, or holds more than data; "
+            "torch.save(model.state_dict(), FILE) writes one that can"
+        ) from None
 
 
 def _read_safetensors(path: Path) -> object:
@@ -103,11 +101,11 @@ def _read_safetensors(path: Path) -> object:
 
 
 def _read_by_torch(path: Path) -> object:
-    if checkpoint.is_signed(path):
-        return checkpoint.load(path)
     # the training scripts of torchvision and timm save their options too
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True, map_location="cpu")
+        if zipfile.is_zipfile(path):
+            return checkpoint.load(path)  # each byte by its checksum; no member larger than the file
+        return torch.load(path, weights_only=True, map_location="cpu")  # as torch wrote them before 1.6
 
 
 def _without_prefix(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
