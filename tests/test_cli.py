@@ -72,6 +72,32 @@ finally:
     assert min(help_) < 2 * min(start)
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("tr", {"train"}), ("reproduce ", {"mnist", "imagenet", "ensemble"}), ("train --dry", {"--dry-run"})],
+)
+def test_a_shell_can_complete_commands_and_options(words, offered):
+    environment = {
+        **os.environ,
+        "_BATCHNORM_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"batchnorm {words}",
+        "COMP_CWORD": str(len(words.split(" "))),
+    }
+    code = "import sys; sys.argv = ['batchnorm']; from batchnorm.cli import main; main()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert offered <= set(done.stdout.split()), done.stderr
+
+
+def test_several_reports_are_rebuilt_by_one_command(here, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(MEASURED, tmp_path / name / "records.jsonl")
+    done = here("report", tmp_path / "a", tmp_path / "b")
+    assert (done.code, done.error) == (0, "")
+    assert done.out.split() == [str(tmp_path / name / "report.html") for name in ("a", "b")]
+
+
 def cpu_seconds(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, capture_output=True, check=True)

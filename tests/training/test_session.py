@@ -320,9 +320,12 @@ def train_and_kill(folder: Path, run_toml: Path, whole: Path, kills: int, seed: 
 
 @with_whole
 def test_killed_20_times_at_random_moments_it_ends_with_the_same_bits(whole, run_toml, tmp_path):
+    """KILLS=200 kills it more often."""
+    kills = int(os.environ.get("KILLS", "20")) // 2
     with ThreadPoolExecutor(2) as lanes:  # two runs, as a start takes seconds
         jobs = [
-            lanes.submit(train_and_kill, tmp_path / f"{seed}", run_toml, whole, 10, seed) for seed in (1, 2)
+            lanes.submit(train_and_kill, tmp_path / f"{seed}", run_toml, whole, kills, seed)
+            for seed in (1, 2)
         ]
         for job in jobs:
             job.result()
