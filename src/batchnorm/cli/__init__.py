@@ -3,9 +3,11 @@
 commands    the program: its commands, and those of two words
 train       run.toml -> a trained network, its records and checkpoints
 evaluate    networks -> accuracy of each and of their ensemble
+predict     a network, images -> their classes
 reproduce   options -> settings (run_settings) -> an experiment's run -> report
 bench       options -> results (measurement) -> tables, figure, page
-terminal and model_options are shared: error messages, and options from the fields of settings; lazy: imports on demand
+terminal, network_options and model_options are shared: error messages, options of a trained network, and options from
+the fields of settings; lazy: imports on demand
 """
 
 from __future__ import annotations

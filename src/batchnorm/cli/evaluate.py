@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from batchnorm.cli.network_options import CropsOption, FinalOption, StatisticsOption, ThreadsOption
 from batchnorm.cli.terminal import Failure, as_failure, one_of, show
 from batchnorm.cli.terminal import image_bar as _bar
 
@@ -48,26 +49,16 @@ def evaluate(
             show_default="the run's",
         ),
     ] = None,
-    crops: Annotated[int, typer.Option(metavar="1|144", help="Crops of an image.")] = 1,
-    statistics: Annotated[
-        str,
-        typer.Option(
-            metavar="population|moving|average",
-            help="Statistics of BN: population (Algorithm 2) or moving (averages); average: averaged weights.",
-        ),
-    ] = "population",
+    crops: CropsOption = 1,
+    statistics: StatisticsOption = "population",
     images: Annotated[
         int | None,
         typer.Option(
             min=1, help="Number of images, the first in a fixed random order of the set.", show_default="all"
         ),
     ] = None,
-    final: Annotated[
-        bool, typer.Option("--final", help="From a run's folder take final.pt, not best.pt.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads on a CPU.", show_default="torch's")
-    ] = None,
+    final: FinalOption = False,
+    threads: ThreadsOption = None,
 ) -> None:
     """Measure the accuracy of trained networks on a validation set, and of their ensemble if there are several.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchnorm.cli.network_options import CropsOption, FinalOption, StatisticsOption, ThreadsOption
 from batchnorm.cli.terminal import Failure, as_failure, image_bar, one_of, show
 
 if TYPE_CHECKING:
@@ -41,23 +42,13 @@ def predict(
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="Number of classes shown for each image.")] = 1,
-    crops: Annotated[int, typer.Option(metavar="1|144", help="Crops of an image.")] = 1,
-    statistics: Annotated[
-        str,
-        typer.Option(
-            metavar="population|moving|average",
-            help="Statistics of BN: population (Algorithm 2) or moving (averages); average: averaged weights.",
-        ),
-    ] = "population",
-    final: Annotated[
-        bool, typer.Option("--final", help="From a run's folder take final.pt, not best.pt.")
-    ] = False,
+    crops: CropsOption = 1,
+    statistics: StatisticsOption = "population",
+    final: FinalOption = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object for each image, one a line.")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads on a CPU.", show_default="torch's")
-    ] = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Classify images with a trained network, and print each image's likeliest classes with their probabilities.
 
