@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeGuard
 
+import torch
 from torch import nn
 
 from batchnorm.kernels.call import Activation
@@ -33,6 +34,11 @@ def is_normalization(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made `module`, or was told to compile it: its children are then not called."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or bool(vars(module).get("_compiled_call_impl"))
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import conv, pooling
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.graph.modules import is_normalization, is_ours, layers_of
+from batchnorm.graph.modules import is_compiled, is_normalization, is_ours, layers_of
 
 _STRIDED = (conv._ConvNd, pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._LPPoolNd)
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -77,7 +77,7 @@ def _check(model: nn.Module) -> None:
                 f"{name!r} is a {type(module).__module__}.{type(module).__qualname__}, which takes no mask: "
                 "convert the model with bn.upgrade(model) first"
             )
-        if isinstance(module, torch._dynamo.OptimizedModule) or vars(module).get("_compiled_call_impl"):
+        if is_compiled(module):
             raise ValueError(
                 f"{name or 'model'!r} is compiled, and compiled code does not see what a block like this one attaches "
                 "to modules: use the model without torch.compile, or hand mask= to its layers"
