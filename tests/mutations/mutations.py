@@ -623,7 +623,7 @@ MUTATIONS = [
     ),
     # --- the trainer
     Mutation(
-        "L2 on γ and β", "training/trainer.py",
+        "L2 on γ and β", "training/optimizer.py",
         '{"params": others, "weight_decay": 0.0}', '{"params": others, "weight_decay": weight_decay}',
         "they are no weights", TRAINER,
     ),
