@@ -96,6 +96,9 @@ def test_several_reports_are_rebuilt_by_one_command(here, tmp_path):
     done = here("report", tmp_path / "a", tmp_path / "b")
     assert (done.code, done.error) == (0, "")
     assert done.out.split() == [str(tmp_path / name / "report.html") for name in ("a", "b")]
+    done = here("report", tmp_path / "none", tmp_path / "b")
+    assert done.code == 1 and "none is not the folder of a run" in done.error
+    assert done.out.split() == [str(tmp_path / "b" / "report.html")]
 
 
 def cpu_seconds(command):

@@ -123,6 +123,7 @@ def installed_torch(monkeypatch):
 @pytest.mark.parametrize("version", ["2.4.0", "1.13.1+cu117", "2.9.1", "2.9"])
 def test_a_torch_that_is_too_old_is_said_in_one_line(installed_torch, monkeypatch, version):
     installed_torch(version)
+    monkeypatch.setattr(sys, "argv", ["batchnorm", "train", "run.toml"])
     says = rf"torch {re.escape(version)} is installed, and this needs torch 2\.10 or newer: pip install 'torch>=2\.10'"
     with pytest.raises(SystemExit, match=says):
         main()

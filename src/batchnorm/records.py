@@ -18,16 +18,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 SCHEMA = 1
 Role = Literal["bn", "plain", "other"]
 
 
 # What a page can show and a step can count: records from elsewhere may hold anything.
-Text = Annotated[str, Field(max_length=10_000)]
-Label = Annotated[str, Field(max_length=300)]
+def _printable(value: object) -> object:
+    """A text as UTF-8 can hold it: a file's name may have other bytes."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_printable), Field(max_length=10_000)]
+Label = Annotated[str, BeforeValidator(_printable), Field(max_length=300)]
 Step = Annotated[int, Field(ge=0, le=10**15)]
+Class = Annotated[int, Field(ge=0, lt=10**7)]
 _POINTS, _LINES, _PANELS, _ROWS = 10**6, 60, 12, 5_000
 _LARGEST = 256 * 2**20  # bytes of a file
 
@@ -77,11 +92,11 @@ class Evaluation(_Record):
     )
     loss_validation: float | None = Field(None, description="mean over the validation set, nats")
     rate: float | None = Field(None, description="learning rate of the next step")
-    confusion: list[tuple[int, int, int]] | None = Field(
+    confusion: list[tuple[Class, Annotated[int, Field(ge=-1, lt=10**7)], Step]] | None = Field(
         None,
-        max_length=_POINTS,
-        description="(class, likeliest class, images) wherever there are any; with more than 100 classes the likeliest "
-        "is the class itself, or -1 for any other",
+        max_length=200_000,
+        description="(class, likeliest class, images) wherever there are any, of a new best accuracy; with more than "
+        "100 classes the likeliest is the class itself, or -1 for any other",
     )
     percentiles: tuple[float, float, float] | None = Field(
         None,

@@ -83,6 +83,8 @@ def test_users_are_counted_once_and_an_output_has_one_more():
     assert first.results[0].only_user is not None and first.results[0].only_user.name == "aten.mul"
     assert second.results[0].only_user is None  # the model returns it
     assert len(seen.inputs[0].users) == 2
+    both = seen_of(lambda m, x: (y := m.bn(x), y * 2), bn=nn.BatchNorm2d(3))
+    assert len(both.outputs[0].users) == 1 and both.outputs[0].only_user is None
     assert [call.number for call in seen.calls_of(seen.calls[1].module)] == [0, 1]
 
 

@@ -1,8 +1,10 @@
 """The page of a training: the best accuracy first, its course, the classes, what could not be read."""
 
 import re
+import time
 
 import pytest
+from pydantic import ValidationError
 
 from batchnorm.records import Evaluation, RecordFile, Result, Run
 from batchnorm.report import build, course, render
@@ -13,10 +15,14 @@ CLASSES = ["cat", "dog", "<hen>"]
 
 
 def run(**values):
+    usual = {
+        "command": "batchnorm train run.toml --out a",
+        "started": "2026-01-01T00:00:00+00:00",
+        "classes": CLASSES,
+    }
     return Run(
         experiment="train", title="resnet18 on pictures", config={}, seeds=[0], versions={}, machine="m",
-        started="2026-01-01T00:00:00+00:00",
-        **{"command": "batchnorm train run.toml --out a", "classes": CLASSES, **values},
+        **{**usual, **values},
     )  # fmt: skip
 
 
@@ -135,15 +141,57 @@ def test_the_course_is_a_figure_too_and_progress_is_told(tmp_path):
     assert told == ["course", "course"]  # on the page, and as a file
 
 
-@pytest.mark.parametrize("confusion", [[(5, 5, 1)], [(0, 0, 0)], [(-3, 2, 4)], [(10**9, 0, 1)], []])
+@pytest.mark.parametrize("confusion", [[(5, 5, 1)], [(0, 0, 0)], [(1, -1, 4)], [(10**6, 0, 1)], []])
 def test_whatever_was_recorded_is_shown(confusion):
     assert "</html>" in render([run(), evaluation(1, 0.5, confusion=confusion)])
+
+
+@pytest.mark.parametrize(
+    "pair", [(-5, 0, 3), (0, -2, 3), (0, 0, -1), (0, 0, -(10**400)), (10**7, 0, 1), (0, 0, 10**400)]
+)
+def test_what_no_evaluation_counts_is_no_record(pair):
+    with pytest.raises(ValidationError):
+        evaluation(1, 0.5, confusion=[pair])
+
+
+def test_many_classes_take_a_moment_and_the_lowest_are_listed():
+    pairs = [(number, taken, 1) for number in range(3000) for taken in (number, -1)]
+    started = time.monotonic()
+    said = words(
+        render(
+            [run(classes=[f"class {number}" for number in range(3000)]), evaluation(1, 0.5, confusion=pairs)]
+        )
+    )
+    assert time.monotonic() - started < 20
+    assert "All 1000 classes" in said and "the lowest 1,000 of 3,000" in said
+
+
+def test_one_odd_gap_is_no_reason_for_a_logarithmic_axis():
+    found = course.course(gather([run(), *(evaluation(step, 0.5) for step in (500, 510, 1000, 1500, 2000))]))
+    assert found is not None and not any(panel.x_log for panel in found.panels)
+
+
+def test_an_evaluation_of_a_network_that_diverged_is_not_the_best():
+    lost = Evaluation(job="network", step=30, loss=float("nan"), accuracy=0.9)
+    assert "60.00 % of the validation images right after 20 steps" in words(render([*RECORDS[:3], lost]))
+
+
+def test_a_run_that_was_made_longer_and_stopped_has_not_come_to_its_end():
+    longer = run(
+        command="batchnorm train --out a --resume --set training.steps=900",
+        started="2026-02-02T00:00:00+00:00",
+    )
+    said = words(render([*RECORDS, longer, evaluation(50, 0.7)]))
+    assert "The run has not come to its end." in said and "not yet" in said
+    assert "moving averages" not in said
+    assert "2026-01-01" in said and "2026-02-02" not in said
 
 
 MUTATIONS = [
     Mutation(
         "the last of equally good evaluations is the best", "report/course.py",
-        "for step in sorted(network.evaluations)), key", "for step in sorted(network.evaluations, reverse=True)), key",
+        "every = [network.evaluations[step] for step in sorted(network.evaluations)]",
+        "every = [network.evaluations[step] for step in sorted(network.evaluations, reverse=True)]",
         "best.pt holds the first",
     ),
 ]  # fmt: skip

@@ -68,6 +68,12 @@ def test_of_timm(name, channels, size):
     assert all(isinstance(each, bn.BatchNorm2d) for each in batch_norms)
 
 
+def test_a_misspelt_model_of_timm_is_suggested_as_timm_s():
+    pytest.importorskip("timm")
+    with pytest.raises(NetworkError, match=r"did you mean timm/resnet1\d"):
+        build(settings("timm/resnet19", 32), 10, 3)
+
+
 def test_dropout_is_the_library_s_own_argument():
     pytest.importorskip("timm")
     config = toml.parse({"training": {"steps": 1}, "model": {"name": "timm/resnet18", "dropout": 0.3}})

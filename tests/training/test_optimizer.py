@@ -64,8 +64,9 @@ def test_the_rates_are_those_of_torch_s_classes(name, warmup):
     assert found == pytest.approx([0.1 * factor(settings(**values), steps, step) for step in range(steps)])
 
 
-def test_a_warmup_that_is_longer_than_the_run_is_no_error():
-    assert factor(settings(schedule="CosineAnnealingLR", warmup=100), 40, 39) == pytest.approx(40 / 101)
+def test_a_warmup_may_take_all_steps_but_the_last():
+    found = [factor(settings(schedule="CosineAnnealingLR", warmup=39), 40, step) for step in (0, 38, 39, 40)]
+    assert found == pytest.approx([1 / 40, 39 / 40, 1, 0])
 
 
 @pytest.mark.slow
@@ -126,6 +127,7 @@ def test_the_loss_is_torch_s_with_label_smoothing():
         (("optimizer.betas=[0.8, 0.9]",), "betas is AdamW's"),
         (("optimizer.schedule=CosineAnnealingLR", "optimizer.decay=0.5"), "decay is StepLR's"),
         (("optimizer.name=Adam",), "'SGD' or 'AdamW'"),
+        (("optimizer.warmup=1",), "a run of training.steps = 1 would end before it"),
     ],
 )
 def test_what_another_would_use_is_no_setting_of_this_one(changes, says):

@@ -88,6 +88,7 @@ def test_the_class_of_an_image_is_the_name_of_its_folder(run, pictures):
     for line in found:
         with torch.inference_mode():
             image = saved.transform(decode(Path(line["image"]), ""))
+            assert (image.dtype, image.device) == (torch.float32, torch.device("cpu"))
             probabilities = saved.network(image[None].contiguous(memory_format=torch.channels_last)).softmax(
                 1
             )[0]
@@ -101,12 +102,18 @@ def test_the_class_of_an_image_is_the_name_of_its_folder(run, pictures):
 def test_a_folder_is_all_images_in_it_and_what_is_hidden_is_not(run, pictures, tmp_path):
     first, second, *_ = images_of(pictures)
     (tmp_path / "deep" / ".hidden").mkdir(parents=True)
+    (tmp_path / ":car:.png").write_bytes(first.read_bytes())
     for name in ("a.jpg", "deep/b.JPG", "deep/.c.jpg", "deep/.hidden/d.jpg", "deep/notes.txt"):
         (tmp_path / name).write_bytes(first.read_bytes())
     done = in_this_process("predict", run, tmp_path, second)
     assert done.code == 0, done.error
     shown = [line.split("  ")[0] for line in done.out.splitlines()]
-    assert shown == [str(tmp_path / "a.jpg"), str(tmp_path / "deep" / "b.JPG"), str(second)]
+    assert shown == [
+        str(tmp_path / ":car:.png"),
+        str(tmp_path / "a.jpg"),
+        str(tmp_path / "deep" / "b.JPG"),
+        str(second),
+    ]
     assert all(line.rstrip().endswith("%") for line in done.out.splitlines())
 
 
@@ -176,6 +183,10 @@ def test_a_network_of_an_earlier_version_has_numbers(run, tmp_path):
     assert batchnorm.training.load(tmp_path / "best.pt").class_names == ("0", "1", "2")[: state["classes"]]
     with pytest.raises(NetworkError, match="give a run's folder"):
         batchnorm.training.load(str(tmp_path))
+    for wrong in (["x"], 5, [1, 2], None):
+        checkpoint.save({**state, "class_names": wrong}, tmp_path / "best.pt")
+        with pytest.raises(NetworkError, match="other names"):
+            batchnorm.training.load(tmp_path / "best.pt")
 
 
 def test_the_names_of_the_package_are_loaded_when_they_are_asked_for():

@@ -4,6 +4,7 @@ What does not need a process of its own calls the command here, where torch is i
 """
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 import zipfile
@@ -40,9 +42,10 @@ from batchnorm.training.network import build
 from batchnorm.training.score import Score
 from batchnorm.training.trainer import Trainer
 from tests.command import COMMAND, Done, Here
-from tests.data.pictures import image_folder
+from tests.data.pictures import encoded, image_folder, picture
 from tests.forked import Forked
 from tests.mutations.mutation import Mutation
+from tests.training.tiny import TINY
 
 pytestmark = pytest.mark.slow
 with_whole = pytest.mark.xdist_group("a whole run of train")
@@ -861,8 +864,8 @@ def test_a_run_whose_schedule_ends_at_its_steps_cannot_be_made_longer(train, run
     done = train("--out", tmp_path / "run", "--resume", "--set", "training.steps=5")
     assert done.code == 1
     assert (
-        "training.steps cannot change when a run is resumed (CosineAnnealingLR ends at training.steps)"
-        in done.error
+        "training.steps cannot change when a run is resumed (CosineAnnealingLR ends at training.steps), only [machine] "
+        "and [checkpoints] can" in done.error
     )
 
 
@@ -922,6 +925,53 @@ def test_it_starts_from_weights_and_a_resumed_run_needs_them_no_more(train, run_
     assert not (tmp_path / "new").exists()
 
 
+def test_the_loss_of_a_check_begins_anew_at_an_evaluation():
+    AcceleratorState._reset_state(True)
+    each = Trainer(toml.parse(TINY, ["training.steps=120", "evaluation.every=70"]), "job")
+    losses: list[float] = []
+    train_step = each._train_step
+
+    def step(batch: Any) -> None:
+        before = float(each.loss_sum)
+        train_step(batch)
+        losses.append(float(each.loss_sum) - before)
+
+    each._train_step = step  # type: ignore[method-assign]
+    checks = {}
+    for _ in each.run():
+        if each.checked is not None:
+            checks[each.checked.step] = each.checked.recent
+    for first, last in ((0, 50), (50, 70), (70, 100), (100, 120)):
+        expected = sum(losses[first:last]) / (last - first)
+        assert checks[last] == pytest.approx(expected, rel=1e-3)
+
+
+def test_names_that_are_no_utf_8_end_no_training(train, run_toml, tmp_path):
+    root = image_folder(tmp_path / "pictures", train=40, val=3)
+    for split in ("train", "val"):
+        os.rename(os.fsencode(root / split / "dog"), os.fsencode(root / split) + b"/caf\xe9")
+    (Path(os.fsdecode(os.fsencode(root / "val" / "cat") + b"/\xff.png"))).write_bytes(b"torn")
+    changes = changed(*QUICK, "data.corrupt_share=0.5", "evaluation.images=")
+    done = train(run_toml, "--data", root, "--out", tmp_path / "run", *changes)
+    assert done.code == 0, done.error
+    records = lines(tmp_path / "run")
+    assert records[0]["classes"] == ["caf?", "cat"]
+    assert records[-1]["unreadable"] == 1 and records[-1]["unreadable_images"][0].endswith("/?.png")
+    assert train("--out", tmp_path / "run", "--resume").code == 0
+
+
+def test_one_class_in_shards_is_nothing_to_tell_apart(train, run_toml, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as tar:
+            for number in range(20):
+                for name, content in (("jpg", encoded(picture(number))), ("cls", b"0")):
+                    member = tarfile.TarInfo(f"{number:03}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    done = train(run_toml, "--data", tmp_path, "--out", tmp_path / "run")
+    assert done.code == 1 and "has a single class: there is nothing to tell apart" in done.error
+
+
 def test_tensorboard_has_losses_rate_speed_and_the_layers(train, run_toml, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     changes = changed(*QUICK, "training.steps=100", "evaluation.every=100", "training.patience=")
@@ -933,6 +983,9 @@ def test_tensorboard_has_losses_rate_speed_and_the_layers(train, run_toml, tmp_p
     assert [each.step for each in checks] == [50, 100]
     (evaluation,) = [line for line in lines(tmp_path / "run") if line["kind"] == "evaluation"]
     assert sum(each.value for each in checks) / 2 == pytest.approx(evaluation["loss"], rel=1e-4)
+    assert [
+        line["confusion"] is not None for line in lines(tmp_path / "run") if line["kind"] == "evaluation"
+    ] == [True]
     assert events.Scalars("loss/validation")[0].value == pytest.approx(evaluation["loss_validation"])
     assert events.Scalars("training/learning rate")[0].value == pytest.approx(0.05 * 0.9**7)
     assert events.Scalars("training/images per second")[0].value > 0
@@ -1017,9 +1070,9 @@ def test_torchrun_ends_with_the_error_and_not_with_a_list_of_calls(run_toml, tmp
     )  # fmt: skip
     done = end(process)
     assert done.code == 1
-    last = "\n".join(done.error.splitlines()[-12:])
+    last = "\n".join(done.error.splitlines()[-4:])
     assert "no data set 'nowhere': name a folder" in last
-    assert "cli/train.py" not in done.error
+    assert "cli/train.py" not in done.error and "without_traceback" not in done.error
 
 
 MUTATIONS = [

@@ -23,17 +23,19 @@ def stat(*cores):
 def machine(monkeypatch, tmp_path):
     """A machine by the content of its files: /proc/stat before and after, the container's quota."""
 
-    def make(cores, before, after, quota=None):
+    def make(cores, before, after, quota=None, limited=""):
         told = [stat(*before), stat(*after)]
 
         class Files:
             def __init__(self, path):
-                self.path = str(path)
+                self.path = getattr(path, "path", path)
 
             def read_text(self):
                 if self.path == "/proc/stat":
                     return told.pop(0)
-                if self.path == "/sys/fs/cgroup/cpu.max" and quota is not None:
+                if self.path == "/proc/self/cgroup":
+                    return "0::/user.slice/own.service\n"
+                if self.path == f"/sys/fs/cgroup{limited}/cpu.max" and quota is not None:
                     return quota
                 raise OSError
 
@@ -61,9 +63,9 @@ def after(*shares):
     [
         ({0, 1}, (IDLE, IDLE), None, (2, "2 of 2 cores are free")),
         ({0, 1}, (BUSY, IDLE), None, (1, "1 of 2 cores is free")),
-        ({0, 1}, (BUSY, BUSY), None, (1, "1 of 2 cores is free")),  # it has to run somewhere
+        ({0, 1}, (BUSY, BUSY), None, (1, "none of 2 cores is free")),  # it has to run somewhere
         ({0, 1}, ((80, 20), (70, 30)), None, (2, "2 of 2 cores are free")),
-        ({1}, (IDLE, BUSY, IDLE), None, (1, "1 of 1 core is free")),
+        ({1}, (BUSY, IDLE, BUSY), None, (1, "1 of 1 core is free")),
         ({0, 2}, (IDLE, BUSY, IDLE), None, (2, "2 of 2 cores are free")),  # others' cores do not matter
         ({0, 1, 2, 3}, (IDLE,) * 4, "200000 100000", (2, "2 of 4 cores, of which 2 may be used are free")),
         (
@@ -73,12 +75,19 @@ def after(*shares):
             (2, "2 of 4 cores, of which 2 may be used are free"),
         ),
         ({0, 1}, (IDLE, IDLE), "50000 100000", (1, "1 of 2 cores, of which 1 may be used is free")),
+        ({0, 1}, (IDLE, IDLE), "150000 100000", (1, "1 of 2 cores, of which 1 may be used is free")),
         ({0, 1}, (IDLE, IDLE), "max 100000", (2, "2 of 2 cores are free")),
         ({0, 1}, (IDLE, IDLE), "nonsense", (2, "2 of 2 cores are free")),
     ],
 )
 def test_of_the_cores_that_may_be_used_those_that_are_free(machine, cores, shares, quota, expected):
     assert machine(cores, [(100, 0)] * len(shares), after(*shares), quota) == expected
+
+
+@pytest.mark.parametrize("limited", ["", "/user.slice", "/user.slice/own.service"])
+def test_a_limit_of_the_service_or_of_one_that_it_is_in_counts(machine, limited):
+    idle = [(100, 0)] * 4, after(IDLE, IDLE, IDLE, IDLE)
+    assert machine({0, 1, 2, 3}, *idle, "300000 100000", limited)[0] == 3
 
 
 def spin(ready):

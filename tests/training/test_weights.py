@@ -53,6 +53,12 @@ FORMATS = {
     "without counters": lambda model: {
         name: values for name, values in model.state_dict().items() if "tracked" not in name
     },
+    "Lightning's, with a loss": lambda model: {
+        "state_dict": {
+            "criterion.weight": torch.ones(1000),
+            **{f"net.{name}": values for name, values in model.state_dict().items()},
+        }
+    },
     "an average of weights": lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
     "half": lambda model: copy.deepcopy(model).half().state_dict(),
 }  # fmt: skip
@@ -99,6 +105,12 @@ class Code:
         return print, ("executed",)
 
 
+def within_itself():
+    state: dict[str, object] = {}
+    state["model"] = state
+    return state
+
+
 REFUSED = {
     "of another network": (lambda model: torchvision.models.resnet34().state_dict(), "layer1.2.conv1.weight is not"),
     "wider": (lambda model: torchvision.models.wide_resnet50_2().state_dict(), "conv1.weight is"),
@@ -114,6 +126,32 @@ REFUSED = {
         lambda model: {**model.state_dict(), "bn1.weight": torch.full((64,), torch.nan)},
         "bn1.weight is not finite",
     ),
+    "sparse": (
+        lambda model: {**model.state_dict(), "bn1.weight": torch.ones(64).to_sparse()},
+        "bn1.weight is no plain tensor",
+    ),
+    "quantized": (
+        lambda model: {
+            **model.state_dict(), "bn1.weight": torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8),
+        },
+        "bn1.weight is no plain tensor",
+    ),
+    "complex": (lambda model: {**model.state_dict(), "bn1.bias": torch.ones(64) * 1j}, "bn1.bias is no plain tensor"),
+    "integers": (
+        lambda model: {**model.state_dict(), "bn1.bias": torch.ones(64).long()}, "bn1.bias is int64, not float32",
+    ),
+    "negative variance": (
+        lambda model: {**model.state_dict(), "bn1.running_var": -torch.ones(64)}, "bn1.running_var is negative",
+    ),
+    "a bias of another head": (
+        lambda model: {**model.state_dict(), "fc.weight": torch.zeros(4, 512), "fc.bias": torch.zeros(5)},
+        "fc.bias is 5, not 4",
+    ),
+    "within itself": (lambda model: within_itself(), "holds no state_dict"),
+    "a terabyte of nothing": (
+        lambda model: {**model.state_dict(), "fc.weight": torch.zeros(1).expand(10**12)},
+        "fc.weight is 1000000000000, not 4×512",
+    ),
     "no tensors": (lambda model: {"epoch": 3}, "holds no state_dict"),
     "nothing": (lambda model: {}, "holds no state_dict"),
     "a list": (lambda model: [1, 2], "cannot be read as weights"),
@@ -122,6 +160,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's about quantized and sparse tensors
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_does_not_fit_is_one_line_and_changes_nothing(what, theirs, tmp_path, capsys):
     make, says = REFUSED[what]
@@ -132,6 +171,12 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(what, theirs, tmp_pat
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert all(torch.equal(values, before[name]) for name, values in own.state_dict().items())
     assert "executed" not in capsys.readouterr().out
+
+
+def test_what_is_narrower_and_no_head_is_another_network(theirs, tmp_path):
+    state = {**theirs.state_dict(), "bn1.bias": torch.zeros(32)}
+    with pytest.raises(NetworkError, match=r"bn1\.bias is 32, not 64"):
+        load(network(classes=1000), saved(state, tmp_path / "w.pth"), 1000)
 
 
 @pytest.mark.parametrize(

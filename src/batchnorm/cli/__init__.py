@@ -28,7 +28,8 @@ def main() -> None:
 
     Any other failing import is a bug, and keeps its traceback.
     """
-    if problem := old_torch():
+    needs_torch = sys.argv[1:] and not {"report", "-h", "--help", "--version"} & {*sys.argv[1:]}
+    if needs_torch and (problem := old_torch()):
         sys.exit(f"error: {problem}")
     try:
         from batchnorm.cli.commands import run

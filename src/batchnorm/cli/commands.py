@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +15,7 @@ import typer
 
 from batchnorm.cli import evaluate, predict, train
 from batchnorm.cli.lazy import lazy_app
-from batchnorm.cli.terminal import Failure, as_failure
+from batchnorm.cli.terminal import Failure
 
 app = typer.Typer(
     help="Batch Normalization for PyTorch: see the paper's claims hold, each by one command.",
@@ -74,15 +76,21 @@ def report_command(
     from batchnorm.records import RecordError
 
     console = Console(stderr=True)
+    wrong = []
     for run in runs:
-        with as_failure(RecordError, OSError):
+        try:
             page = report.build(
                 run,
-                lambda drawings: track(
-                    drawings, "drawing", console=console, transient=True, disable=not console.is_terminal
+                lambda charts: track(
+                    charts, "drawing", console=console, transient=True, disable=not console.is_terminal
                 ),
             )
+        except (RecordError, OSError) as error:
+            wrong.append(str(error))
+            continue
         typer.echo(page)
+    if wrong:
+        raise Failure("\n       ".join(wrong))
 
 
 @app.callback(invoke_without_command=True)
@@ -110,17 +118,25 @@ def run() -> None:
 
 
 def _recorded(command: Callable[[], object]) -> Callable[[], object]:
-    """`command`; under torchrun its error is written where torchrun looks for it, to print it last."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    """`command`; under torchrun its error is written where torchrun looks for it, to print it last.
+
+    Of a `Failure` the message alone: an error of the user's needs no list of calls.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
         return command
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    def without_traceback() -> None:
+    def run_command() -> Failure | None:
         try:
             command()
-            return
         except Failure as failure:
-            message = str(failure)
-        raise Failure(message)  # an error of the user's needs no list of calls
+            return failure
+        return None
 
-    return record(without_traceback)
+    def recorded() -> None:
+        if (failure := record(run_command)()) is not None:
+            Path(file).write_text(json.dumps({"message": str(failure), "timestamp": str(int(time.time()))}))
+            raise failure
+
+    return recorded

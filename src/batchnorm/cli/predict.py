@@ -81,7 +81,10 @@ def predict(
         if name in corrupt.found:
             why = corrupt.found[name]
             typer.echo(
-                json.dumps({"image": name, "error": why}) if as_json else f"{name}: {why}", err=not as_json
+                json.dumps({"image": name, "error": why}, ensure_ascii=False)
+                if as_json
+                else f"{name}: {why}",
+                err=not as_json,
             )
             continue
         likeliest = probabilities.topk(min(top, saved.classes))

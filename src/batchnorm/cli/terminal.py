@@ -65,9 +65,9 @@ def command_line() -> str:
     return shlex.join(["batchnorm", *sys.argv[1:]])
 
 
-def show(console: Console, text: str) -> None:
-    """Print `text` without rich's markup, highlighting and wrapping, which would change paths."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def show(console: Console, text: str, style: str | None = None) -> None:
+    """Print `text` without rich's markup, emoji, highlighting and wrapping, which would change paths."""
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def one_of(choices: Iterable[_Value], value: object, name: str) -> _Value:

@@ -124,7 +124,7 @@ def train(
         typer.echo(EXAMPLE, nl=False)
         return
     if data is not None:
-        changes = [*(changes or ()), f"data.source={json.dumps(data)}"]
+        changes = [*(changes or ()), f"data.source={json.dumps(data, ensure_ascii=False)}"]
     with _exit_on_sigterm():
         _train(config, changes, recipe, without, out, resume, dry_run)
 
@@ -158,16 +158,17 @@ def _train(
         elif without is not None:
             raise Failure("--without leaves out steps of a recipe: name it, --recipe bn-x5")
     if previous is not None and (changed := toml.differences(previous, run_config)):
-        why = " (CosineAnnealingLR ends at training.steps)" if changed == ["training.steps"] else ""
+        cosine = "training.steps" in changed
+        why, too = (" (CosineAnnealingLR ends at training.steps)", "") if cosine else ("", "training.steps, ")
         raise Failure(
-            f"{', '.join(changed)} cannot change when a run is resumed{why}, only training.steps, [machine] and "
-            "[checkpoints] can; start a new run for that"
+            f"{', '.join(changed)} cannot change when a run is resumed{why}, only {too}[machine] and [checkpoints] "
+            "can; start a new run for that"
         )
-    run_config = _with_threads(console, run_config, previous, "# " if dry_run else "")
+    with_threads = _with_threads(console, run_config, previous, "# " if dry_run else "")
     if dry_run:
-        _try(console, run_config)
+        _try(console, with_threads, run_config)
     else:
-        _run(console, run_config, folder)
+        _run(console, with_threads, folder)
 
 
 @contextmanager
@@ -240,12 +241,15 @@ def _apply_recipe(console: Console, config: Config, recipe: str, without: str | 
         raise Failure(str(error)) from None
     for change in applied:
         style = None if change.changed else "dim"
-        console.print(f"{comment}{change}", style=style, markup=False, highlight=False, soft_wrap=True)
+        show(console, f"{comment}{change}", style)
     return config
 
 
-def _try(console: Console, config: Config) -> None:
-    """Take one step, and print the whole configuration as TOML, with what was found as comments."""
+def _try(console: Console, config: Config, to_print: Config) -> None:
+    """Take one step, and print the configuration as TOML, with what was found as comments.
+
+    to_print: the same without the number of threads that suits this moment.
+    """
     import time
 
     from batchnorm.data.idx import DataError
@@ -272,7 +276,7 @@ def _try(console: Console, config: Config) -> None:
     for line in found:
         show(console, f"# {line}")
     show(console, "")
-    show(console, toml.to_toml(config).rstrip("\n"))
+    show(console, toml.to_toml(to_print).rstrip("\n"))
 
 
 def _duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ class ImageFiles:
 
     def __init__(self, places: Iterable[Path], channels: int, classes: int) -> None:
         self.channels, self.classes = channels, classes
-        self.paths = [path for place in places for path in _images(place)]
+        self.paths = list(dict.fromkeys(path for place in places for path in _images(place)))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,7 +45,7 @@ def _images(place: Path) -> list[Path]:
     if not place.is_dir():
         raise DataError(f"there is no image {place}")
     found = []
-    for folder, inner, names in os.walk(place):
+    for folder, inner, names in os.walk(place, followlinks=True):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         found += [Path(folder, name) for name in sorted(names) if is_image(name)]
     if not found:

@@ -91,6 +91,8 @@ def gather(records: Iterable[Record]) -> Contents:
     for record in records:
         if isinstance(record, Run):
             runs.append(record)
+            for network in networks.values():
+                network.result = None  # of the end before the run was made longer
         elif isinstance(record, Verdict):
             verdicts[record.claim] = record
         elif isinstance(record, Chart):
@@ -107,7 +109,8 @@ def gather(records: Iterable[Record]) -> Contents:
     # the verdict with the headline comes first
     ordered = sorted(verdicts.values(), key=lambda verdict: not ratios(verdict))
     commands = list(dict.fromkeys(run.command for run in runs))
-    return Contents(runs[-1], ordered, list(charts.values()), list(networks.values()), commands)
+    run = runs[-1].model_copy(update={"started": runs[0].started})
+    return Contents(run, ordered, list(charts.values()), list(networks.values()), commands)
 
 
 def _thinned(chart: Chart) -> Chart:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from batchnorm.report.contents import Contents, Headline, Network
 from batchnorm.report.tables import Grid, format_share
 
 _MATRIX = 20  # classes; a larger matrix is unreadable
-_UNEVEN = 3  # a last gap between evaluations so many times the first one asks for a logarithmic axis
+_UNEVEN = 3  # a last gap between evaluations so many times their median asks for a logarithmic axis
+_LISTED = 1_000  # classes in the table
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def course(contents: Contents) -> Chart | None:
     network = contents.networks[0]
     evaluations = [network.evaluations[step] for step in sorted(network.evaluations)]
     gaps = [second.step - first.step for first, second in itertools.pairwise(evaluations)]
-    log = len(gaps) > 1 and max(gaps) > _UNEVEN * gaps[0]
+    log = len(gaps) > 1 and gaps[-1] > _UNEVEN * statistics.median(gaps)
 
     def panel(label: str, percent: bool, *lines: Line | None) -> Panel:
         drawn = [line for line in lines if line is not None]
@@ -96,7 +98,8 @@ def course(contents: Contents) -> Chart | None:
         claim="",
         name="course",
         title="The course of the training",
-        caption="At each evaluation; the training loss is the mean since the one before.",
+        caption="At each evaluation. The training loss is what is minimised, label smoothing and auxiliary heads "
+        "included, the mean since the evaluation before; the validation loss is the cross-entropy.",
         panels=[each for each in panels if each.lines],
     )
 
@@ -118,7 +121,7 @@ def classes(contents: Contents) -> Grid | None:
 
     named = any(taken >= 0 for each in wrong.values() for taken in each)
     rows = []
-    for true in sorted(images, key=lambda each: (accuracy(each), each)):
+    for true in sorted(images, key=lambda each: (accuracy(each), each))[:_LISTED]:
         mistaken = sorted(wrong.get(true, {}).items(), key=lambda each: -each[1])
         rows.append(
             [
@@ -133,7 +136,8 @@ def classes(contents: Contents) -> Grid | None:
             ]
         )
     columns = ["class", "images", "right", *(["taken for"] if named else [])]
-    return Grid("Classes", columns, rows, f"By the evaluation after {_steps(best.step)}; the lowest first.")
+    which = "the lowest first" if len(images) <= _LISTED else f"the lowest {_LISTED:,} of {len(images):,}"
+    return Grid("Classes", columns, rows, f"By the evaluation after {_steps(best.step)}; {which}.")
 
 
 def confusion(contents: Contents) -> Matrix | None:
@@ -151,12 +155,14 @@ def confusion(contents: Contents) -> Matrix | None:
 
 
 def _best(network: Network | None) -> Evaluation | None:
-    """The evaluation with the best accuracy, of equal ones the first: the one whose network is kept."""
+    """The evaluation with the best accuracy, of equal ones the first: the one whose network is kept.
+
+    That of a network whose loss had become inf or nan is not, unless there is no other.
+    """
     if network is None or not network.evaluations:
         return None
-    return max(
-        (network.evaluations[step] for step in sorted(network.evaluations)), key=lambda each: each.accuracy
-    )
+    every = [network.evaluations[step] for step in sorted(network.evaluations)]
+    return max([each for each in every if math.isfinite(each.loss)] or every, key=lambda each: each.accuracy)
 
 
 def _name(contents: Contents, number: int) -> str:

@@ -62,9 +62,8 @@ def render(records: Iterable[Record], progress: Progress = list) -> str:
     Raises: RecordError when the run record is missing.
     """
     contents = report_contents.gather(records)
-    charts = {
-        chart.name: _figure(chart, f"f{number}") for number, chart in enumerate(progress(shown(contents)), 1)
-    }
+    drawn = shown(contents)
+    charts = {chart.name: _figure(chart, f"f{number}") for number, chart in enumerate(progress(drawn), 1)}
     claimed = {verdict.claim for verdict in contents.verdicts}
     so_far = report_contents.progress(contents) if contents.judged and not contents.verdicts else None
     networks = tables.networks(contents)
@@ -80,9 +79,9 @@ def render(records: Iterable[Record], progress: Progress = list) -> str:
         finished=contents.finished,
         resume=contents.resume,
         verdicts=contents.verdicts,
-        figures_of=lambda claim: [charts[chart.name] for chart in shown(contents) if chart.claim == claim],
+        figures_of=lambda claim: [charts[chart.name] for chart in drawn if chart.claim == claim],
         tables_of=tables.of_verdict,
-        unjudged=[charts[chart.name] for chart in shown(contents) if chart.claim not in claimed],
+        unjudged=[charts[chart.name] for chart in drawn if chart.claim not in claimed],
         progress=_figure(so_far, "f0") if so_far else None,
         classes=classes,
         fold_classes=classes is not None and len(classes.rows) > _MANY,

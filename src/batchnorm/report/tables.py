@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 
 from pydantic import JsonValue
 
@@ -34,6 +35,11 @@ class Grid:
     columns: list[str]
     rows: list[list[str]]
     note: str = ""
+
+    @cached_property
+    def numbers(self) -> list[bool]:
+        """Whether each column is numeric."""
+        return [self.numeric(column) for column in range(len(self.columns))]
 
     def numeric(self, column: int) -> bool:
         """Whether a column is numeric: it is not the first, and at least half of its non-missing cells are numbers."""

@@ -1,6 +1,7 @@
-"""The configuration of a training run, as in run.toml. Together with the data it determines every number of the run.
+"""The configuration of a training run, as in run.toml. With the data it determines every number, up to rounding.
 
-Names of optimizers, schedules and precisions are torch's own.
+Rounding depends on the number of threads, which unless given is that of the free cores. Names of optimizers, schedules
+and precisions are torch's own.
 """
 
 from __future__ import annotations
@@ -266,6 +267,15 @@ class Config(_Section):
         """A copy with new `values` for keys of `section`. They are not validated."""
         part = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: part})
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.optimizer.warmup >= self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup = {self.optimizer.warmup:,}: a run of training.steps = {self.training.steps:,} "
+                "would end before it"
+            )
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this one, by section: it must not change when the run is resumed.

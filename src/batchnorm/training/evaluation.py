@@ -63,8 +63,12 @@ class SavedNetwork:
 
     @property
     def transform(self) -> Callable[[Tensor], Tensor]:
-        """What makes an image, uint8 (channels, H, W), ready for the network: float32 (channels, S, S) in [-1, 1]."""
-        return single_crop(self.config.data.image_size)
+        """What makes an image, uint8 (channels, H, W), ready for the network: (channels, S, S) in [-1, 1].
+
+        On the device and in the dtype of its weights.
+        """
+        crop, weight = single_crop(self.config.data.image_size), next(self.network.parameters())
+        return lambda image: crop(image).to(weight.device, weight.dtype)
 
     @property
     def has_norms(self) -> bool:
@@ -134,6 +138,8 @@ def load(run: str | Path, statistics: Statistics = "population") -> SavedNetwork
 
     Example::
 
+        import batchnorm.training
+
         saved = batchnorm.training.load("runs/train-20260101-120000")
         image = torchvision.io.decode_image("cat.jpg", "RGB")          # uint8 (3, H, W)
         with torch.inference_mode():
@@ -181,8 +187,16 @@ def load_network(path: Path, statistics: Statistics = "population") -> SavedNetw
         network = network.to(torch.accelerator.current_accelerator())
     network = network.to(memory_format=torch.channels_last)
     classes = state["classes"]
-    names = tuple(state.get("class_names") or map(str, range(classes)))  # earlier versions saved none
-    return SavedNetwork(path, network.eval(), config, classes, state["channels"], state["step"], names)
+    names = state.get(
+        "class_names", [str(number) for number in range(classes)]
+    )  # earlier versions saved none
+    if (
+        not isinstance(names, list)
+        or len(names) != classes
+        or not all(isinstance(each, str) for each in names)
+    ):
+        raise NetworkError(f"{path} has {classes} classes and other names: {_ADVICE}")
+    return SavedNetwork(path, network.eval(), config, classes, state["channels"], state["step"], tuple(names))
 
 
 def predict(

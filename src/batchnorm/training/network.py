@@ -45,8 +45,12 @@ def _expect_size(network: nn.Module, config: Config, channels: int) -> None:
             try:
                 images = torch.empty(2, channels, size, size, device="meta")
                 torch.func.functional_call(network, without_values, images)
-            except Exception:  # a forward that makes tensors of its own makes them on the CPU
-                network(torch.zeros(2, channels, size, size))
+            except Exception as error:
+                if "meta" not in str(error):
+                    raise
+                network(
+                    torch.zeros(2, channels, size, size)
+                )  # its forward makes tensors of its own, on the CPU
     except (AssertionError, RuntimeError, ValueError) as error:
         why = str(error).strip().split("\n")[0]
         raise NetworkError(
@@ -133,8 +137,9 @@ def _unknown(name: str, known: Sequence[str], timm: Any) -> str:
         what = "a model of torchvision, but none that classifies images"
     else:
         what = "no model"
-    for names in ([INCEPTION, *known], timm.list_models() if timm is not None else []):
+    of_timm = timm.list_models() if timm is not None else []
+    for prefix, names in (("", [INCEPTION, *known] if known else []), ("" if known else _TIMM, of_timm)):
         if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
-            return f"{what}: did you mean {near[0]}?"
+            return f"{what}: did you mean {prefix}{near[0]}?"
     install = "" if timm is not None else "; for timm's: pip install timm"
     return f"{what}: take {INCEPTION}, or one of torchvision's or timm's that classifies{install}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -111,7 +112,8 @@ class Bar:
         self._print("stopping: writing a checkpoint (Ctrl-C again to quit without it)")
 
     def _keep_best(self, evaluation: Evaluation) -> None:
-        if self.best is None or evaluation.accuracy > self.best.accuracy:
+        better = self.best is None or evaluation.accuracy > self.best.accuracy
+        if better and math.isfinite(evaluation.loss):  # of a network that diverged nothing is kept
             self.best = evaluation
 
     def _name_corrupt(self, trainer: Trainer) -> None:
@@ -122,7 +124,7 @@ class Bar:
                 self._reported[corrupt] = len(corrupt)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _threads(trainer: Trainer) -> str:

@@ -32,6 +32,7 @@ from batchnorm.training.tensorboard import EventFiles
 from batchnorm.training.trainer import Check, Trainer
 
 JOB = "network"
+_LONGEST_NAME = 300  # of a class, in the records
 _AGREE_EVERY_STEPS = 10  # between two all_reduces by which several processes agree on stopping and saving
 
 
@@ -206,7 +207,7 @@ class Session:
             machine=machine(),
             data=f"{config.data.source}: {len(source):,} training and {len(trainer.validation_source):,} validation "
             f"images in {source.classes} classes",
-            classes=list(class_names(source)),
+            classes=[name[:_LONGEST_NAME] for name in class_names(source)],
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

@@ -23,10 +23,10 @@ def free_cores() -> tuple[int, str]:
     """
     cores = available_cores()
     quota = _quota()
-    allowed = cores if quota is None else max(1, min(cores, round(quota)))
-    free = max(1, min(allowed, cores - _busy_cores()))
+    allowed = cores if quota is None else max(1, min(cores, int(quota)))
+    free = min(allowed, cores - _busy_cores())
     of = f"{cores} core{'s' * (cores > 1)}" + (f", of which {allowed} may be used" if allowed < cores else "")
-    return free, f"{free} of {of} {'is' if free == 1 else 'are'} free"
+    return max(1, free), f"{free or 'none'} of {of} {'is' if free < 2 else 'are'} free"
 
 
 def _busy_cores() -> int:
@@ -63,15 +63,34 @@ def _times() -> dict[int, tuple[int, int]] | None:
 
 
 def _quota() -> float | None:
-    """How many cores' time the container may use, by its cgroup; None without a limit."""
-    try:  # version 2
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    folder = Path("/sys/fs/cgroup/cpu")
+    """How many cores' time the process's cgroup, or one that it is in, may use; None without a limit."""
+    found = []
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # in a container the root is the process's own; on a host a service is some folders below
+        folder = Path("/sys/fs/cgroup/cpu") if controllers else Path("/sys/fs/cgroup")
+        for part in ("", *path.split("/")):
+            folder = folder / part if part else folder
+            found += _limits(folder)
+    return min(found, default=None)
+
+
+def _limits(folder: Path) -> list[float]:
+    """The limit in a folder of version 2, or of version 1, in cores; none or one."""
+    words = _text(folder / "cpu.max").split() or [
+        word for name in ("quota", "period") for word in _text(folder / f"cpu.cfs_{name}_us").split()
+    ]
     try:
-        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return None if int(quota) <= 0 else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
+        quota, period = map(int, words)
+    except ValueError:  # "max", or no such file
+        return []
+    return [quota / period] if quota > 0 and period > 0 else []
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -103,8 +103,8 @@ def _change(values: dict[str, dict[str, Any]], change: str) -> None:
     if not equals or len(parts) != 2 or not all(parts):
         raise ConfigError(f"--set takes section.key=value, as in optimizer.rate=0.1, not {change!r}")
     section, name = parts
-    if not text.strip() and name in values.get(section, {}):
-        del values[section][name]
+    if not text.strip() and (name in values.get(section, {}) or _is_optional(section, name)):
+        values.get(section, {}).pop(name, None)
         return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -149,6 +149,12 @@ def _keys(section: str, library: bool = False) -> dict[str, FieldInfo]:
     kind = Config.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
     return kind.model_fields
+
+
+def _is_optional(section: str, name: str) -> bool:
+    """Whether a key may be absent without a default that stands for it."""
+    field = _keys(section).get(name) if section in Config.model_fields else None
+    return field is not None and field.default is None
 
 
 def _bounds(section: str, name: str, library: bool) -> str:

@@ -21,7 +21,7 @@ from batchnorm.training.network import NetworkError
 
 # Where files keep the state_dict: ours; timm's, Lightning's; torchvision's.
 _PLACES = ("population", "state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+_DEPTH = 3  # of such places in each other
 _COUNTERS = "num_batches_tracked"  # absent from files of torch 0.3
 _LISTED = 3
 
@@ -31,22 +31,17 @@ def load(network: nn.Module, path: Path, classes: int) -> list[str]:
 
     Raises: NetworkError, before anything changes, for a file that is broken or of another network.
     """
-    found = _without_prefix(_state_dict(path), network.state_dict())
     own = network.state_dict()
+    found = _of_network(_state_dict(path), own)
     heads = [name for name in own if name in found and _is_other_head(found[name], own[name], classes)]
+    whole = all(name in heads for name in own if _is_beside(name, own[name], heads, classes))
     others = {found[name].size(0) for name in heads}
+    if len(others) > 1 or not whole:
+        heads = []  # weights and biases that are not of one classifier
     wrong = [
-        f"{name} is {_shape(found[name])}, not {_shape(own[name])}"
-        for name in own
-        if name in found and found[name].shape != own[name].shape and (name not in heads or len(others) > 1)
+        problem for name in own if (problem := _problem(name, found.get(name), own[name], name in heads))
     ]
-    wrong += [f"{name} is missing" for name in own if name not in found and not name.endswith(_COUNTERS)]
     wrong += [f"{name} is not the network's" for name in found if name not in own]
-    wrong += [
-        f"{name} is not finite"
-        for name, values in found.items()
-        if values.is_floating_point() and not bool(values.isfinite().all())
-    ]
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise NetworkError(
@@ -54,6 +49,31 @@ def load(network: nn.Module, path: Path, classes: int) -> list[str]:
         )
     network.load_state_dict({**own, **{name: found[name] for name in found if name not in heads}})
     return [f"{name}, which is for {found[name].size(0):,} classes in the file" for name in heads]
+
+
+def _problem(name: str, found: Tensor | None, own: Tensor, is_head: bool) -> str:
+    """Why `found` cannot be what the network calls `name`; empty if it can."""
+    if found is None:
+        return "" if name.endswith(_COUNTERS) else f"{name} is missing"
+    if found.layout != torch.strided or found.is_quantized or found.is_complex():
+        return f"{name} is no plain tensor"
+    if is_head:
+        return ""
+    if found.shape != own.shape:
+        return f"{name} is {_shape(found)}, not {_shape(own)}"
+    if found.is_floating_point() != own.is_floating_point():
+        return f"{name} is {found.dtype}, not {own.dtype}".replace("torch.", "")
+    if found.is_floating_point() and not bool(found.isfinite().all()):
+        return f"{name} is not finite"
+    if name.endswith((_COUNTERS, "running_var")) and bool((found < 0).any()):
+        return f"{name} is negative"
+    return ""
+
+
+def _is_beside(name: str, own: Tensor, heads: list[str], classes: int) -> bool:
+    """Whether these are the weights or biases of a module that has one of `heads`."""
+    modules = {head.rpartition(".")[0] for head in heads}
+    return name.rpartition(".")[0] in modules and own.dim() > 0 and own.size(0) == classes
 
 
 def _is_other_head(found: Tensor, own: Tensor, classes: int) -> bool:
@@ -67,8 +87,10 @@ def _is_other_head(found: Tensor, own: Tensor, classes: int) -> bool:
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     state = _read(path)
-    while isinstance(state, Mapping) and (place := next((each for each in _PLACES if each in state), None)):
-        state = state[place]
+    for _ in range(_DEPTH):
+        place = next((each for each in _PLACES if isinstance(state, Mapping) and each in state), None)
+        if isinstance(state, Mapping) and place is not None and not isinstance(state[place], Tensor):
+            state = state[place]
     tensors = dict(state) if isinstance(state, Mapping) else {}
     if not tensors or not all(
         isinstance(name, str) and isinstance(each, Tensor) for name, each in tensors.items()
@@ -108,14 +130,19 @@ def _read_by_torch(path: Path) -> object:
         return torch.load(path, weights_only=True, map_location="cpu")  # as torch wrote them before 1.6
 
 
-def _without_prefix(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`found` without what a wrapper has put before each name."""
-    found = {name: values for name, values in found.items() if name != "n_averaged"}  # AveragedModel's
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in found) and not all(
-            name.startswith(prefix) for name in own
-        ):
-            return _without_prefix({name.removeprefix(prefix): each for name, each in found.items()}, own)
+def _of_network(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `found` by the network's own names.
+
+    A wrapper puts something before each: DistributedDataParallel "module.", torch.compile "_orig_mod.", Lightning the
+    name of an attribute; and has tensors of its own, such as a loss's, that are left out.
+    """
+    names = [name for name in own if not name.endswith(_COUNTERS)]
+    for key in found:
+        prefix = key.removesuffix(names[0])
+        if prefix and prefix != key and all(prefix + name in found for name in names):
+            return {
+                each.removeprefix(prefix): values for each, values in found.items() if each.startswith(prefix)
+            }
     return found
 
 
