@@ -18,6 +18,8 @@ from tests.command import in_this_process
 from tests.data.pictures import image_folder
 from tests.mutations.mutation import Mutation
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 [model]
 width = 0.05

@@ -189,6 +189,7 @@ def test_no_file_of_weights(name, content, tmp_path):
         load(network(), tmp_path / name, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet", "mobilenet_v3_small"])
 def test_heads_of_other_kinds(name, tmp_path):
     """A convolution, several of them, one of two linear layers."""
