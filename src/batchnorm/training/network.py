@@ -48,9 +48,8 @@ def _expect_size(network: nn.Module, config: Config, channels: int) -> None:
             except Exception as error:
                 if "meta" not in str(error):
                     raise
-                network(
-                    torch.zeros(2, channels, size, size)
-                )  # its forward makes tensors of its own, on the CPU
+                # its forward makes tensors of its own, on the CPU
+                network(torch.zeros(2, channels, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         why = str(error).strip().split("\n")[0]
         raise NetworkError(
