@@ -62,14 +62,15 @@ class Value:
 class Operation:
     """A call of an operator.
 
-    name: of the operator, "aten.convolution"; overload: "default".
+    operator: itself, to be called again.
+    name: of the operator, "aten.convolution".
     call: the innermost call of a module in which it happened; None outside of any.
     arguments, keywords: as they were given, with a `Value` for each tensor.
     results: the values that it made, also those that it has changed in place.
     """
 
+    operator: Any
     name: str
-    overload: str
     call: ModuleCall | None
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -182,8 +183,7 @@ class _Observer(TorchDispatchMode):
         keywords = keywords or {}
         read = tree_map(self._read, (arguments, keywords))
         returned = operator(*arguments, **keywords)
-        name, _, overload = str(operator).rpartition(".")
-        operation = self._record(name, overload, *read)
+        operation = self._record(operator, str(operator).rpartition(".")[0], *read)
         changed = _changed(operator, arguments, keywords)
         for tensor in [*changed, *_tensors(returned)]:
             if any(tensor is each for each in changed) and self._is_result_of(tensor, operation):
@@ -229,10 +229,10 @@ class _Observer(TorchDispatchMode):
         return self.seen
 
     def _record(
-        self, name: str, overload: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
+        self, operator: Any, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Operation:
         call = self._stack[-1] if self._stack else None
-        operation = Operation(name, overload, call, arguments, keywords)
+        operation = Operation(operator, name, call, arguments, keywords)
         self.seen.operations.append(operation)
         for value in operation.reads:
             value.users.append(operation)
@@ -252,7 +252,7 @@ class _Observer(TorchDispatchMode):
         changes = self._changes[_memory(tensor)]
         if len(changes) == included:
             return value
-        operation = self._record(REREAD, "", (value, *changes[included:]), {})
+        operation = self._record(None, REREAD, (value, *changes[included:]), {})
         value = Value("result", "", tensor.shape, tensor.dtype, operation)
         operation.results.append(value)
         return self._add(tensor, value)
