@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Source:
     bias: the parameter b, or None.
     output_dim: the dimension of the weight that belongs to the channels of y.
     channels: (channels of y,) int64, the channel of the value to which each comes; -1 for those that do not.
+    signs: (channels of y,) 1, or -1 where it is subtracted.
     """
 
     operation: Operation
@@ -55,6 +57,7 @@ class Source:
     bias: Value | None
     output_dim: int
     channels: Tensor
+    signs: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +65,14 @@ class Term:
     """A parameter or buffer that is added: a bias beside a matrix product, an embedding of positions.
 
     channels: of its shape, int64, the channel of the value to which each element comes; -1 for those that do not.
+    signs: of its shape, 1, or -1 where it is subtracted.
+    everywhere: (channels of the value,) whether each position of the channel has one of its elements.
     """
 
     value: Value
     channels: Tensor
+    signs: Tensor
+    everywhere: Tensor
 
 
 def sources(value: Value) -> tuple[list[Source], list[Term]]:
@@ -81,12 +88,12 @@ def sources(value: Value) -> tuple[list[Source], list[Term]]:
     reached = torch.zeros(value.shape[1], dtype=torch.bool)
     for leaf in way.leaves:
         weight, bias, output_dim, channel_dim = _parts(leaf)
-        channels = way.channels_of(leaf.results[0], channel_dim)
+        channels, signs = way.channels_of(leaf.results[0], channel_dim)
         reached[channels[channels >= 0]] = True
-        found.append(Source(leaf, weight, bias, output_dim, channels))
+        found.append(Source(leaf, weight, bias, output_dim, channels, signs))
     if not bool(reached.all()):
         raise NotLinear("some channels do not come from a linear operation")
-    return found, [Term(each, way.elements_of(each)) for each in way.terms]
+    return found, [Term(each, *way.elements_of(each)) for each in way.terms]
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,8 @@ class _Way:
                 leaves[made] = None
             elif made.name not in _PASSED:
                 raise NotLinear(f"it comes from {made.name}")
+            elif made.name in _SUMS and not all(isinstance(each, Value) for each in made.arguments[:2]):
+                raise NotLinear("a number is added to it")
             elif made not in between:
                 between.add(made)
                 waiting += made.reads
@@ -128,12 +137,12 @@ class _Way:
                     raise NotLinear(f"what {operation.name} makes is read elsewhere too")
         return cls(value, between, list(leaves), list(terms))
 
-    def channels_of(self, made: Value, dim: int) -> Tensor:
-        """For each channel of what a leaf made, in its dimension `dim`, the channel of the value to which it comes."""
+    def channels_of(self, made: Value, dim: int) -> tuple[Tensor, Tensor]:
+        """For each channel of what a leaf made, in its dimension `dim`, the channel to which it comes, and the sign."""
         codes = _codes(made.shape[dim])
         view = [-1 if at == dim else 1 for at in range(len(made.shape))]
         found = self._replay(made, codes.view(view).expand(made.shape).clone())
-        channels = torch.full((made.shape[dim],), -1)
+        channels, signs = torch.full((made.shape[dim],), -1), torch.ones(made.shape[dim])
         for channel, arrived in enumerate(found.transpose(0, 1).flatten(1)):
             first = arrived[0] if arrived.numel() else torch.zeros(())
             if not bool((arrived - first).abs().le(_CLOSE).all()):
@@ -143,20 +152,23 @@ class _Way:
             origin = _decode(first.reshape(1), codes)[0]
             if channels[origin] >= 0:
                 raise NotLinear("a channel comes to several channels")
-            channels[origin] = channel
-        return channels
+            channels[origin], signs[origin] = channel, first.sign()
+        return channels, signs
 
-    def elements_of(self, term: Value) -> Tensor:
-        """For each element of a term the channel of the value to which it comes."""
+    def elements_of(self, term: Value) -> tuple[Tensor, Tensor, Tensor]:
+        """For each element of a term the channel to which it comes, and the sign; and the channels that are covered."""
         codes = _codes(term.shape.numel())
         found = self._replay(term, codes.view(term.shape))
-        channels = torch.full((len(codes),), -1)
+        channels, signs = torch.full((len(codes),), -1), torch.ones(len(codes))
+        everywhere = torch.ones(found.size(1), dtype=torch.bool)
         for channel, arrived in enumerate(found.transpose(0, 1).flatten(1)):
-            origins = _decode(arrived[arrived.abs() > _CLOSE], codes).unique()
-            if bool((channels[origins] >= 0).any()):
+            some = arrived.abs() > _CLOSE
+            everywhere[channel] = some.all()
+            origins = _decode(arrived[some], codes)
+            if bool((channels[origins.unique()] >= 0).any()):
                 raise NotLinear(f"{term.name} comes to several channels")
-            channels[origins] = channel
-        return channels.view(term.shape)
+            channels[origins], signs[origins] = channel, arrived[some].sign().float()
+        return channels.view(term.shape), signs.view(term.shape), everywhere
 
     def _replay(self, coded: Value, codes: Tensor) -> Tensor:
         """What the value is when `coded` is `codes` and all else is 0, by calling the operations between again."""
@@ -164,12 +176,9 @@ class _Way:
         known = {id(each): torch.zeros(each.shape, dtype=codes.dtype) for each in origins}
         known[id(coded)] = codes
         for operation in self._in_order():
-            read = _with_tensors(operation.arguments, known)
-            if operation.name in _SUMS:
-                one, other = (each if isinstance(each, Tensor) else torch.zeros(()) for each in read[:2])
-                returned: Any = one + other  # the sign and factor of a term change nothing of its channels
-            else:
-                returned = operation.operator(*read, **operation.keywords)
+            # copies, as an operation may change its arguments
+            arguments = tree_map(partial(_tensor, known), (operation.arguments, operation.keywords))
+            returned = operation.operator(*arguments[0], **arguments[1])
             made = [returned] if isinstance(returned, Tensor) else list(returned)
             known |= {id(result): each for result, each in zip(operation.results, made, strict=True)}
         return known[id(self.value)]
@@ -250,6 +259,6 @@ def _parameter(bias: Any) -> Value | None:
     raise NotLinear("a bias that is no parameter")
 
 
-def _with_tensors(arguments: Any, known: Mapping[int, Tensor]) -> Any:
-    """The arguments of an operation, with the tensors that are `known` in place of values."""
-    return tree_map(lambda each: known[id(each)] if isinstance(each, Value) else each, arguments)
+def _tensor(known: Mapping[int, Tensor], argument: Any) -> Any:
+    """A copy of the tensor that is known for a value; what is no value as it is."""
+    return known[id(argument)].clone() if isinstance(argument, Value) else argument

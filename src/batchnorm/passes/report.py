@@ -15,6 +15,7 @@ Outcome = Literal[
     "unfrozen",
     "configured",
     "downgraded",
+    "folded",
     "left alone",
 ]
 
@@ -25,8 +26,8 @@ class LayerReport:
 
     Args:
         name: its path in the model; "" is the model itself.
-        outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded"
-            or "left alone".
+        outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded",
+            "folded" or "left alone".
         what: what was fused into it ("relu", "residual, relu"), what of it was frozen or set, or torch's class that
             it became.
         why: why it was not fused, or left alone.

@@ -1,0 +1,212 @@
+"""Folding into what comes before: odd models, each held against itself in float64, and real networks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+import batchnorm as bn
+from batchnorm.graph.observation import BATCH_NORM, observe
+from batchnorm.passes.fold import fold_into_preceding
+from tests.mutations.mutation import Mutation
+
+
+def with_statistics(model):
+    """The model in float64, with statistics and parameters that are none of a new one."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is not None and module.running_var is not None:
+                nn.init.normal_(module.running_mean, 0, 0.5)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1)
+                nn.init.normal_(module.bias, 0, 0.3)
+    return model.double().eval()
+
+
+class Odd(nn.Module):
+    def __init__(self, forward, **children):
+        super().__init__()
+        self.own_forward = forward
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, x):
+        return self.own_forward(self, x)
+
+
+def conv(bias=True, **options):
+    return nn.Conv2d(6, 6, 3, padding=1, bias=bias, **options)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda _, __, y: 3 * y)
+    return module
+
+
+def observed(module):
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+def tied():
+    a, b = conv(), conv()
+    b.weight = a.weight
+    return {"a": a, "b": b, "bn": nn.BatchNorm2d(6)}
+
+
+def as_rows(m, x):
+    return m.bn(m.linear(x.flatten(1, 3)))
+
+
+NORM = {"bn": nn.BatchNorm2d(6)}
+# what, how many of its layers are folded, and the forward with its children
+PROBES = {
+    "conv, bn": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(), **NORM}),
+    "conv without bias": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(False), **NORM}),
+    "two convs, a bn each, one weight": (
+        0, lambda m, x: m.bn(m.a(x)) + m.c(m.a(x)), {"a": conv(), "c": nn.BatchNorm2d(6), **NORM},
+    ),
+    "conv and bn called twice": (1, lambda m, x: m.bn(m.a(m.bn(m.a(x)))), {"a": conv(), **NORM}),
+    "conv called twice, bn after one": (0, lambda m, x: m.bn(m.a(x)) + m.a(x), {"a": conv(), **NORM}),
+    "bn after two convs": (1, lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), {"a": conv(), "b": conv(), **NORM}),
+    "tied weights": (0, lambda m, x: m.bn(m.a(x)) + m.b(x), tied()),
+    "conv's output read twice": (0, lambda m, x: m.bn(y := m.a(x)) + y, {"a": conv(), **NORM}),
+    "linear": (1, as_rows, {"linear": nn.Linear(384, 5), "bn": nn.BatchNorm1d(5)}),
+    "linear on (N, L, C), C = L": (
+        0, lambda m, x: m.bn(m.linear(x.flatten(2)[..., :6])), {"linear": nn.Linear(6, 6), "bn": nn.BatchNorm1d(6)},
+    ),
+    "linear on (N, L, C), turned": (
+        1, lambda m, x: m.bn(m.linear(x.flatten(2).mT).mT), {"linear": nn.Linear(6, 4), "bn": nn.BatchNorm1d(4)},
+    ),
+    "no affine": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": nn.BatchNorm2d(6, affine=False)}),
+    "no running statistics": (
+        0, lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": nn.BatchNorm2d(6, track_running_stats=False)},
+    ),
+    "transposed": (1, lambda m, x: m.bn(m.a(x)), {"a": nn.ConvTranspose2d(6, 6, 3), **NORM}),
+    "transposed, in groups": (
+        1, lambda m, x: m.bn(m.a(x)), {"a": nn.ConvTranspose2d(6, 6, 3, groups=2, bias=False), **NORM},
+    ),
+    "in groups": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(groups=3), **NORM}),
+    "depthwise": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(groups=6), **NORM}),
+    "a hook that changes the conv's output": (0, lambda m, x: m.bn(m.a(x)), {"a": hooked(conv()), **NORM}),
+    "a hook that looks at it": (0, lambda m, x: m.bn(m.a(x)), {"a": observed(conv()), **NORM}),
+    "a hook on the bn": (0, lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": hooked(nn.BatchNorm2d(6))}),
+    "dropout between": (1, lambda m, x: m.bn(m.drop(m.a(x))), {"a": conv(), "drop": nn.Dropout(), **NORM}),
+    "by name": (1, lambda m, x: m.bn(input=m.a(x)), {"a": conv(), **NORM}),
+    "weight_norm": (0, lambda m, x: m.bn(m.a(x)), {"a": weight_norm(conv()), **NORM}),
+    "SyncBatchNorm": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": nn.SyncBatchNorm(6)}),
+    "control flow": (1, lambda m, x: m.bn(m.a(x)) if x.size(0) else x, {"a": conv(), **NORM}),
+    "bn after bn": (2, lambda m, x: m.c(m.bn(m.a(x))), {"a": conv(), "c": nn.BatchNorm2d(6), **NORM}),
+    "a concatenation": (
+        1, lambda m, x: m.bn(torch.cat([m.a(x), m.b(x)], 1)), {"a": conv(), "b": conv(False), "bn": nn.BatchNorm2d(12)},
+    ),
+    "a difference": (1, lambda m, x: m.bn(m.a(x) - m.b(x)), {"a": conv(False), "b": conv(), **NORM}),
+    "a number is added": (0, lambda m, x: m.bn(m.a(x) + 1), {"a": conv(), **NORM}),
+    "subtracted, in place": (1, lambda m, x: m.bn(m.a(x).sub_(m.b(x))), {"a": conv(False), "b": conv(False), **NORM}),
+    "half of a convolution": (
+        0, lambda m, x: m.bn(torch.add(m.a(x), m.b(x), alpha=0.5)), {"a": conv(), "b": conv(), **NORM},
+    ),
+    "an embedding of positions": (
+        1, lambda m, x: m.bn(m.a(x) + m.positions),
+        {"a": conv(False), "positions": nn.Parameter(torch.randn(6, 8, 8)), **NORM},
+    ),
+    "a functional convolution without bias": (
+        0, lambda m, x: m.bn(F.conv2d(x, m.a.weight)), {"a": conv(), **NORM},
+    ),
+    "a part of its channels": (1, lambda m, x: m.bn(m.a(x)[:, :3]), {"a": conv(), "bn": nn.BatchNorm2d(3)}),
+    "a part, and the other one elsewhere": (
+        1, lambda m, x: m.bn((p := m.a(x).chunk(2, 1))[0]) * p[1].sigmoid(), {"a": conv(), "bn": nn.BatchNorm2d(3)},
+    ),
+    "both parts, a bn each": (
+        2, lambda m, x: m.bn((p := m.a(x).chunk(2, 1))[0]) * m.c(p[1]),
+        {"a": conv(), "bn": nn.BatchNorm2d(3), "c": nn.BatchNorm2d(3)},
+    ),
+    "pooled": (1, lambda m, x: m.bn(F.adaptive_avg_pool2d(m.a(x), 1)), {"a": conv(), **NORM}),
+    "relu between": (0, lambda m, x: m.bn(m.a(x).relu()), {"a": conv(), **NORM}),
+    "the model returns what is between": (0, lambda m, x: (m.bn(y := m.a(x)), y), {"a": conv(), **NORM}),
+}  # fmt: skip
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        found = model(x)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("what", PROBES)
+def test_it_computes_the_same_and_the_model_stays(what):
+    number, forward, children = PROBES[what]
+    model = with_statistics(Odd(forward, **copy.deepcopy(children)))
+    state = {name: values.clone() for name, values in model.state_dict().items()}
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    folded, report = fold_into_preceding(model, x)
+    for one, two in zip(outputs(folded, x), outputs(model, x), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    other = torch.randn(3, 6, 8, 8, dtype=torch.float64)  # nothing was made for these values alone
+    for one, two in zip(outputs(folded, other), outputs(model, other), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    assert report.count("folded") == number, report
+    assert all(layer.why for layer in report.layers if layer.outcome == "left alone")
+    left = [operation for operation in observe(folded, x).operations if operation.name in BATCH_NORM]
+    assert bool(left) == (number < len(report.layers))
+    assert type(folded) is type(model)
+    assert [name for name, _ in folded.named_children()] == [name for name, _ in model.named_children()]
+    assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
+
+
+def test_a_layer_that_is_not_called_is_named():
+    model = with_statistics(
+        Odd(lambda m, x: m.bn(m.a(x)), a=conv(), bn=nn.BatchNorm2d(6), unused=nn.BatchNorm2d(6))
+    )
+    _, report = fold_into_preceding(model, torch.randn(2, 6, 8, 8, dtype=torch.float64))
+    assert report["unused"].why == "was not called with these inputs"
+    assert str(report["bn"]).count("into a") == 1
+
+
+def test_our_layers_are_left_with_the_reason():
+    model = with_statistics(nn.Sequential(conv(), bn.BatchNorm2d(6, activation="relu")))
+    _, report = fold_into_preceding(model, torch.randn(2, 6, 8, 8, dtype=torch.float64))
+    assert report["1"].why == "is batchnorm's own"
+
+
+ZOO = {
+    "resnet18": 20, "mobilenet_v3_small": 34, "densenet121": 59, "shufflenet_v2_x0_5": 56, "googlenet": 57,
+    "timm/levit_128s": 50, "timm/mixnet_s": 49, "timm/efficientnet_b0": 49, "timm/repvit_m0_9": 82,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_real_networks(name):
+    size = 224 if "levit" in name else 64
+    if name.startswith("timm/"):
+        model = pytest.importorskip("timm").create_model(name.removeprefix("timm/"))
+    else:
+        options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+        model = pytest.importorskip("torchvision").models.get_model(name, weights=None, **options)
+    model = with_statistics(model)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    folded, report = fold_into_preceding(model, x)
+    with torch.no_grad():
+        expected, found = model(x), folded(x)
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert report.count("folded") >= ZOO[name], report
+
+
+MUTATIONS = [
+    Mutation(
+        "readers of a weight not looked for", "passes/fold.py",
+        "            if not users <= {_behind_turn(reader) for reader in readers}:", "            if False:",
+        "a convolution that is called elsewhere too would be scaled there",
+    ),
+    Mutation(
+        "a sum is shifted twice", "passes/fold.py",
+        "            shifted[channels[new]] = True", "            pass",
+        "each term would bring the layer's shift",
+    ),
+]  # fmt: skip
