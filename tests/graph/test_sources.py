@@ -189,7 +189,7 @@ def test_of_real_networks(name, least):
 MUTATIONS = [
     Mutation(
         "mixed channels pass", "graph/sources.py",
-        "        if not bool((channel - first).abs().le(_CLOSE).all()):\n", "        if False:\n",
+        "            if not bool((arrived - first).abs().le(_CLOSE).all()):\n", "            if False:\n",
         "a scale would be given to a convolution that has it for other channels too",
     ),
     Mutation(

@@ -201,7 +201,7 @@ def test_the_names_of_the_package_are_loaded_when_they_are_asked_for():
 MUTATIONS = [
     Mutation(
         "classes in another order", "training/evaluation.py",
-        'names = tuple(state.get("class_names")', 'names = tuple(state.get("class_names")[::-1]',
+        'state["step"], tuple(names))', 'state["step"], tuple(names[::-1]))',
         "each image would get the name of another class",
     ),
 ]  # fmt: skip
