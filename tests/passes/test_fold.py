@@ -168,10 +168,64 @@ def test_a_layer_that_is_not_called_is_named():
     assert str(report["bn"]).count("into a") == 1
 
 
-def test_our_layers_are_left_with_the_reason():
-    model = with_statistics(nn.Sequential(conv(), bn.BatchNorm2d(6, activation="relu")))
-    _, report = fold_into_preceding(model, torch.randn(2, 6, 8, 8, dtype=torch.float64))
-    assert report["1"].why == "is batchnorm's own"
+@pytest.mark.parametrize("kernels", ["native", "torch", "reference"])
+@pytest.mark.parametrize("activation", [None, "relu", nn.SiLU()])
+def test_our_layers_keep_their_activation_and_their_residual(kernels, activation):
+    layer = bn.BatchNorm2d(6, activation=activation)
+    model = with_statistics(Odd(lambda m, x: m.bn(m.a(x), residual=x), a=conv(False), bn=layer))
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    with bn.kernels.use(kernels):
+        folded, report = fold_into_preceding(model, x)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert report["bn"].outcome == "folded", report
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+
+
+def test_our_layers_that_do_more_are_left_with_the_reason():
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    masked = Odd(lambda m, x: m.bn(m.a(x), mask=x[:, :1] > 0), a=conv(), bn=bn.BatchNorm2d(6))
+    named = Odd(lambda m, x: m.bn(input=m.a(x), residual=x), a=conv(), bn=bn.BatchNorm2d(6))
+    each = Odd(lambda m, x: m.bn(m.a(x)), a=conv(), bn=bn.BatchNorm2d((6, 8, 8)))
+    for model, why in ((masked, "takes a mask"), (named, "by name"), (each, "statistics of each activation")):
+        model = with_statistics(model)
+        folded, report = fold_into_preceding(model, x)
+        assert why in report["bn"].why
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_statistics_are_those_of_the_active_domain():
+    model = with_statistics(Odd(lambda m, x: m.bn(m.a(x)), a=conv(), bn=bn.BatchNorm2d(6)))
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    with bn.domain("night"):
+        model.train()(3 * x + 1)
+        model.eval()
+        folded, report = fold_into_preceding(model, x)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert report["bn"].outcome == "folded"
+    assert (folded(x) - model(x)).abs().max() > 0.1  # which are not the layer's own
+
+
+@pytest.mark.parametrize("statistics", [bn.Renorm(3.0, 5.0), bn.Ghost(2), bn.Population(), bn.Sync()])
+def test_the_source_of_a_batch_s_moments_is_no_matter_in_evaluation(statistics):
+    model = with_statistics(
+        Odd(lambda m, x: m.bn(m.a(x)), a=conv(), bn=bn.BatchNorm2d(6, statistics=statistics))
+    )
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    folded, report = fold_into_preceding(model, x)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert report["bn"].outcome == "folded", report
+
+
+def test_frozen_layers_of_torchvision():
+    ops = pytest.importorskip("torchvision.ops")
+    layer = ops.FrozenBatchNorm2d(6)
+    for values in layer.buffers():
+        nn.init.uniform_(values, 0.5, 2)
+    model = Odd(lambda m, x: m.bn(m.a(x)).relu(), a=conv(), bn=layer).double().eval()
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    folded, report = fold_into_preceding(model, x)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert report["bn"].outcome == "folded" and isinstance(folded.bn, nn.Identity)
 
 
 ZOO = {

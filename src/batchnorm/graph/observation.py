@@ -90,6 +90,7 @@ class ModuleCall:
     path: of the module in the model, the first one if it has several; "" for the model itself.
     number: how many calls of the module came before.
     caller: the call in which this one happened.
+    given: the values among its positional arguments.
     operations: those within it, also within the calls of its children.
     returns: the values that it returned.
     """
@@ -98,6 +99,7 @@ class ModuleCall:
     path: str
     number: int
     caller: ModuleCall | None
+    given: list[Value]
     operations: list[Operation] = field(default_factory=list)
     returns: list[Value] = field(default_factory=list)
 
@@ -199,12 +201,13 @@ class _Observer(TorchDispatchMode):
     def watching_modules(self) -> Iterator[None]:
         """Know in which module's call an operation happens, by hooks that no module has of its own."""
 
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, arguments: Any) -> None:
             caller = self._stack[-1] if self._stack else None
             path = self._paths.get(module)
             if path is None:  # made within a forward
                 path = f"{caller.path if caller else ''}.<{type(module).__name__}>"
-            call = ModuleCall(module, path, self._numbers[module], caller)
+            given = [self._read(tensor) for tensor in _tensors(arguments)]
+            call = ModuleCall(module, path, self._numbers[module], caller, given)
             self._numbers[module] += 1
             self._stack.append(call)
             self.seen.calls.append(call)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.graph.modules import has_hooks, is_normalization, is_patched
+from batchnorm.graph.modules import has_hooks, is_normalization, is_ours, is_patched
 from batchnorm.graph.observation import (
     BATCH_NORM,
+    ModuleCall,
     Observation,
     Operation,
     Value,
@@ -28,7 +29,8 @@ from batchnorm.graph.observation import (
     observe,
 )
 from batchnorm.graph.sources import NotLinear, Source, Term, sources
-from batchnorm.layers import _BatchNorm
+from batchnorm.kernels.call import Activation
+from batchnorm.kernels.reference import activate
 from batchnorm.moments import Affine
 from batchnorm.passes.report import LayerReport, Report
 
@@ -82,19 +84,27 @@ def _uncalled(name: str) -> LayerReport:
     return LayerReport(name, "left alone", why="was not called with these inputs")
 
 
+@dataclass(frozen=True)
+class _Normalization:
+    """A call of a layer that multiplies and shifts each channel of `value`, in evaluation."""
+
+    call: ModuleCall
+    value: Value
+    affine: Affine
+
+
 def _plans(model: nn.Module, seen: Observation) -> tuple[list[_Plan], dict[str, LayerReport]]:
     """Plans that do not meet in a parameter, and why the other layers are left."""
-    calls: dict[nn.Module, list[Operation]] = defaultdict(list)
-    for operation in seen.operations:
-        if operation.name in BATCH_NORM and operation.call is not None:
-            calls[operation.call.module].append(operation)
     plans: list[_Plan] = []
     left: dict[str, LayerReport] = {}
     taken: set[Value] = set()
-    for module, operations in calls.items():
-        path = seen.calls_of(module)[0].path
+    for module in dict.fromkeys(call.module for call in seen.calls):
+        if not is_normalization(module):
+            continue
+        calls = seen.calls_of(module)
+        path = calls[0].path
         try:
-            plan = _plan(model, seen, module, operations)
+            plan = _plan(model, path, calls)
         except (_Left, NotLinear) as why:
             left[path] = LayerReport(path, "left alone", why=str(why))
             continue
@@ -105,22 +115,73 @@ def _plans(model: nn.Module, seen: Observation) -> tuple[list[_Plan], dict[str, 
     return plans, left
 
 
-def _plan(model: nn.Module, seen: Observation, module: nn.Module, operations: list[Operation]) -> _Plan:
-    if len(operations) != len(seen.calls_of(module)):
-        raise _Left("normalizes several times in one call")
+def _plan(model: nn.Module, path: str, calls: list[ModuleCall]) -> _Plan:
+    module = calls[0].module
+    instead = _rest_of(module)
     if has_hooks(module):
         raise _Left("has hooks, which see its output")
-    path = seen.calls_of(module)[0].path
     wanted = _Wanted(model, path)
-    for operation in operations:
-        value = operation.reads[0]
-        if value.only_user is not operation:
+    for call in calls:
+        normalization = _normalization(model, call)
+        value, inside = normalization.value, set(map(id, call.operations))
+        if value.is_output or any(id(user) not in inside for user in value.users):
             raise _Left("its input is read elsewhere too")
-        affine = _affine(model, operation)
-        found, terms = sources(value)
-        wanted.add(found, terms, affine)
+        wanted.add(*sources(value), normalization.affine)
     wanted.check()
-    return _Plan(path, wanted.scales, wanted.shifts, wanted.new_biases, tuple(wanted.into), _rest_of(module))
+    return _Plan(path, wanted.scales, wanted.shifts, wanted.new_biases, tuple(wanted.into), instead)
+
+
+def _normalization(model: nn.Module, call: ModuleCall) -> _Normalization:
+    """What a call of a layer normalizes, and how."""
+    module = call.module
+    if is_ours(module) or is_frozen(module):
+        given = call.given or call.reads  # by position, or else by name
+        if any(not value.dtype.is_floating_point for value in call.reads):
+            raise _Left("takes a mask")
+        if not call.given and len(call.reads) > 1:
+            raise _Left("takes its input by name, beside others")
+        return _Normalization(call, given[0], _affine_of(module))
+    operations = [operation for operation in call.operations if operation.name in BATCH_NORM]
+    if len(operations) != 1:
+        raise _Left(f"is {type(module).__name__}, which normalizes {len(operations)} times in a call")
+    return _Normalization(call, operations[0].reads[0], _affine(model, operations[0]))
+
+
+def _affine_of(module: nn.Module) -> Affine:
+    """What a layer of ours, or a frozen one, computes in evaluation, in float64."""
+    holder: Any = module.active_statistics() if is_ours(module) else module
+    names: Any = (holder.running_mean, holder.running_var, module.weight, module.bias)
+    mean, variance, weight, bias = (None if each is None else each.detach().double() for each in names)
+    if mean is None or variance is None:
+        raise _Left("normalizes by the batch in evaluation too")
+    if mean.dim() != 1:
+        raise _Left("has statistics of each activation")
+    eps: Any = module.eps
+    return Affine.normalising(mean, variance, weight, bias, eps)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether this is a FrozenBatchNorm2d, torchvision's or detectron2's: constants, and no operator of torch's."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    return (
+        type(module).__name__ == "FrozenBatchNorm2d"
+        and all(isinstance(module._buffers.get(name), Tensor) for name in names)
+        and isinstance(getattr(module, "eps", None), float)
+    )
+
+
+class Activated(nn.Module):
+    """What is left of a folded layer of ours: activation(x + residual), called as the layer was."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return activate(input, self.activation, residual)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
 
 
 class _Wanted:
@@ -217,13 +278,8 @@ def _may_have_bias(model: nn.Module, source: Source) -> bool:
 
 def _affine(model: nn.Module, operation: Operation) -> Affine:
     """What a call of a normalization computes, in float64."""
-    arguments = operation.arguments
-    if operation.name == "batchnorm.forward":
-        _, weight, bias, _, mean, variance, eps = arguments[:7]
-        training = mean is None
-    else:
-        _, weight, bias, mean, variance, training = arguments[:6]
-        eps = arguments[7]
+    _, weight, bias, mean, variance, training = operation.arguments[:6]
+    eps = operation.arguments[7]
     if training or mean is None or variance is None:
         raise _Left("normalizes by the batch in evaluation too")
 
@@ -243,8 +299,10 @@ def _affine(model: nn.Module, operation: Operation) -> Affine:
 
 def _rest_of(module: nn.Module) -> nn.Module:
     """What a layer does after it has normalized."""
-    if isinstance(module, _BatchNorm):
-        raise _Left("is batchnorm's own")  # its activation and residual
+    if is_ours(module):
+        return Activated(module.activation)
+    if is_frozen(module):
+        return nn.Identity()
     if type(module).forward in (
         nn.BatchNorm1d.forward,
         nn.BatchNorm2d.forward,
