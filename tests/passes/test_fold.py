@@ -159,6 +159,22 @@ def test_it_computes_the_same_and_the_model_stays(what):
     assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
 
 
+def test_a_fold_that_changes_the_output_is_undone_and_the_others_stay():
+    """A forward that reads a weight where nobody sees it."""
+
+    def forward(m, x):
+        y = m.bn(m.a(x)) + float(m.a.weight.numpy()[0, 0, 0, 0])
+        return m.d(m.b(y))
+
+    model = with_statistics(Odd(forward, a=conv(), b=conv(), d=nn.BatchNorm2d(6), **copy.deepcopy(NORM)))
+    model.requires_grad_(False)
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    folded, report = fold_into_preceding(model, x)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert report["d"].outcome == "folded"
+    assert report["bn"].why.startswith("folded into a it would change the output, by")
+
+
 def test_a_layer_that_is_not_called_is_named():
     model = with_statistics(
         Odd(lambda m, x: m.bn(m.a(x)), a=conv(), bn=nn.BatchNorm2d(6), unused=nn.BatchNorm2d(6))

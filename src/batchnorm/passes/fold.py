@@ -4,12 +4,15 @@
 
 It works on a copy, whose class, children's names and forward stay: a folded layer's place is taken by what follows the
 normalization in it, an Identity if nothing does. What comes before a layer is observed in one run
-(graph/observation.py), so that reshapes, concatenation, sums and pooling may lie in between (graph/sources.py).
+(graph/observation.py), so that reshapes, concatenation, sums and pooling may lie in between (graph/sources.py). Each
+fold is proven: the model computes in float64 what it computed before, from the example inputs and from random ones, or
+the fold is undone.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.graph.modules import has_hooks, is_normalization, is_ours, is_patched
 from batchnorm.graph.observation import (
@@ -33,6 +37,8 @@ from batchnorm.kernels.call import Activation
 from batchnorm.kernels.reference import activate
 from batchnorm.moments import Affine
 from batchnorm.passes.report import LayerReport, Report
+
+PROVEN = 1e-9  # of the largest output, in float64
 
 
 class _Left(Exception):
@@ -67,17 +73,89 @@ def fold_into_preceding(model: nn.Module, *inputs: Any, **keywords: Any) -> tupl
         The copy, and a report with a line for each normalization layer.
     """
     folded = copy.deepcopy(model).eval()
+    proof = Proof.of(folded, inputs, keywords)
     done: dict[str, LayerReport] = {}
+    undone: dict[str, LayerReport] = {}
     while True:
         seen = observe(folded, *inputs, **keywords)
-        plans, left = _plans(folded, seen)
+        found, left = _plans(folded, seen)
+        plans = [plan for plan in found if plan.path not in undone]
         if not plans:
             break
-        for plan in plans:
-            _apply(folded, plan)
-            done[plan.path] = LayerReport(plan.path, "folded", "into " + ", ".join(plan.into))
+        together = _applied(folded, plans)
+        if proof.error(together) <= PROVEN:
+            folded = together
+        else:  # some of them: which, is seen one by one
+            for plan in plans:
+                alone = _applied(folded, [plan])
+                if (error := proof.error(alone)) <= PROVEN:
+                    folded = alone
+                else:
+                    why = f"folded into {', '.join(plan.into)} it would change the output, by {error:.1e}"
+                    undone[plan.path] = LayerReport(plan.path, "left alone", why=why)
+        done |= {
+            plan.path: LayerReport(plan.path, "folded", "into " + ", ".join(plan.into))
+            for plan in plans
+            if plan.path not in undone
+        }
     names = [name for name, module in model.named_modules() if is_normalization(module)]
-    return folded, Report(tuple(done.get(name) or left.get(name) or _uncalled(name) for name in names))
+    every = done | undone | {name: report for name, report in left.items() if name not in undone}
+    return folded, Report(tuple(every.get(name) or _uncalled(name) for name in names))
+
+
+def _applied(model: nn.Module, plans: list[_Plan]) -> nn.Module:
+    """A copy of the model, with these layers folded."""
+    changed = copy.deepcopy(model)
+    for plan in plans:
+        _apply(changed, plan)
+    return changed
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a model computes, in float64, from the example inputs and from random ones of their shapes."""
+
+    cases: list[tuple[Any, Any, list[Tensor]]]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Proof:
+        example = _as_double((inputs, keywords))
+        generator = torch.Generator().manual_seed(0)
+        random = tree_map(
+            lambda each: (
+                torch.randn(each.shape, generator=generator, dtype=each.dtype).to(each.device)
+                if isinstance(each, Tensor) and each.is_floating_point()
+                else each
+            ),
+            example,
+        )
+        wide = copy.deepcopy(model).double()
+        return cls([(*given, _outputs(wide, *given)) for given in (example, random)])
+
+    def error(self, model: nn.Module) -> float:
+        """The largest difference of an output from what it was, as a share of its largest; inf for other shapes."""
+        wide, worst = copy.deepcopy(model).double(), 0.0
+        for inputs, keywords, expected in self.cases:
+            found = _outputs(wide, inputs, keywords)
+            if [each.shape for each in found] != [each.shape for each in expected]:
+                return math.inf
+            for one, two in zip(found, expected, strict=True):
+                largest = two.abs().max().item() if two.numel() else 0.0
+                difference = (one - two).abs().max().item() if two.numel() else 0.0
+                worst = max(worst, difference / max(largest, 1e-30)) if difference == difference else math.inf
+        return worst
+
+
+def _outputs(model: nn.Module, inputs: Any, keywords: Any) -> list[Tensor]:
+    with torch.no_grad():
+        returned = model(*inputs, **keywords)
+    return [each for each in tree_leaves(returned) if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _as_double(given: Any) -> Any:
+    return tree_map(
+        lambda each: each.double() if isinstance(each, Tensor) and each.is_floating_point() else each, given
+    )
 
 
 def _uncalled(name: str) -> LayerReport:
