@@ -883,9 +883,15 @@ def test_the_newest_run_is_found_where_out_put_it(train, copy, tmp_path, monkeyp
     (tmp_path / "runs" / "mnist-1" / "records.jsonl").write_text("nonsense\n")
     shutil.copytree(copy, tmp_path / place, dirs_exist_ok=True)
     shutil.rmtree(copy)
+    records = tmp_path / place / "records.jsonl"
+    stopped = "".join(records.read_text().splitlines(keepends=True)[:-1])  # before its result
+    records.write_text(stopped)
     done = train("--resume")
     assert done.code == 0, done.error
     assert f"run folder  {place}" in done.out
+    # now it is complete: in runs/ it may be made longer, elsewhere it may be anybody's records
+    again = train("--resume")
+    assert again.code == (0 if place.startswith("runs/") else 1), again.error
 
 
 def test_the_number_of_threads_is_said_and_stays_that_of_the_run(train, run_toml, tmp_path, monkeypatch):

@@ -51,17 +51,20 @@ def resumed_run_settings(folder: Path, experiment: str, kind: type[S], chosen: d
 
 
 def newest_run(kind: str) -> Path:
-    """The folder of the newest incomplete run of a kind, or else of the newest run.
+    """The folder of the newest incomplete run of a kind, or else of the newest run in runs/.
 
-    Runs are looked for in the folders here and in those in them, which is where --out has put most.
+    Incomplete ones are looked for in the folders here and in those in them, which is where --out has put most.
     """
     found = [path for pattern in ("*", "*/*") for path in Path().glob(f"{pattern}/records.jsonl")]
     runs = sorted((path for path in found if _kind(path) == kind), key=lambda path: -path.stat().st_mtime)
-    if not runs:
+    usual = (path for path in runs if path.parent.parent == RUNS)
+    chosen = next((path for path in runs if not _complete(path)), None) or next(usual, None)
+    if chosen is None:
         raise Failure(
-            f"no {kind} run to resume in {RUNS}/ or another folder here: name it, as in --out FOLDER --resume"
+            f"no {kind} run to resume in {RUNS}/, and no stopped one in another folder here: name its folder, as in "
+            "--out FOLDER --resume"
         )
-    return next((path for path in runs if not _complete(path)), runs[0]).parent
+    return chosen.parent
 
 
 def _kind(path: Path) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,7 +97,9 @@ class Session:
             writer = None
             if trainer.accelerator.is_main_process:  # only this one writes records and reports progress
                 writer = stack.enter_context(RunWriter(self.folder))
-                writer.write_head(self._run_record(trainer), trainer.evaluations)
+                known: list[Evaluation | Result] = [*trainer.evaluations]
+                known += [trainer.result] if trainer.result is not None else []
+                writer.write_head(self._run_record(trainer), known)
                 self.callback.on_start(trainer, source, new)
             try:
                 result = self._train(trainer, interruption, writer)
@@ -229,13 +232,13 @@ class RunWriter:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def write_head(self, head: Run, evaluations: list[Evaluation]) -> None:
-        """Write the run record if the file is new or its run becomes longer, and evaluations that the file lacks."""
+    def write_head(self, head: Run, known: Sequence[Evaluation | Result]) -> None:
+        """Write the run record if the file is new or its run becomes longer, and `known` records that it lacks."""
         runs = [record for record in self._records.records if isinstance(record, Run)]
         if not runs or _steps(runs[-1]) != _steps(head):
             self._records.append(head)
-        for evaluation in evaluations:
-            self.write(evaluation)
+        for record in known:
+            self.write(record)
 
     def write_check(self, check: Check | None, batch_size: int) -> None:
         """Write what the training loss was, unless it is written already, to TensorBoard."""
