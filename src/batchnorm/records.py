@@ -39,8 +39,8 @@ def _printable(value: object) -> object:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-Text = Annotated[str, BeforeValidator(_printable), Field(max_length=10_000)]
-Label = Annotated[str, BeforeValidator(_printable), Field(max_length=300)]
+Text = Annotated[str, Field(max_length=10_000), BeforeValidator(_printable)]
+Label = Annotated[str, Field(max_length=300), BeforeValidator(_printable)]
 Step = Annotated[int, Field(ge=0, le=10**15)]
 Class = Annotated[int, Field(ge=0, lt=10**7)]
 _POINTS, _LINES, _PANELS, _ROWS = 10**6, 60, 12, 5_000
