@@ -137,24 +137,13 @@ def _scores(
     console: Console, networks: Sequence[SavedNetwork], source: Source, crops: Crops, corrupt: Any
 ) -> list[Score]:
     """The score of each network and, if there are several, of their ensemble."""
-    from batchnorm.training.evaluation import Predictions, predict
+    from batchnorm.training.evaluation import Predictions
 
-    every = []
     with _bar(console, len(source), len(networks)) as advance:
-        for saved in networks:
-            parts = []
-            for part in predict(
-                saved.network,
-                source,
-                saved.config.data.image_size,
-                crops=crops,
-                batch_size=saved.config.evaluation.batch_size,
-                corrupt=corrupt,
-                loaders=saved.config.machine.loaders,
-            ):
-                parts.append(part)
-                advance(len(part))
-            every.append(Predictions.concatenate(parts))
+        every = [
+            saved.predictions(source, crops, corrupt, advance, saved.config.machine.loaders)
+            for saved in networks
+        ]
     ensemble = [Predictions.mean(every)] if len(every) > 1 else []
     return [predictions.score for predictions in every + ensemble]
 

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from batchnorm.cli.network_options import CropsOption, FinalOption, StatisticsOption, ThreadsOption
 from batchnorm.cli.terminal import Failure, as_failure, image_bar, one_of, show
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from batchnorm.data.corrupt import Corrupt
-    from batchnorm.data.files import ImageFiles
-    from batchnorm.training.evaluation import Crops, Predictions, SavedNetwork
 
 EPILOG = (
     "[bold]Examples[/]\n\n"
@@ -74,7 +67,8 @@ def predict(
         )
         files = ImageFiles(images, saved.channels, saved.classes)
         corrupt = Corrupt(1, len(files))
-        predictions = _predictions(Console(stderr=True), saved, files, chosen_crops, corrupt)
+        with image_bar(Console(stderr=True), len(files), 1) as advance:
+            predictions = saved.predictions(files, chosen_crops, corrupt, advance)
     console = Console()
     for number, probabilities in enumerate(predictions.probabilities):
         name = files.name(number)
@@ -101,23 +95,3 @@ def predict(
             )
     if len(corrupt):
         raise Failure(f"{len(corrupt):,} of {len(files):,} images could not be read")
-
-
-def _predictions(
-    console: Console, saved: SavedNetwork, files: ImageFiles, crops: Crops, corrupt: Corrupt
-) -> Predictions:
-    from batchnorm.training.evaluation import Predictions, predict
-
-    with image_bar(console, len(files), 1) as advance:
-        parts = []
-        for part in predict(
-            saved.network,
-            files,
-            saved.config.data.image_size,
-            crops=crops,
-            batch_size=saved.config.evaluation.batch_size,
-            corrupt=corrupt,
-        ):
-            parts.append(part)
-            advance(len(part))
-    return Predictions.concatenate(parts)

@@ -49,8 +49,8 @@ class _Left(Exception):
 class _Plan:
     """How one layer is folded: by scaling and shifting parameters, and by what takes its place.
 
-    scales, shifts: of a parameter or buffer, by its value; of its shape but for dimensions of size 1. A missing bias is
-        a shift of the weight's value.
+    scales, shifts: of a parameter or buffer, by its value; of its shape but for dimensions of size 1.
+    new_biases: where there is none, by the value of the weight beside it.
     """
 
     path: str
@@ -166,7 +166,6 @@ def _uncalled(name: str) -> LayerReport:
 class _Normalization:
     """A call of a layer that multiplies and shifts each channel of `value`, in evaluation."""
 
-    call: ModuleCall
     value: Value
     affine: Affine
 
@@ -198,7 +197,7 @@ def _plan(model: nn.Module, path: str, calls: list[ModuleCall]) -> _Plan:
     instead = _rest_of(module)
     if has_hooks(module):
         raise _Left("has hooks, which see its output")
-    wanted = _Wanted(model, path)
+    wanted = _Wanted(model)
     for call in calls:
         normalization = _normalization(model, call)
         value, inside = normalization.value, set(map(id, call.operations))
@@ -218,11 +217,11 @@ def _normalization(model: nn.Module, call: ModuleCall) -> _Normalization:
             raise _Left("takes a mask")
         if not call.given and len(call.reads) > 1:
             raise _Left("takes its input by name, beside others")
-        return _Normalization(call, given[0], _affine_of(module))
+        return _Normalization(given[0], _affine_of(module))
     operations = [operation for operation in call.operations if operation.name in BATCH_NORM]
     if len(operations) != 1:
         raise _Left(f"is {type(module).__name__}, which normalizes {len(operations)} times in a call")
-    return _Normalization(call, operations[0].reads[0], _affine(model, operations[0]))
+    return _Normalization(operations[0].reads[0], _affine(model, operations[0]))
 
 
 def _affine_of(module: nn.Module) -> Affine:
@@ -265,8 +264,8 @@ class Activated(nn.Module):
 class _Wanted:
     """What the calls of a layer want of parameters; they must agree, and nothing else may read them."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        self.model, self.path = model, path
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.scales: dict[Value, Tensor] = {}
         self.shifts: dict[Value, Tensor] = {}
         self.new_biases: dict[Value, Tensor] = {}
@@ -367,8 +366,8 @@ def _affine(model: nn.Module, operation: Operation) -> Affine:
         value = behind_layout(value)
         if value.kind not in ("parameter", "buffer"):
             raise _Left("its statistics or parameters are computed")
-        found = dict(model.named_parameters()).get(value.name)
-        return (found if found is not None else model.get_buffer(value.name)).detach().double()
+        get = model.get_parameter if value.kind == "parameter" else model.get_buffer
+        return get(value.name).detach().double()
 
     found_mean, found_variance = tensor(mean), tensor(variance)
     assert found_mean is not None and found_variance is not None

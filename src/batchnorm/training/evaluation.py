@@ -75,6 +75,24 @@ class SavedNetwork:
         """Whether it has BN, so that the choice of statistics matters."""
         return has_norms(self.network)
 
+    def predictions(
+        self, source: Source, crops: Crops, corrupt: Corrupt, on_part: Callable[[int], None], loaders: int = 0
+    ) -> Predictions:
+        """Those on all images of `source`, see `predict`; `on_part` is told the number of images of each part."""
+        parts = []
+        for part in predict(
+            self.network,
+            source,
+            self.config.data.image_size,
+            crops=crops,
+            batch_size=self.config.evaluation.batch_size,
+            corrupt=corrupt,
+            loaders=loaders,
+        ):
+            parts.append(part)
+            on_part(len(part))
+        return Predictions.concatenate(parts)
+
     def expect(self, source: Source, name: str) -> None:
         """Raise NetworkError unless `source`, the data set `name`, has the channels and classes of the training set."""
         given, expected = (_describe(each.channels, each.classes) for each in (source, self))
