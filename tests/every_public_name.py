@@ -122,6 +122,12 @@ def passes():
     assert model[0][1].running_mean.equal(before)
     with bn.mask(model, torch.rand(len(x), *x.shape[2:]) < 0.5):
         model(x)
+    folded, report = bn.fold(model, x)
+    assert report.count("folded") == 2
+    model, report = bn.strip_bias(model, x)
+    assert report.count("stripped") == 2
+    close(model.eval()(x), folded(x))
+    model.train()
     model, report = bn.configure(model, momentum=0.2, only="0.*")
     assert report["0.1"].what == "momentum=0.2" and model[3].momentum == 0.1
     model, report = bn.downgrade(model, sync=False)

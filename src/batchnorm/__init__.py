@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from batchnorm.passes.configure import configure as configure
     from batchnorm.passes.convert_sync import convert_sync as convert_sync
     from batchnorm.passes.downgrade import downgrade as downgrade
+    from batchnorm.passes.fold import fold as fold
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
     from batchnorm.passes.mask import mask as mask
     from batchnorm.passes.paused import paused as paused
+    from batchnorm.passes.strip_bias import strip_bias as strip_bias
     from batchnorm.passes.upgrade import upgrade as upgrade
     from batchnorm.passes.virtual_batch import virtual_batch as virtual_batch
     from batchnorm.running.domain import domain as domain
@@ -66,12 +68,14 @@ _HOME = {
     "adapt": "calibrate.adapt",
     "configure": "passes.configure",
     "convert_sync": "passes.convert_sync",
+    "fold": "passes.fold",
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",
     "mask": "passes.mask",
     "paused": "passes.paused",
     "upgrade": "passes.upgrade",
     "downgrade": "passes.downgrade",
+    "strip_bias": "passes.strip_bias",
     "virtual_batch": "passes.virtual_batch",
     "keep_memory": "memory",
     "return_memory": "memory",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.kernels.call import Activation
 from batchnorm.layers import _BatchNorm
@@ -30,6 +30,11 @@ def is_normalization(module: nn.Module) -> bool:
         getattr(module, "original_name", type(module).__name__)
     )  # of a scripted module, the class name
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether `module` has buffers of running statistics, of whatever class it is."""
+    return all(isinstance(module._buffers.get(name), Tensor) for name in ("running_mean", "running_var"))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -76,6 +76,14 @@ class Operation:
     keywords: dict[str, Any]
     results: list[Value] = field(default_factory=list)
 
+    def argument(self, name: str) -> Any:
+        """The argument of that name in the operator's schema, its default where it was not given."""
+        for place, argument in enumerate(self.operator._schema.arguments):
+            if argument.name == name:
+                given = self.arguments[place : place + 1]
+                return given[0] if given else self.keywords.get(name, argument.default_value)
+        raise KeyError(f"{self.name} has no argument {name}")
+
     @property
     def reads(self) -> list[Value]:
         """The values that it reads, each once, in the order of its arguments."""

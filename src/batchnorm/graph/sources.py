@@ -1,27 +1,33 @@
 """The linear operations that a value comes from, and which of their channels come to which of its channels.
 
-    found, terms = sources(norm.reads[0])    # of conv → reshape → concat → BN: each convolution, with its channels
+    found = sources(norm.reads[0], tensor)     # of conv → reshape → concat → BN: each convolution, with its channels
 
-Between may be whatever keeps a factor and a term of a channel what they are: layout changes, concatenation, sums and
-average pooling. Where the channels go is not derived from the arguments of those operations but seen: they are called
-again on codes, one number for each channel of one source and 0 for the others, and what arrives in a channel must be
-one code everywhere. So reshapes, splits, shuffles and whatever else arranges values need no rules of their own.
+Between may be whatever keeps a factor and a term of a channel what they are: layout changes, concatenation, sums,
+average pooling, multiplication by parameters and numbers. Where the channels go is not derived from the arguments of
+those operations but seen: they are called again on codes, one number for each channel of one source and 0 for the
+others, and what arrives in a channel must be one code, times one number, everywhere. So reshapes, splits, shuffles and
+whatever else arranges values need no rules of their own.
+
+`readers` is the same in the other direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from batchnorm.graph.linear import Linear
 from batchnorm.graph.observation import LAYOUT, Operation, Value
+from batchnorm.graph.replay import Replay, zeros
 
-_SUMS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_"})
+GetTensor = Callable[[Value], Tensor]  # of a parameter or buffer, float64
+
+SUMS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"})
+_FACTORS = frozenset({"aten.mul", "aten.mul_", "aten.div", "aten.div_", "aten.neg", "aten.neg_"})
 _POOLS = frozenset(
     {
         "aten.mean",
@@ -33,31 +39,26 @@ _POOLS = frozenset(
         "aten.adaptive_avg_pool1d",
     }
 )
-_PASSED = LAYOUT | _SUMS | _POOLS | {"aten.cat"}
+_ARRANGED = LAYOUT | _POOLS | {"aten.cat"}
+_PASSED = _ARRANGED | SUMS | _FACTORS
 _CLOSE = 1e-9
 
 
 class NotLinear(Exception):
-    """A value does not come from linear operations alone; the message says what is in between."""
+    """A value does not come from linear operations alone, or go into them; the message says what is in between."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A linear operation, y = W·x + b, and where its channels go.
+    """A linear operation, and where its channels go.
 
-    weight: the parameter W as the operation reads it, a convolution's or a linear layer's.
-    bias: the parameter b, or None.
-    output_dim: the dimension of the weight that belongs to the channels of y.
-    channels: (channels of y,) int64, the channel of the value to which each comes; -1 for those that do not.
-    signs: (channels of y,) 1, or -1 where it is subtracted.
+    channels: (outputs,) int64, the channel of the value to which each comes; -1 for those that do not.
+    factors: (outputs,) by what each is multiplied on its way: -1 where it is subtracted; 1 where it does not come.
     """
 
-    operation: Operation
-    weight: Value
-    bias: Value | None
-    output_dim: int
+    linear: Linear
     channels: Tensor
-    signs: Tensor
+    factors: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,144 +66,351 @@ class Term:
     """A parameter or buffer that is added: a bias beside a matrix product, an embedding of positions.
 
     channels: of its shape, int64, the channel of the value to which each element comes; -1 for those that do not.
-    signs: of its shape, 1, or -1 where it is subtracted.
+    factors: of its shape, by what each is multiplied on its way.
     everywhere: (channels of the value,) whether each position of the channel has one of its elements.
     """
 
     value: Value
     channels: Tensor
-    signs: Tensor
+    factors: Tensor
     everywhere: Tensor
 
 
-def sources(value: Value) -> tuple[list[Source], list[Term]]:
+@dataclass(frozen=True, eq=False)
+class Skip:
+    """A value that is added as it is, beside a linear operation that reads it too.
+
+    channels: (its channels,) int64, the channel to which each comes; -1 for those that do not.
+    factors: (its channels,) by what each is multiplied on its way.
+    """
+
+    value: Value
+    channels: Tensor
+    factors: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """All that makes up a value, (N, C, ...): the sum of these and of `constant`, (C,), numbers that are added.
+
+    operations: the sources, and all between them and the value.
+    """
+
+    sources: list[Source]
+    terms: list[Term]
+    skips: list[Skip]
+    constant: Tensor
+    operations: set[Operation]
+    way: _Way
+
+    def aligned(self, one: Source | Skip, other: Source | Skip) -> bool:
+        """Whether each position of one comes to where the same position of the other comes to."""
+        return self.way.aligned(_made(one), _made(other))
+
+
+def _made(part: Source | Skip) -> tuple[Value, int]:
+    """What it is that comes, and the dimension of its channels."""
+    if isinstance(part, Skip):
+        return part.value, 1
+    return part.linear.operation.results[0], part.linear.output_dim
+
+
+def sources(
+    value: Value, tensor: GetTensor, stops: frozenset[Value] = frozenset(), normalizations: bool = False
+) -> Origin:
     """The linear operations whose outputs make up `value`, (N, C, ...), and what is added to them.
 
     Each channel of the value comes from one channel of at least one of them, of a sum from one of each; nothing else
     reads what is in between.
 
+    Args:
+        value: of which it is asked.
+        tensor: gives what a parameter or buffer is.
+        stops: values that are looked at as skips, whatever makes them.
+        normalizations: whether one counts as a linear operation.
+
     Raises: NotLinear.
     """
-    way = _Way.to(value)
+    way = _Way.to(value, tensor, stops, normalizations)
     found = []
     reached = torch.zeros(value.shape[1], dtype=torch.bool)
-    for leaf in way.leaves:
-        weight, bias, output_dim, channel_dim = _parts(leaf)
-        channels, signs = way.channels_of(leaf.results[0], channel_dim)
+    for linear in way.leaves:
+        channels, factors = way.channels_of(linear.operation.results[0], linear.output_dim)
         reached[channels[channels >= 0]] = True
-        found.append(Source(leaf, weight, bias, output_dim, channels, signs))
+        found.append(Source(linear, channels, factors))
     if not bool(reached.all()):
         raise NotLinear("some channels do not come from a linear operation")
-    return found, [Term(each, *way.elements_of(each)) for each in way.terms]
+    terms = [Term(each, *way.elements_of(each)) for each in way.terms]
+    skips = [Skip(each, *way.channels_of(each, 1)) for each in way.skips]
+    operations = way.between.union(way.constants, *(linear.operations for linear in way.leaves))
+    return Origin(found, terms, skips, way.constant(), operations, way)
 
 
-@dataclass(frozen=True)
 class _Way:
-    """All between a value and the linear operations, `leaves`, and `terms` that it comes from."""
+    """All between a value and the linear operations, `leaves`, the `terms` and the `skips` that it comes from."""
 
-    value: Value
-    between: set[Operation]
-    leaves: list[Operation]
-    terms: list[Value]
-
-    @classmethod
-    def to(cls, value: Value) -> _Way:
-        between: set[Operation] = set()
-        leaves: dict[Operation, None] = {}
-        terms: dict[Value, None] = {}
+    def __init__(
+        self, value: Value, tensor: GetTensor, stops: frozenset[Value], normalizations: bool
+    ) -> None:
+        self.value = value
+        self.tensor = tensor
+        self.between: set[Operation] = set()
+        self.leaves: list[Linear] = []
+        self.terms: dict[Value, None] = {}
+        self.skips: dict[Value, None] = {}
+        self._zero: Tensor | None = None
+        seen: set[Operation] = set()
         waiting = [value]
         while waiting:
             each = waiting.pop()
             made = each.producer
-            if each.is_output and each is not value:
+            if each in stops:
+                self.skips[each] = None
+            elif each.is_output and each is not value:
                 raise NotLinear("the model returns what is in between")
-            if each.kind in ("parameter", "buffer"):
-                terms[each] = None
+            elif each.kind in ("parameter", "buffer"):
+                self.terms[each] = None
             elif made is None:
-                raise NotLinear(f"it comes from the {each.kind}")
-            elif is_linear(made):
-                leaves[made] = None
+                self._skip(each, f"it comes from the {each.kind}")
+            elif made in seen:
+                continue
+            elif (linear := Linear.of(made)) is not None and (normalizations or not linear.is_normalization):
+                seen.add(made)
+                self.leaves.append(linear)
             elif made.name not in _PASSED:
-                raise NotLinear(f"it comes from {made.name}")
-            elif made.name in _SUMS and not all(isinstance(each, Value) for each in made.arguments[:2]):
-                raise NotLinear("a number is added to it")
-            elif made not in between:
-                between.add(made)
-                waiting += made.reads
-        for operation in [*between, *leaves]:
-            for result in operation.results:
-                users = [user in between for user in result.users]
-                # a part of a split that nothing between reads is other channels
-                if result is not value and any(users) and not all(users):
-                    raise NotLinear(f"what {operation.name} makes is read elsewhere too")
-        return cls(value, between, list(leaves), list(terms))
+                self._skip(each, f"it comes from {made.name}")
+            else:
+                seen.add(made)
+                self.between.add(made)
+                waiting += self._operands(made)
+
+    @classmethod
+    def to(cls, value: Value, tensor: GetTensor, stops: frozenset[Value], normalizations: bool) -> _Way:
+        """The way, with those values for skips that are read elsewhere too, if a leaf reads them."""
+        while True:
+            way = cls(value, tensor, stops, normalizations)
+            inputs = {leaf.input for leaf in way.leaves}
+            made = [*way.between, *(leaf.operation for leaf in way.leaves)]
+            elsewhere = {result: way._elsewhere(result) for each in made for result in each.results}
+            further = {result for result, by in elsewhere.items() if by and result in inputs}
+            if further:
+                stops |= further
+                continue
+            for result, by in elsewhere.items():
+                if by:
+                    raise NotLinear(
+                        f"what {result.producer.name if result.producer else ''} makes is read elsewhere too"
+                    )
+            for skip in way.skips:
+                if skip not in inputs and skip not in stops:
+                    raise NotLinear(way._reasons[skip])
+            return way
+
+    _reasons: dict[Value, str]
+
+    def _skip(self, value: Value, why: str) -> None:
+        self._reasons = {**getattr(self, "_reasons", {}), value: why}
+        self.skips[value] = None
+
+    def _operands(self, operation: Operation) -> list[Value]:
+        """The values that come through an operation. Raises: NotLinear."""
+        if operation.name not in _FACTORS:
+            return operation.reads
+        one, *others = operation.arguments
+        for other in others:
+            if isinstance(one, Value) and is_constant(one) and isinstance(other, Value):
+                if operation.name.startswith("aten.div"):
+                    raise NotLinear("something is divided by it")
+                one, other = other, one
+            if isinstance(other, Value) and not is_constant(other):
+                raise NotLinear(f"it comes from {operation.name}")
+            if operation.keywords:
+                raise NotLinear(f"it comes from {operation.name} with a rounding")
+        return [one]
+
+    def _elsewhere(self, result: Value) -> bool:
+        users = [user in self.between for user in result.users]
+        # a part of a split that nothing between reads is other channels
+        return result is not self.value and any(users) and not all(users)
 
     def channels_of(self, made: Value, dim: int) -> tuple[Tensor, Tensor]:
-        """For each channel of what a leaf made, in its dimension `dim`, the channel to which it comes, and the sign."""
-        codes = _codes(made.shape[dim])
+        """For each channel of `made`, in its dimension `dim`, the channel to which it comes, and its factor there."""
+        number = made.shape[dim]
+        codes = _codes(number)
         view = [-1 if at == dim else 1 for at in range(len(made.shape))]
-        found = self._replay(made, codes.view(view).expand(made.shape).clone())
-        channels, signs = torch.full((made.shape[dim],), -1), torch.ones(made.shape[dim])
-        for channel, arrived in enumerate(found.transpose(0, 1).flatten(1)):
-            first = arrived[0] if arrived.numel() else torch.zeros(())
-            if not bool((arrived - first).abs().le(_CLOSE).all()):
-                raise NotLinear("channels are mixed")
-            if first.abs() <= _CLOSE:
-                continue
-            origin = _decode(first.reshape(1), codes)[0]
-            if channels[origin] >= 0:
-                raise NotLinear("a channel comes to several channels")
-            channels[origin], signs[origin] = channel, first.sign()
-        return channels, signs
+        scale = self._arriving(made, torch.ones(made.shape, dtype=torch.float64))
+        found = self._arriving(made, codes.view(view).expand(made.shape).clone())
+        arrived, origins, by = _constants(found, scale, 1, codes)
+        if len(origins.unique()) < len(origins):
+            raise NotLinear("a channel comes to several channels")
+        channels, factors = torch.full((number,), -1), torch.ones(number, dtype=torch.float64)
+        channels[origins], factors[origins] = arrived, by
+        return channels, factors
+
+    def aligned(self, one: tuple[Value, int], other: tuple[Value, int]) -> bool:
+        """Whether the positions of two values, whose channels are in these dimensions, come to the same places."""
+        arrived = []
+        for value, dim in (one, other):
+            shape = [*value.shape[:dim], *value.shape[dim + 1 :]]
+            codes = _codes(math.prod(shape)).view(shape).unsqueeze(dim).expand(value.shape).clone()
+            scale = self._arriving(value, torch.ones(value.shape, dtype=torch.float64))
+            arrived.append(self._arriving(value, codes) / scale)  # nan where it does not come to
+        if arrived[0].shape != arrived[1].shape:
+            return False
+        apart = (arrived[0] - arrived[1]).abs()
+        return bool((apart.isnan() | (apart <= _CLOSE)).all())
 
     def elements_of(self, term: Value) -> tuple[Tensor, Tensor, Tensor]:
-        """For each element of a term the channel to which it comes, and the sign; and the channels that are covered."""
+        """For each element of a term its channel, and its factor; and which channels are covered."""
         codes = _codes(term.shape.numel())
-        found = self._replay(term, codes.view(term.shape))
-        channels, signs = torch.full((len(codes),), -1), torch.ones(len(codes))
+        scale = self._arriving(term, torch.ones(term.shape, dtype=torch.float64))
+        found = self._arriving(term, codes.view(term.shape))
+        channels, factors = torch.full((len(codes),), -1), torch.ones(len(codes), dtype=torch.float64)
         everywhere = torch.ones(found.size(1), dtype=torch.bool)
-        for channel, arrived in enumerate(found.transpose(0, 1).flatten(1)):
-            some = arrived.abs() > _CLOSE
+        for channel, (arrived, by) in enumerate(zip(_by_channel(found), _by_channel(scale), strict=True)):
+            some = by != 0
             everywhere[channel] = some.all()
-            origins = _decode(arrived[some], codes)
+            origins = _decode(arrived[some] / by[some], codes)
             if bool((channels[origins.unique()] >= 0).any()):
                 raise NotLinear(f"{term.name} comes to several channels")
-            channels[origins], signs[origins] = channel, arrived[some].sign().float()
-        return channels.view(term.shape), signs.view(term.shape), everywhere
+            channels[origins], factors[origins] = channel, by[some]
+            if not bool((factors[origins] == by[some]).all()):
+                raise NotLinear(f"{term.name} comes with several factors")
+        return channels.view(term.shape), factors.view(term.shape), everywhere
 
-    def _replay(self, coded: Value, codes: Tensor) -> Tensor:
-        """What the value is when `coded` is `codes` and all else is 0, by calling the operations between again."""
-        origins = [*(leaf.results[0] for leaf in self.leaves), *self.terms]
-        known = {id(each): torch.zeros(each.shape, dtype=codes.dtype) for each in origins}
-        known[id(coded)] = codes
-        for operation in self._in_order():
-            # copies, as an operation may change its arguments
-            arguments = tree_map(partial(_tensor, known), (operation.arguments, operation.keywords))
-            returned = operation.operator(*arguments[0], **arguments[1])
-            made = [returned] if isinstance(returned, Tensor) else list(returned)
-            known |= {id(result): each for result, each in zip(operation.results, made, strict=True)}
-        return known[id(self.value)]
+    def constant(self) -> Tensor:
+        """The numbers that are added to each channel."""
+        if not any(each.name in SUMS for each in self.between):
+            return torch.zeros(self.value.shape[1], dtype=torch.float64)
+        found = self._nothing().transpose(0, 1).flatten(1)
+        if not bool((found == found[:, :1]).all()):
+            raise NotLinear("numbers are added that differ within a channel")
+        return found[:, 0] if found.size(1) else found.sum(1)
 
-    def _in_order(self) -> Iterator[Operation]:
-        """The operations between, each after those whose results it reads."""
-        done: set[Operation] = set()
-        stack = [self.value.producer]
-        while stack:
-            operation = stack[-1]
-            if operation is None or operation in done or operation not in self.between:
-                stack.pop()
-                continue
-            before = [
-                made
-                for each in operation.reads
-                if (made := each.producer) in self.between and made not in done
-            ]
-            if before:
-                stack += before
+    def _nothing(self) -> Tensor:
+        """What the value is when all that it comes from is 0."""
+        if self._zero is None:
+            self._zero = self._replay({})
+        return self._zero
+
+    def _arriving(self, coded: Value, codes: Tensor) -> Tensor:
+        """By how much the value changes when `coded`, else 0, is `codes`."""
+        return self._replay({coded: codes}) - self._nothing()
+
+    def _replay(self, known: dict[Value, Tensor]) -> Tensor:
+        ends = {leaf.operation.results[0] for leaf in self.leaves} | {*self.terms, *self.skips}
+
+        def otherwise(value: Value) -> Tensor:
+            if value not in ends and value.kind in ("parameter", "buffer"):  # a factor
+                return self.tensor(value)
+            return zeros(value)
+
+        return Replay(known, otherwise, self.between | self.constants)[self.value]
+
+    @property
+    def constants(self) -> set[Operation]:
+        """The layout changes that make the factors."""
+        return {made for each in self.between for made in _constants_of(each, self.between)}
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A linear operation that reads a value, through layout changes or not.
+
+    channels: (inputs of the operation,) int64, which channel of the value each is; -1: one of something else.
+    operations: itself, and all between.
+    """
+
+    linear: Linear
+    channels: Tensor
+    operations: set[Operation]
+
+
+def readers(value: Value) -> list[Reader]:
+    """The linear operations that read `value`, (N, C, ...), if nothing else does.
+
+    Between may be layout changes, concatenation with other values and average pooling.
+
+    Raises: NotLinear.
+    """
+    between: set[Operation] = set()
+    found: dict[Operation, Linear] = {}
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if each.is_output:
+            raise NotLinear("the model returns it")
+        for user in each.users:
+            linear = Linear.of(user)
+            if linear is not None and not linear.is_normalization and linear.input is each:
+                found[user] = linear
+            elif user.name in _ARRANGED:
+                if user not in between:
+                    between.add(user)
+                    waiting += user.results
             else:
-                done.add(operation)
-                stack.pop()
-                yield operation
+                raise NotLinear(f"it goes into {user.name}")
+    if not found:
+        raise NotLinear("nothing reads it")
+    return [
+        Reader(each, _arriving_at(each, value, between), between.union(each.operations))
+        for each in found.values()
+    ]
+
+
+def _arriving_at(linear: Linear, value: Value, between: set[Operation]) -> Tensor:
+    codes = _codes(value.shape[1])
+    coded = codes.view(-1, *[1] * (len(value.shape) - 2)).expand(value.shape).clone()
+    scale = Replay({value: torch.ones(value.shape, dtype=torch.float64)}, zeros, between)[linear.input]
+    found = Replay({value: coded}, zeros, between)[linear.input]
+    places, origins, by = _constants(found, scale, linear.input_dim, codes)
+    if not bool((by - 1).abs().le(_CLOSE).all()):
+        raise NotLinear("it is padded or weighted on its way")
+    channels = torch.full((linear.inputs,), -1)
+    channels[places] = origins
+    return channels
+
+
+def is_constant(value: Value) -> bool:
+    """Whether it is a parameter or buffer, or an arrangement of one."""
+    while (made := value.producer) is not None and made.name in LAYOUT and len(made.reads) == 1:
+        value = made.reads[0]
+    return value.kind in ("parameter", "buffer")
+
+
+def _constants_of(operation: Operation, between: set[Operation]) -> set[Operation]:
+    """The layout changes that make the constants among what an operation reads."""
+    found: set[Operation] = set()
+    for value in operation.reads:
+        if is_constant(value):
+            while (made := value.producer) is not None and made not in between:
+                found.add(made)
+                value = made.reads[0]
+    return found
+
+
+def _by_channel(values: Tensor, dim: int = 1) -> Tensor:
+    return values.transpose(0, dim).flatten(1)
+
+
+def _constants(found: Tensor, scale: Tensor, dim: int, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(channels to which something has come, which code it was, by what it was multiplied).
+
+    found, scale: what has come when the codes were given, and when ones were.
+    Raises: NotLinear unless each is one code and one factor at all positions of the channel.
+    """
+    found, scale = _by_channel(found, dim), _by_channel(scale, dim)
+    some = (scale != 0).any(1).nonzero().flatten()
+    found, scale = found[some], scale[some]
+    if not found.numel():
+        raise NotLinear("nothing of it arrives")
+    by = scale[:, :1]
+    if not bool((scale - by).abs().le(_CLOSE * by.abs()).all()) or not bool((by != 0).all()):
+        raise NotLinear("it is not in all positions of a channel with one factor")
+    decoded = found / by
+    if not bool((decoded - decoded[:, :1]).abs().le(_CLOSE).all()):
+        raise NotLinear("channels are mixed")
+    return some, _decode(decoded[:, 0], codes), by[:, 0]
 
 
 def _codes(number: int) -> Tensor:
@@ -214,51 +422,7 @@ def _codes(number: int) -> Tensor:
 def _decode(arrived: Tensor, codes: Tensor) -> Tensor:
     """The places of these numbers among the codes. Raises: NotLinear if one is none of them."""
     ordered, places = codes.sort()
-    nearest = torch.searchsorted(ordered, arrived.abs() - _CLOSE).clamp(max=len(codes) - 1)
-    if not bool((ordered[nearest] - arrived.abs()).abs().le(2 * _CLOSE).all()):
+    nearest = torch.searchsorted(ordered, arrived - _CLOSE).clamp(max=len(codes) - 1)
+    if not bool((ordered[nearest] - arrived).abs().le(2 * _CLOSE).all()):
         raise NotLinear("channels are mixed")
     return places[nearest]
-
-
-def is_linear(operation: Operation) -> bool:
-    """Whether this is a convolution or a matrix product with a parameter."""
-    try:
-        _parts(operation)
-    except NotLinear:
-        return False
-    return True
-
-
-def _parts(operation: Operation) -> tuple[Value, Value | None, int, int]:
-    """(weight, bias, dimension of the weight for the outputs, dimension of the result for them)."""
-    arguments = operation.arguments
-    if operation.name == "aten.convolution":
-        weight, bias, transposed = arguments[1], arguments[2], arguments[6]
-        if isinstance(weight, Value) and weight.kind == "parameter":
-            return weight, _parameter(bias), 1 if transposed else 0, 1
-    elif operation.name in ("aten.addmm", "aten.mm"):
-        bias, _, turned = arguments if operation.name == "aten.addmm" else (None, *arguments)
-        made = turned.producer if isinstance(turned, Value) else None
-        if made is not None and made.name == "aten.t" and not operation.keywords:
-            weight = made.reads[0]
-            if weight.kind == "parameter":
-                return weight, _parameter(bias), 0, 1
-    elif operation.name == "aten.linear":
-        weight = arguments[1]
-        if isinstance(weight, Value) and weight.kind == "parameter":
-            bias = arguments[2] if len(arguments) > 2 else None
-            return weight, _parameter(bias), 0, len(operation.results[0].shape) - 1
-    raise NotLinear(f"{operation.name} is not linear with a parameter")
-
-
-def _parameter(bias: Any) -> Value | None:
-    if bias is None:
-        return None
-    if isinstance(bias, Value) and bias.kind == "parameter":
-        return bias
-    raise NotLinear("a bias that is no parameter")
-
-
-def _tensor(known: Mapping[int, Tensor], argument: Any) -> Any:
-    """A copy of the tensor that is known for a value; what is no value as it is."""
-    return known[id(argument)].clone() if isinstance(argument, Value) else argument

@@ -16,6 +16,8 @@ Outcome = Literal[
     "configured",
     "downgraded",
     "folded",
+    "affine",
+    "stripped",
     "left alone",
 ]
 
@@ -27,7 +29,7 @@ class LayerReport:
     Args:
         name: its path in the model; "" is the model itself.
         outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded",
-            "folded" or "left alone".
+            "folded", "affine", "stripped" or "left alone".
         what: what was fused into it ("relu", "residual, relu"), what of it was frozen or set, or torch's class that
             it became.
         why: why it was not fused, or left alone.

@@ -1,0 +1,39 @@
+"""Trace the forward of a whole model, down to torch's modules and normalization layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from batchnorm.graph.modules import has_statistics, is_normalization
+from batchnorm.graph.trace import Trace, Untraceable, parameters, trace
+
+
+def whole_trace(model: nn.Module, training: bool, inputs: Sequence[str] | int | None = None) -> Trace:
+    """What `model` calls, if that depends on nothing but the types of its inputs, which are tensors.
+
+    Args:
+        model: any module.
+        training: the mode to trace it in.
+        inputs: the names of those arguments of its forward that are given, or the number of the first ones; None: all
+            that have no default.
+
+    Raises: Untraceable.
+    """
+    known = parameters(model)
+    if known is None:
+        if not isinstance(model, nn.Sequential):
+            raise Untraceable(f"the forward of {type(model).__name__} takes *args or **kwargs")
+        known = {}
+    if inputs is None:
+        inputs = [name for name, each in known.items() if each.default is each.empty]
+    elif isinstance(inputs, int):
+        inputs = list(known)[:inputs]
+    inner = {each for each in model.modules() if each is not model and not _is_leaf(each)}
+    return trace(model, dict.fromkeys(inputs, Tensor), training=training, transparent=inner)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    torch_s = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+    return torch_s or is_normalization(module) or has_statistics(module)

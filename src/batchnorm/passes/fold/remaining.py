@@ -1,0 +1,79 @@
+"""What cannot be folded becomes one factor and one term for each channel, with the activation that follows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.graph.modules import activation_of, has_hooks
+from batchnorm.graph.observation import Observation
+from batchnorm.kernels import dispatch
+from batchnorm.kernels.call import Activation, Call
+from batchnorm.kernels.observers import captured, needs_dispatcher
+from batchnorm.kernels.reference import activate
+from batchnorm.moments import accumulator, channelwise
+from batchnorm.passes.fold.normalization import Activated, Left, Normalization, rest_of
+from batchnorm.passes.fold.plan import Plan, own_names
+
+
+class Scale(nn.Module):
+    """activation(weight·x + bias + residual), for each channel: what a normalization is in evaluation.
+
+    Args:
+        weight: (C,) the factor.
+        bias: (C,) the term.
+        activation: as of `bn.BatchNorm2d`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = None) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The output, (N, C, ...), of the dtype and shape of `input`."""
+        dtype = accumulator(input.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        if captured() or needs_dispatcher(input):  # as operators that everybody knows
+            made = torch.addcmul(channelwise(bias, input), input.to(dtype), channelwise(weight, input))
+            return activate(made.to(input.dtype), self.activation, residual)
+        call = Call(False, 0.0, self.activation, torch.zeros_like(bias), torch.ones_like(weight))
+        return dispatch.normalise(input, weight, bias, residual, call)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}" + (f", activation={self.activation!r}" if self.activation else "")
+
+
+def as_scale(model: nn.Module, seen: Observation, calls: list[Normalization]) -> Plan:
+    """How a layer that cannot be folded becomes a `Scale`. Raises: Left."""
+    module, path = calls[0].call.module, calls[0].path
+    affine = calls[0].affine
+    if any(not torch.equal(each.affine.scale, affine.scale) for each in calls):
+        raise Left("its calls have different statistics")
+    rest = rest_of(module)
+    activation = rest.activation if isinstance(rest, Activated) else None
+    modules: dict[str, nn.Module] = {}
+    after: list[nn.Module] = []
+    if not isinstance(rest, nn.Identity | Activated):
+        activation = activation_of(rest)
+        after = [] if activation is not None else [rest]
+    elif activation is None and len(calls) == 1:
+        follower = _activation_after(seen, calls[0])
+        if follower is not None:
+            activation = activation_of(model.get_submodule(follower))
+            modules[follower] = nn.Identity()
+    scale = Scale(affine.scale, affine.shift, activation)
+    modules[path] = nn.Sequential(scale, *after) if after else scale
+    what = f"with {activation}" if activation is not None else ""
+    return Plan(path, "affine", what, modules=modules, touched=own_names(model, path))
+
+
+def _activation_after(seen: Observation, layer: Normalization) -> str | None:
+    """The path of an activation that is called once, on the layer's output, which nothing else reads."""
+    user = None if layer.output is None else layer.output.only_user
+    if user is None or user.call is None:
+        return None
+    module, path = user.call.module, user.call.path
+    if activation_of(module) is None or has_hooks(module) or len(seen.calls_of(module)) != 1:
+        return None
+    return path if user.call.given == [layer.output] and not user.call.path.endswith(">") else None

@@ -1,0 +1,229 @@
+"""`model, report = strip_bias(model, *inputs)`: a bias before batch normalization is subtracted again with the mean."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from batchnorm.graph.modules import has_hooks, is_ours, is_patched, layers_of
+from batchnorm.graph.observation import ModuleCall, Operation, Value, observe
+from batchnorm.graph.sources import NotLinear, sources
+from batchnorm.graph.trace import Untraceable, is_plain_identity
+from batchnorm.graph.whole_trace import whole_trace
+from batchnorm.passes.report import LayerReport, Report
+
+Model = TypeVar("Model", bound=nn.Module)
+Biases = dict[
+    str, tuple[Tensor, Tensor]
+]  # by path: the channel to which each element comes, and its factor there
+
+
+class _Kept(Exception):
+    """The biases before a layer cannot go; the message says why."""
+
+
+def strip_bias(model: Model, *inputs: Any, **keywords: Any) -> tuple[Model, Report]:
+    """Remove the biases that batch normalization makes useless, in place; the model computes the same.
+
+        BN(W·x + b) is BN(W·x): the mean of the batch has b in it (Ioffe & Szegedy 2015, section 3.2)
+
+    The running mean is moved by the bias, so that evaluation stays the same too, in the running statistics of every
+    domain. The model has fewer parameters; an optimizer that was made before keeps the removed ones, without effect.
+
+    Which layer is behind which is seen in one run with example inputs, in training mode and on a copy: through layout
+    changes, concatenation and sums. Without inputs the forward is traced instead, which shows layers called one after
+    the other.
+
+    Args:
+        model: any module.
+        inputs: of its forward, for example: a batch to train on.
+        keywords: further inputs, by name.
+
+    Returns: `model` itself, and a Report: "stripped" with the operations whose bias went, or "left alone" and why.
+
+    Raises:
+        ValueError: without inputs, a model that cannot be traced: the message says what to pass.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model, report = bn.strip_bias(model)
+        >>> report
+        1  stripped  0
+        1 layer: 1 stripped
+        >>> model[0].bias is None
+        True
+    """
+    layers = layers_of(model)
+    found, why = _observed(model, inputs, keywords) if inputs or keywords else _traced(model)
+    stripped: dict[str, Biases] = {}
+    for path, biases in found.items():
+        try:
+            _check_layer(layers[path])
+            for home in biases:
+                _check_home(model, home)
+        except _Kept as reason:
+            why[path] = str(reason)
+        else:
+            stripped[path] = biases
+    with torch.no_grad():
+        for path, biases in stripped.items():
+            _shift(model, layers[path], biases)
+    for biases in stripped.values():
+        for home in biases:
+            model.get_submodule(home).register_parameter("bias", None)
+    return model, Report(
+        tuple(
+            LayerReport(path, "stripped", ", ".join(stripped[path]))
+            if path in stripped
+            else LayerReport(path, "left alone", why=why.get(path, "was not called"))
+            for path in layers
+        )
+    )
+
+
+def _observed(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[dict[str, Biases], dict[str, str]]:
+    """The biases before each layer, and why there are none, by what happens in one run of a copy in training mode."""
+    running = copy.deepcopy(model).train()
+    seen = observe(running, *copy.deepcopy(inputs), **copy.deepcopy(keywords))
+    tensors = {**dict(running.named_parameters()), **dict(running.named_buffers())}
+    found: dict[str, Biases] = {}
+    why: dict[str, str] = {}
+    for path, layer in layers_of(running).items():
+        calls = seen.calls_of(layer)
+        if not calls:
+            continue
+        try:
+            each = [_before(call, lambda value: tensors[value.name].detach().double()) for call in calls]
+            biases = {home: places for one in each for home, (places, _, _) in one.items()}
+            readers = {operation for one in each for _, _, operation in one.values()}
+            for bias in {bias for one in each for _, bias, _ in one.values()}:
+                if not readers.issuperset(bias.users):
+                    raise _Kept(f"{bias.name} is read by others too")
+            if any(not _alike(one, each[0]) for one in each):
+                raise _Kept("is called several times, after different operations")
+            found[path] = biases
+        except (_Kept, NotLinear) as reason:
+            why[path] = str(reason)
+    return found, why
+
+
+_Found = dict[str, tuple[tuple[Tensor, Tensor], Value, Operation]]
+
+
+def _before(call: ModuleCall, tensor: Any) -> _Found:
+    """The biases before a call of a layer: by the path of their module, where they come to, and what adds which."""
+    value = (call.given or call.reads)[0]
+    inside = set(map(id, call.operations))
+    if value.is_output or any(id(user) not in inside for user in value.users):
+        raise _Kept("its input is read elsewhere too")
+    found: _Found = {}
+    for source in sources(value, tensor).sources:
+        bias = source.linear.bias
+        if bias is not None:
+            found[bias.name.rpartition(".")[0]] = (
+                (source.channels, source.factors),
+                bias,
+                source.linear.operation,
+            )
+    if not found:
+        raise _Kept("there is no bias before it")
+    return found
+
+
+def _alike(one: _Found, other: _Found) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b) for key in one for a, b in zip(one[key][0], other[key][0], strict=True)
+    )
+
+
+def _traced(model: nn.Module) -> tuple[dict[str, Biases], dict[str, str]]:
+    """The bias before each layer, as far as a graph of the calls shows it."""
+    try:
+        graph = whole_trace(model, True).graph
+    except Untraceable as reason:
+        raise ValueError(
+            f"without example inputs the model is traced, and {reason}: pass inputs, strip_bias(model, images)"
+        ) from None
+    nodes: dict[nn.Module, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            nodes.setdefault(model.get_submodule(str(node.target)), []).append(node)
+    found: dict[str, Biases] = {}
+    why: dict[str, str] = {}
+    for path, layer in layers_of(model).items():
+        homes = []
+        for node in nodes.get(layer, []):
+            before: Any = (*node.args, *node.kwargs.values())[0]
+            while _calls_identity(model, before):
+                before = before.args[0]
+            if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+                why[path] = "what is before it is no linear operation, or is read elsewhere too"
+                break
+            homes.append(str(before.target))
+        if path in why or not homes:
+            continue
+        if len(set(homes)) > 1 or len(nodes[model.get_submodule(homes[0])]) != len(homes):
+            why[path] = "is called several times, after different operations"
+            continue
+        bias = getattr(model.get_submodule(homes[0]), "bias", None)
+        if isinstance(bias, Tensor):
+            found[path] = {homes[0]: (torch.arange(len(bias)), torch.ones(len(bias), dtype=torch.float64))}
+        else:
+            why[path] = "there is no bias before it"
+    return found, why
+
+
+def _calls_identity(model: nn.Module, node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_module"
+        and len(node.users) == 1
+        and is_plain_identity(model.get_submodule(str(node.target)))
+    )
+
+
+def _check_layer(layer: nn.Module) -> None:
+    if has_hooks(layer):
+        raise _Kept("has hooks, which see its input")
+    if getattr(layer, "debiased", False):
+        raise _Kept("is debiased: its running mean is not only a mean")
+    if is_ours(layer) and layer.running_mean is not None and layer.running_mean.dim() != 1:
+        raise _Kept("has statistics of each activation")
+
+
+def _check_home(model: nn.Module, path: str) -> None:
+    module = model.get_submodule(path)
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    if not isinstance(module, kinds) or is_patched(module) or parametrize.is_parametrized(module):
+        raise _Kept(f"{path}, a {type(module).__name__}, may need its bias")
+    if has_hooks(module):
+        raise _Kept(f"{path} has hooks, which see its output")
+    bias = module._parameters.get("bias")
+    holders = [each for each in model.modules() if any(own is bias for own in each._parameters.values())]
+    if bias is None or len(holders) > 1:
+        raise _Kept(f"the bias of {path} is a parameter of other modules too")
+
+
+def _shift(model: nn.Module, layer: nn.Module, biases: Biases) -> None:
+    """Move the running means of a layer by what goes."""
+    holders: Sequence[Any] = [layer]
+    if is_ours(layer):
+        holders = [layer, *(layer._domains().values())]
+    for holder in holders:
+        mean = holder.running_mean
+        if mean is None:
+            continue
+        new = mean.double()
+        for home, (channels, factors) in biases.items():
+            bias = cast(Tensor, model.get_submodule(home).bias).detach().double() * factors.to(mean.device)
+            reached = (channels >= 0).to(mean.device)
+            new = new.index_add(0, channels.to(mean.device)[reached], -bias[reached])
+        mean.copy_(new)
