@@ -14,7 +14,7 @@ import batchnorm
 
 # Each may import only what stands above it; those on one rung do not import each other.
 LADDER = (
-    ("children", "guards", "layer_path", "memory", "moments", "records", "requirements"),
+    ("atomic_file", "children", "guards", "layer_path", "memory", "moments", "records", "requirements"),
     ("kernels", "report"),
     ("functional",),
     ("running", "statistics"),

@@ -19,6 +19,7 @@ NAMES = (
         "configure",
         "convert_sync",
         "downgrade",
+        "export",
         "fold",
         "freeze",
         "mask",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from batchnorm.passes.configure import configure as configure
     from batchnorm.passes.convert_sync import convert_sync as convert_sync
     from batchnorm.passes.downgrade import downgrade as downgrade
+    from batchnorm.passes.export import export as export
     from batchnorm.passes.fold import fold as fold
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
@@ -68,6 +69,7 @@ _HOME = {
     "adapt": "calibrate.adapt",
     "configure": "passes.configure",
     "convert_sync": "passes.convert_sync",
+    "export": "passes.export",
     "fold": "passes.fold",
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",

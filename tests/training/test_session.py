@@ -1083,7 +1083,7 @@ def test_torchrun_ends_with_the_error_and_not_with_a_list_of_calls(run_toml, tmp
 
 MUTATIONS = [
     Mutation(
-        "a checkpoint written in place", "training/checkpoint.py",
+        "a checkpoint written in place", "atomic_file.py",
         "        unfinished.replace(path)", "        path.write_bytes(unfinished.read_bytes())",
         "whoever is killed while it is written leaves half of one",
     ),

@@ -4,6 +4,7 @@ commands    the program: its commands, and those of two words
 train       run.toml -> a trained network, its records and checkpoints
 evaluate    networks -> accuracy of each and of their ensemble
 predict     a network, images -> their classes
+deployment  fold, export: a network (named_model) -> its folded weights, or a file for another runtime
 reproduce   options -> settings (run_settings) -> an experiment's run -> report
 bench       options -> results (measurement) -> tables, figure, page
 terminal, network_options and model_options are shared: error messages, options of a trained network, and options from
@@ -20,6 +21,7 @@ from batchnorm.requirements import install_command, old_torch
 EXTRAS = {
     "cli": ("jinja2", "markupsafe", "matplotlib", "numpy", "pydantic", "rich", "typer"),
     "train": ("PIL", "accelerate", "tensorboard", "tomli_w", "torchvision"),
+    "export": ("onnx", "onnxruntime", "onnxscript", "safetensors"),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import evaluate, predict, train
+from batchnorm.cli import deployment, evaluate, predict, train
 from batchnorm.cli.lazy import lazy_app
 from batchnorm.cli.terminal import Failure
 
@@ -50,6 +50,8 @@ app.add_typer(
 )
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("predict", epilog=predict.EPILOG, no_args_is_help=True)(predict.predict)
+app.command("fold", epilog=deployment.FOLD_EPILOG, no_args_is_help=True)(deployment.fold)
+app.command("export", epilog=deployment.EXPORT_EPILOG, no_args_is_help=True)(deployment.export)
 app.command("evaluate", epilog=evaluate.EPILOG, no_args_is_help=True)(evaluate.evaluate)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from batchnorm.atomic_file import replacing
+
 _LABEL = b"sha256="
 _COMMENT = len(_LABEL) + 2 * hashlib.sha256().digest_size
 
@@ -31,22 +33,13 @@ def save(state: dict[str, Any], path: Path) -> None:
     Raises: OSError when it cannot be written; then an earlier file at `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
     content = io.BytesIO()  # torch.save to a full disk would raise RuntimeError instead of OSError
     torch.save(state, content)
     content.seek(-2, os.SEEK_END)
     content.write(_COMMENT.to_bytes(2, "little"))
     content.write(_comment(content.getbuffer()))
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)  # frees the space on a full disk
-        raise
-    _sync_folder(path.parent)
+    with replacing(path, path.with_suffix(".unfinished")) as unfinished:
+        unfinished.write_bytes(content.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -116,14 +109,3 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The checkpoint to resume from; None if there is none."""
         return paths[-1] if (paths := self.paths()) else None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Write the folder to the disk, without which a rename may not survive a power failure."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,13 +26,16 @@ _COUNTERS = "num_batches_tracked"  # absent from files of torch 0.3
 _LISTED = 3
 
 
-def load(network: nn.Module, path: Path, classes: int) -> list[str]:
+def load(network: nn.Module, path: Path, classes: int | None, key: str = "model.weights =") -> list[str]:
     """Load the weights in `path` into `network`, which has `classes` classes; return what keeps its initial weights.
+
+    classes: None: every tensor must be in the file, also the head's.
+    key: what the user has given the path to, for messages.
 
     Raises: NetworkError, before anything changes, for a file that is broken or of another network.
     """
     own = network.state_dict()
-    found = _of_network(_state_dict(path), own)
+    found = _of_network(_state_dict(path, key), own)
     heads = [name for name in own if name in found and _is_other_head(found[name], own[name], classes)]
     whole = all(name in heads for name in own if _is_beside(name, own[name], heads, classes))
     others = {found[name].size(0) for name in heads}
@@ -44,9 +47,7 @@ def load(network: nn.Module, path: Path, classes: int) -> list[str]:
     wrong += [f"{name} is not the network's" for name in found if name not in own]
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-        raise NetworkError(
-            f"model.weights = {str(path)!r} are of another network: {'; '.join(wrong[:_LISTED])}{more}"
-        )
+        raise NetworkError(f"{key} {str(path)!r} are of another network: {'; '.join(wrong[:_LISTED])}{more}")
     network.load_state_dict({**own, **{name: found[name] for name in found if name not in heads}})
     return [f"{name}, which is for {found[name].size(0):,} classes in the file" for name in heads]
 
@@ -70,13 +71,13 @@ def _problem(name: str, found: Tensor | None, own: Tensor, is_head: bool) -> str
     return ""
 
 
-def _is_beside(name: str, own: Tensor, heads: list[str], classes: int) -> bool:
+def _is_beside(name: str, own: Tensor, heads: list[str], classes: int | None) -> bool:
     """Whether these are the weights or biases of a module that has one of `heads`."""
     modules = {head.rpartition(".")[0] for head in heads}
     return name.rpartition(".")[0] in modules and own.dim() > 0 and own.size(0) == classes
 
 
-def _is_other_head(found: Tensor, own: Tensor, classes: int) -> bool:
+def _is_other_head(found: Tensor, own: Tensor, classes: int | None) -> bool:
     """Whether these are the weights or biases of one classifier, for other numbers of classes."""
     return (
         found.dim() == own.dim() > 0
@@ -85,8 +86,8 @@ def _is_other_head(found: Tensor, own: Tensor, classes: int) -> bool:
     )
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    state = _read(path)
+def _state_dict(path: Path, key: str) -> dict[str, Tensor]:
+    state = _read(path, key)
     for _ in range(_DEPTH):
         place = next((each for each in _PLACES if isinstance(state, Mapping) and each in state), None)
         if isinstance(state, Mapping) and place is not None and not isinstance(state[place], Tensor):
@@ -95,23 +96,23 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not tensors or not all(
         isinstance(name, str) and isinstance(each, Tensor) for name, each in tensors.items()
     ):
-        raise NetworkError(f"model.weights = {str(path)!r} holds no state_dict of a network: torch.save one")
+        raise NetworkError(f"{key} {str(path)!r} holds no state_dict of a network: torch.save one")
     return tensors
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, key: str) -> object:
     """What is in a file: data, never code."""
     if not path.is_file():
-        raise NetworkError(f"model.weights = {str(path)!r}: there is no such file")
+        raise NetworkError(f"{key} {str(path)!r}: there is no such file")
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_by_torch(path)
     except ImportError:
         raise NetworkError(
-            f"model.weights = {str(path)!r} needs safetensors, which is not installed: pip install safetensors"
+            f"{key} {str(path)!r} needs safetensors, which is not installed: pip install safetensors"
         ) from None
     except Exception:  # on files that are broken or something else, torch raises nearly any exception
         raise NetworkError(
-            f"model.weights = {str(path)!r} cannot be read as weights: it is broken, or holds more than data; "
+            f"{key} {str(path)!r} cannot be read as weights: it is broken, or holds more than data; "
             "torch.save(model.state_dict(), FILE) writes one that can"
         ) from None
 

@@ -1,0 +1,233 @@
+"""MODEL on the command line: a network of torchvision, timm or the user's own code, or one that was trained here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchnorm.cli.terminal import Failure, as_failure
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME, package.module:FACTORY (a function or class that makes a "
+        "torch.nn.Module), or the folder of a run of batchnorm train.",
+        show_default=False,
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Its weights: a state_dict, or safetensors. Read as data: nothing in it is run.",
+        show_default="random weights",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An argument of the factory, num_classes=10; repeat.",
+        show_default=False,
+    ),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="N,C,H,W",
+        help="The shape of an example input; repeat for several.",
+        show_default="a batch of one image of the network's size",
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option("--dtype", metavar="float32|float64|bfloat16|float16", help="Of the weights and inputs."),
+]
+
+_SIZES = (224, 299, 256, 384, 112, 64, 32)
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A network, example inputs of it, and whether its weights are random."""
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    has_weights: bool
+
+
+def find(
+    name: str, weights: Path | None, settings: Sequence[str], shapes: Sequence[str], dtype: str
+) -> NamedModel:
+    """The network that a user has named. Raises: Failure."""
+    import torch
+
+    from batchnorm.training.network import NetworkError
+
+    if dtype not in ("float32", "float64", "bfloat16", "float16"):
+        raise Failure(f"--dtype {dtype}: choose float32, float64, bfloat16 or float16")
+    options = _settings(settings)
+    trained = Path(name).exists()
+    if trained:
+        model, size, channels = _trained(Path(name), options, weights)
+    else:
+        model, size, channels = _made(name, options)
+    if weights is not None:
+        from batchnorm.training.weights import load
+
+        with as_failure(NetworkError):
+            load(model, weights, None, "--weights")
+    model = model.to(getattr(torch, dtype)).eval()
+    inputs = tuple(_images(each, dtype) for each in shapes) or _examples(name, model, size, channels, dtype)
+    return NamedModel(model, inputs, trained or weights is not None)
+
+
+def _trained(path: Path, options: dict[str, Any], weights: Path | None) -> tuple[nn.Module, int | None, int]:
+    from batchnorm.training import evaluation
+    from batchnorm.training.network import NetworkError
+
+    if options or weights is not None:
+        raise Failure(f"{path} is a trained network, with its weights: leave out --set and --weights")
+    with as_failure(NetworkError, OSError):
+        saved = evaluation.load_network(evaluation.network_file(path, "best.pt"))
+    return saved.network.cpu(), saved.config.data.image_size, saved.channels
+
+
+def _made(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, int]:
+    """(the network with random weights, the side of its images or None if that is not known, their channels)."""
+    from torch import nn
+
+    home, colon, own = name.partition(":")
+    if not colon or not home or not own:
+        raise Failure(
+            f"{name} is no folder of a run, and no torchvision:NAME, timm:NAME or package.module:FACTORY"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
+        try:
+            if home == "torchvision":
+                return _torchvision_s(own, options)
+            if home == "timm":
+                return _timm_s(own, options)
+            factory = _of_user(home, own)
+            model = factory if isinstance(factory, nn.Module) else factory(**options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise Failure(f"{name} cannot be made: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(model, nn.Module):
+        raise Failure(f"{name} makes a {type(model).__name__}, not a torch.nn.Module")
+    return model, None, 3
+
+
+def _torchvision_s(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, int]:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise Failure(f"torchvision has no {name}{_near(name, models.list_models())}")
+    if "weights_backbone" in models.get_model_builder(name).__code__.co_varnames or "detection" in str(
+        models.get_model_builder(name).__module__
+    ):
+        options = {"weights_backbone": None, **options}
+    model: nn.Module = models.get_model(name, weights=None, **options)
+    best = list(models.get_model_weights(name))
+    transform = best[0].transforms() if best else None
+    size = getattr(transform, "crop_size", None)
+    return model, size[0] if isinstance(size, list) else size, 3
+
+
+def _timm_s(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, int]:
+    import timm
+
+    if not timm.is_model(name):
+        raise Failure(f"timm has no {name}{_near(name, timm.list_models())}")
+    model: Any = timm.create_model(name, pretrained=False, **options)
+    channels, size, *_ = model.default_cfg.get("input_size", (3, 224, 224))
+    return model, size, options.get("in_chans", channels)
+
+
+def _of_user(home: str, own: str) -> Any:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` has it: the user's code is in this folder
+    try:
+        found: Any = importlib.import_module(home)
+        for part in own.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        raise Failure(
+            f"{home} cannot be imported: there is no module {error.name} in this folder or among the packages"
+        ) from None
+    except AttributeError:
+        raise Failure(f"{home} has no {own}") from None
+    return found
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(name, known, 3)
+    return f": did you mean {' or '.join(found)}?" if found else ""
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise Failure(f"--set {pair}: write KEY=VALUE, as num_classes=10")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def _images(shape: str, dtype: str) -> Tensor:
+    import torch
+
+    try:
+        sizes = [int(each) for each in shape.replace("x", ",").split(",")]
+        if not all(0 < size < 2**31 for size in sizes):
+            raise ValueError
+    except ValueError:
+        raise Failure(f"--input {shape}: write whole numbers, as 1,3,224,224") from None
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(sizes, generator=generator).to(getattr(torch, dtype))
+
+
+def _examples(name: str, model: nn.Module, size: int | None, channels: int, dtype: str) -> tuple[Any, ...]:
+    """One image of the size of the network, or of the first of a few sizes that it takes."""
+    import copy
+
+    import torch
+
+    module = type(model).__module__
+    error: Exception | None = None
+    for side in (size,) if size else _SIZES:
+        shape = f"1,{channels},16,{side},{side}" if ".video." in module else f"1,{channels},{side},{side}"
+        images = _images(shape, dtype)
+        inputs = ([*images],) if "torchvision.models.detection" in module else (images,)
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model)(*inputs)
+        except Exception as why:
+            error = error or why
+            continue
+        return inputs
+    raise Failure(f"{name} takes no batch of one image ({_line(error)}): say what it takes, --input N,C,H,W")
+
+
+def _line(error: BaseException | None) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
