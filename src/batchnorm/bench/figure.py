@@ -28,6 +28,10 @@ _STYLES = {
     "predicted": (LIGHT.other, "s", "ours as predicted"),
     "without BN": (LIGHT.other_2, "D", "without BN"),
     "compile": (LIGHT.other, "s", "torch.compile"),
+    "fx": (LIGHT.other_2, "D", "torch.fx's fuse"),
+    "torch, ONNX Runtime": (LIGHT.plain, "^", "ONNX Runtime, torch's export"),
+    "ours, packed": (LIGHT.bn, "s", "ours, packed"),
+    "ours, ONNX Runtime": (LIGHT.bn, "^", "ONNX Runtime, ours"),
     "torch": (LIGHT.plain, "o", "torch"),
     "ours": (LIGHT.bn, "o", "ours"),
 }
@@ -108,6 +112,7 @@ _TITLES = {
     "kernels": "Layers in training: time in copies of the input",
     "step": "A training step: time relative to ours",
     "infer": "Evaluation",
+    "fold": "Folded networks: time relative to ours",
     "statistics": "Statistics and masks: time relative to ours",
     "scaling": "Several processes: a step with Sync is 1",
 }
@@ -134,7 +139,20 @@ def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
             ]
         )
     steps = [row for row in rows if "copy" not in row.times]
-    if steps:
+    if any(table.DEPLOYED.keys() & row.times.keys() - {"torch", "compile"} for row in steps):
+        batches = dict.fromkeys(row.shape[0] for row in steps)
+        lines.append(
+            [
+                _panel(
+                    f"Batches of {size}",
+                    "time / our time",
+                    [row for row in steps if row.shape[0] == size],
+                    "over_ours",
+                )
+                for size in batches
+            ]
+        )
+    elif steps:
         lines.append([_panel("Networks", "time / our time", steps, "over_ours")])
     return lines
 

@@ -16,10 +16,15 @@ from batchnorm.bench.options import NETWORKS as NETWORKS
 def build(name: str) -> nn.Module:
     """The network `name`, in training mode, with its initial weights.
 
-    Raises: ImportError when the network is torchvision's, which is not installed.
+    Raises: ImportError when the network is torchvision's or timm's, which is not installed.
     """
     if name == "mlp":
         return _mlp()
+    if name.startswith("timm/"):
+        import timm
+
+        made: nn.Module = timm.create_model(name.removeprefix("timm/"))
+        return made
     from torchvision import models
 
     extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}

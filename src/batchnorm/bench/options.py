@@ -19,6 +19,23 @@ NETWORKS = {
 }
 
 
+# Networks of evaluation whose layers can be folded.
+FOLDED = (
+    "resnet18",
+    "resnet50",
+    "vgg11_bn",
+    "googlenet",
+    "densenet121",
+    "regnet_y_400mf",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
+    "shufflenet_v2_x1_0",
+    "efficientnet_b0",
+    "timm/repvgg_a0",
+)
+
+
 class Options(BaseModel):
     """The options of all commands; each uses those that apply to it."""
 
@@ -32,6 +49,7 @@ class Options(BaseModel):
     networks: tuple[str, ...] = Field((), description="separated by commas")
     size: int = Field(64, ge=32, description="height and width of the networks' images")
     batch: int = Field(32, ge=2, description="images in a batch; the MLP has the paper's 60")
+    batches: tuple[int, ...] = Field((1, 16), description="sizes of the batches, separated by commas")
     full: bool = Field(False, description="BN alone, and BN with a residual and ReLU, too")
     compile: bool = Field(False, description="compare torch.compile too; compiling takes minutes")
     quick: bool = Field(

@@ -14,6 +14,7 @@ _TITLES: dict[Command, str] = {
     "kernels": "Layers in training",
     "step": "Training steps",
     "infer": "Evaluation",
+    "fold": "Folded networks",
     "statistics": "Where the moments come from",
     "scaling": "Several processes",
 }
@@ -62,8 +63,8 @@ def _section(measured: Measured) -> str:
     if measured.rows:
         parts.append(f"![{_TITLES[measured.command]}]({measured.command}.png)")
     parts += [table.markdown(grid) for grid in table.grids(measured)]
-    if measured.command == "scaling":
-        parts.append(table.SCALING)
+    if measured.command in table.FOOTNOTES:
+        parts.append(table.FOOTNOTES[measured.command])
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,7 +79,9 @@ def _setup(measured: Measured) -> str:
         + (", tiny shapes: not a measurement" if options.quick else ""),
         "freed memory kept by the process" if measured.kept_memory else "freed memory not kept",
     ]
-    if measured.options.networks:
+    if measured.command == "fold":
+        facts.append(f"images of {options.size}×{options.size}; all in channels-last memory")
+    elif measured.options.networks:
         facts.append(
             f"batches of {options.batch} images of {options.size}×{options.size}, the MLP's of 60 digits"
         )

@@ -11,8 +11,8 @@ from batchnorm.bench.options import Options
 
 SCHEMA = 1
 
-Command = Literal["kernels", "step", "infer", "statistics", "scaling"]
-COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer", "statistics", "scaling")
+Command = Literal["kernels", "step", "infer", "fold", "statistics", "scaling"]
+COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer", "fold", "statistics", "scaling")
 
 
 class ResultsError(Exception):

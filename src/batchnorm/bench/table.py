@@ -12,10 +12,26 @@ from rich.text import Text
 
 from batchnorm.bench import link, scaling, traffic
 from batchnorm.bench.case import sizes
-from batchnorm.bench.rows import Measured, Row, Time
+from batchnorm.bench.rows import Command, Measured, Row, Time
 from batchnorm.report.tables import Grid
 
+# The candidates beside a folded network.
+DEPLOYED = {
+    "ours, packed": "packed",
+    "torch": "torch",
+    "fx": "fx",
+    "compile": "compile",
+    "ours, ONNX Runtime": "ORT",
+    "torch, ONNX Runtime": "torch's",
+}
+
 BASELINES = {"torch": "torch", "compile": "torch.compile"}
+
+FOLDED = (
+    "folded is bn.fold's network, packed the one with pack=True; fx torch.fx's fuse; ORT ONNX Runtime of what "
+    "bn.export wrote, torch's of what "
+    "torch.onnx.export did. A call that is not timed comes before each that is."
+)
 
 NOTE = (
     "Times are medians in milliseconds; ± is half the distance between their quartiles; a copy is y.copy_(x). "
@@ -28,6 +44,9 @@ SCALING = (
     "time of one rank's step, step · min(ranks, cores) / ranks: the same in every line if ranks did not slow each "
     "other down."
 )
+
+
+FOOTNOTES: dict[Command, str] = {"scaling": SCALING, "fold": FOLDED}
 
 
 def grids(measured: Measured) -> list[Grid]:
@@ -43,6 +62,8 @@ def grids(measured: Measured) -> list[Grid]:
     )
     for rows in of_layers:
         found += [_layers(rows, baseline) for baseline in BASELINES if _has(rows, baseline)]
+    if measured.command == "fold":
+        return [_folded(rows) for rows in _groups(measured.rows, lambda row: (str(row.shape[0]),))]
     of_networks = _groups(
         (row for row in measured.rows if "copy" not in row.times), lambda row: (row.layout,)
     )
@@ -238,6 +259,28 @@ def _networks(rows: Sequence[Row]) -> Grid:
     else:
         title = f"Networks, {first.layout}, {first.dtype}, {first.part}"
     return Grid(title, columns, body)
+
+
+def _folded(rows: Sequence[Row]) -> Grid:
+    columns = ["network", "folded", "±"]
+    others = [candidate for candidate in DEPLOYED if _has(rows, candidate)]
+    for candidate in others:
+        columns += [DEPLOYED[candidate], "/ours"]
+    body = []
+    for row in rows:
+        cells = [row.name, *_cells(row.times["ours"])[:2]]
+        for candidate in others:
+            time = row.times.get(candidate)
+            cells += [_ms(time.ms), _ratio(time.over_ours)] if time else ["", ""]
+        body.append(cells)
+    if len(rows) > 1:
+        cells = [_MEAN, "", ""]
+        for candidate in others:
+            found = [row.times[candidate].over_ours for row in rows if candidate in row.times]
+            cells += ["", _ratio(mean(found))]
+        body.append(cells)
+    first = rows[0]
+    return Grid(f"Folded networks, batches of {first.shape[0]}, {first.layout}, {first.dtype}", columns, body)
 
 
 def _label_columns(grid: Grid) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.bench.options import NETWORKS, Options
+from batchnorm.bench.options import FOLDED, NETWORKS, Options
 from batchnorm.cli import measurement
 from batchnorm.cli.model_options import as_typed, model_option
 
@@ -125,6 +125,44 @@ def infer(
         networks=networks,
         size=size,
         batch=batch,
+        compile=compile,
+        seconds=seconds,
+        quick=quick,
+    )
+
+
+@app.command(
+    "fold",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm bench fold                                  twelve networks, 6 min\n\n"
+    "batchnorm bench fold --networks resnet18 --batches 1  one, an image at a time\n\n"
+    "batchnorm bench fold --compile                        against torch.compile too",
+)
+def fold(
+    networks: Annotated[str | None, model_option(Options, "networks", show_default=", ".join(FOLDED))] = None,
+    batches: Annotated[str, model_option(Options, "batches", show_default=True)] = as_typed(
+        _DEFAULTS.batches
+    ),
+    size: Annotated[int, model_option(Options, "size", show_default=True)] = 224,
+    compile: _Compile = _DEFAULTS.compile,
+    seconds: _Seconds = None,
+    threads: _Threads = None,
+    quick: _Quick = _DEFAULTS.quick,
+    out: _Out = None,
+) -> None:
+    """Networks folded by bn.fold, against torch's, torch.fx's fuse and ONNX Runtime.
+
+    All have channels-last memory. ONNX Runtime, where it is installed, runs
+    what bn.export wrote and what torch.onnx.export did, with as many threads
+    as torch.
+    """
+    measurement.run(
+        ("fold",),
+        out,
+        threads,
+        networks=networks,
+        batches=batches,
+        size=size,
         compile=compile,
         seconds=seconds,
         quick=quick,

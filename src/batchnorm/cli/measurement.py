@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from batchnorm.bench.rows import Command
 
 # The default duration of a row in seconds; a command takes a few minutes.
-_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5, "statistics": 5.0, "scaling": 60.0}
+_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5, "fold": 5.0, "statistics": 5.0, "scaling": 60.0}
 
 
 def run(
@@ -48,31 +48,37 @@ def run(
                 show(console, f"Stopped. Results so far:  {page}")
                 raise typer.Exit(130)
     console.print(table.NOTE, style="dim")
-    if "scaling" in commands:
-        console.print(table.SCALING, style="dim")
+    for command in commands:
+        if command in table.FOOTNOTES:
+            console.print(table.FOOTNOTES[command], style="dim")
     show(console, f"\nresults  {page}")
 
 
 def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
     """The options of one command; those that are None take their defaults."""
-    from batchnorm.bench.networks import NETWORKS
-    from batchnorm.bench.options import Options
+    from batchnorm.bench.options import FOLDED, NETWORKS, Options
 
     values = {name: value for name, value in chosen.items() if value is not None}
-    for name in {"dtypes", "networks"} & values.keys():
+    for name in {"dtypes", "networks", "batches"} & values.keys():
         values[name] = words(values[name])
     if command in ("kernels", "scaling"):
         values.pop("networks", None)
+    elif command == "fold":
+        values.setdefault("networks", FOLDED[:1] if quick else FOLDED)
+        values.setdefault("size", 224)
     elif command == "statistics":
         values.setdefault("networks", ("resnet18",) if find_spec("torchvision") else ())
     else:
         values.setdefault("networks", ("mlp", "resnet18") if quick else tuple(NETWORKS))
-    unknown = set(values.get("networks", ())) - set(NETWORKS)
+    known = FOLDED if command == "fold" else tuple(NETWORKS)
+    unknown = set(values.get("networks", ())) - set(known)
     if unknown:
-        raise Failure(f"no network {', '.join(sorted(unknown))}: choose from {', '.join(NETWORKS)}")
+        raise Failure(f"no network {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if set(values.get("networks", ())) - {"mlp"} and not find_spec("torchvision"):
         raise Failure(f"the networks are torchvision's: {install_command('train')}, or --networks mlp")
     if quick:
-        values = {"seconds": 0.0} | values | {"least": 3, "size": 32, "batch": 2, "quick": True}
+        values = (
+            {"seconds": 0.0} | values | {"least": 3, "size": 32, "batch": 2, "batches": (1, 2), "quick": True}
+        )
     values.setdefault("seconds", _ROW_SECONDS[command])
     return from_options(Options, values)

@@ -115,7 +115,7 @@ class Linear:
             return None
         tap: tuple[int, ...] = ()
         if self.operation.name == "aten.convolution":
-            strides, paddings, dilations = self._steps
+            strides, paddings, dilations = self.steps
             tap = tuple(p // d for p, d in zip(paddings, dilations, strict=True))
             for size, at, stride, padding, dilation in zip(
                 shape[2:], tap, strides, paddings, dilations, strict=True
@@ -141,7 +141,7 @@ class Linear:
             return False
         if self.operation.results[0].shape != other.operation.results[0].shape:
             return False
-        return self._steps[0] == other._steps[0] and self._taps(other) is not None
+        return self.steps[0] == other.steps[0] and self._taps(other) is not None
 
     def embed(self, other: Linear, weight: Tensor, outputs: Tensor) -> Tensor | None:
         """The weight with which this convolution computes at `outputs[o]` what `other` with `weight` does at o.
@@ -171,8 +171,8 @@ class Linear:
     def _taps(self, other: Linear) -> list[list[int]] | None:
         """For each dimension of the kernel, the taps at which the taps of `other` are."""
         found = []
-        ours = zip(self.weight.shape[2:], *self._steps[1:], strict=True)
-        theirs = zip(other.weight.shape[2:], *other._steps[1:], strict=True)
+        ours = zip(self.weight.shape[2:], *self.steps[1:], strict=True)
+        theirs = zip(other.weight.shape[2:], *other.steps[1:], strict=True)
         for (size, p, d), (other_size, other_p, other_d) in zip(ours, theirs, strict=True):
             places = [at * other_d - other_p + p for at in range(other_size)]
             if any(place % d or not 0 <= place // d < size for place in places):
@@ -181,7 +181,7 @@ class Linear:
         return found
 
     @property
-    def _steps(self) -> list[list[int]]:
+    def steps(self) -> list[list[int]]:
         """Strides, paddings and dilations of a convolution, one for each dimension of the kernel."""
         rank = len(self.weight.shape) - 2
         return [list(each) * rank if len(each) == 1 else list(each) for each in self.operation.arguments[3:6]]

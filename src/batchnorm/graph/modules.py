@@ -83,6 +83,12 @@ def module_of(activation: Activation) -> nn.Module | None:
     return _MODULES[activation]() if isinstance(activation, str) else None
 
 
+class InPlaceOfLayer(nn.Module):
+    """What takes the place of a layer of ours, and is called as it was: with an activation, and with a residual."""
+
+    activation: Activation
+
+
 class Fused(NamedTuple):
     """An activation that was fused into a layer, kept at its place for the way back."""
 

@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
+from batchnorm.graph.modules import InPlaceOfLayer
 from batchnorm.kernels.call import Activation
 from batchnorm.kernels.reference import ACTIVATIONS, activate
 from batchnorm.layers import _BatchNorm
@@ -96,7 +97,7 @@ class Rewriting:
                 return None
         for path in self.layers:
             layer = _find(module, path)
-            if not isinstance(layer, _BatchNorm) or layer.activation is None:
+            if not isinstance(layer, _BatchNorm | InPlaceOfLayer) or layer.activation is None:
                 return None  # replaced, or its activation was changed
         return values
 
@@ -157,9 +158,9 @@ def guarded_children(
     return (("", _children(module)), *((path, _children(each)) for path, each in inlined.items()))
 
 
-def add_residual(layer: _BatchNorm, x: Tensor, residual: Any, in_place: bool) -> Tensor:
+def add_residual(layer: _BatchNorm | InPlaceOfLayer, x: Tensor, residual: Any, in_place: bool) -> Tensor:
     """layer(x, residual), if that equals the model's own addition and activation; else these."""
-    if any(isinstance(value, fx.Proxy) for value in (x, residual)):
+    if any(isinstance(value, fx.Proxy) for value in (x, residual)) or isinstance(layer, InPlaceOfLayer):
         return layer(x, residual)  # type: ignore[no-any-return]
     if isinstance(residual, Tensor):
         if residual.shape == x.shape and (in_place or residual.dtype == x.dtype):

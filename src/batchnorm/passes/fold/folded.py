@@ -20,11 +20,13 @@ from batchnorm.graph.whole_trace import whole_trace
 from batchnorm.passes.fold.branches import into_beside, joined
 from batchnorm.passes.fold.following import into_following
 from batchnorm.passes.fold.normalization import Left, Normalization, is_foldable_kind
+from batchnorm.passes.fold.packed import pack as pack_convolutions
 from batchnorm.passes.fold.plan import PROVEN, Plan, Tensors
 from batchnorm.passes.fold.preceding import into_preceding
 from batchnorm.passes.fold.proof import Proof, as_dtype, difference, outputs
 from batchnorm.passes.fold.remaining import as_scale
 from batchnorm.passes.report import LayerReport, Report
+from batchnorm.passes.upgrade import upgrade
 
 Model = TypeVar("Model", bound=nn.Module)
 State = dict[str, Tensor]
@@ -43,13 +45,16 @@ class FoldReport(Report):
         error: the largest difference of an output from the model's, from the examples, in its own dtype, as a share of
             the largest output.
         parameters: numbers of parameters, before and after.
-        operations: numbers of calls of torch's operators in a forward pass, but for layout changes, before and after.
+        operations: numbers of calls of torch's operators in a forward pass, layout changes left out, before and
+            after.
+        packed: the number of convolutions whose weights are in oneDNN's layout (`pack=True`).
     """
 
     known: Literal["observed", "traced"] = "observed"
     error: float = 0.0
     parameters: tuple[int, int] = (0, 0)
     operations: tuple[int, int] = (0, 0)
+    packed: int = 0
 
     @property
     def summary(self) -> str:
@@ -57,23 +62,38 @@ class FoldReport(Report):
         (before, after), (called, calls) = self.parameters, self.operations
         return (
             f"{super().summary} ({self.known}; outputs differ by {self.error:.1e}; "
-            f"{before:,} → {after:,} parameters, {called} → {calls} operations)"
+            f"{before:,} → {after:,} parameters, {called} → {calls} operations"
+            f"{f', {self.packed} convolutions packed' if self.packed else ''})"
         )
 
 
 @overload
 def fold(
-    model: Model, *inputs: Any, prove: bool = True, into: Literal["model"] = "model", **keywords: Any
+    model: Model,
+    *inputs: Any,
+    prove: bool = True,
+    into: Literal["model"] = "model",
+    borders: bool = False,
+    pack: bool = False,
+    **keywords: Any,
 ) -> tuple[Model, FoldReport]: ...
 @overload
 def fold(
-    model: nn.Module, *inputs: Any, prove: bool = True, into: Literal["state_dict"], **keywords: Any
+    model: nn.Module,
+    *inputs: Any,
+    prove: bool = True,
+    into: Literal["state_dict"],
+    borders: bool = False,
+    pack: bool = False,
+    **keywords: Any,
 ) -> tuple[State, FoldReport]: ...
 def fold(
     model: nn.Module,
     *inputs: Any,
     prove: bool = True,
     into: Literal["model", "state_dict"] = "model",
+    borders: bool = False,
+    pack: bool = False,
     **keywords: Any,
 ) -> tuple[nn.Module | State, FoldReport]:
     """A copy of `model` for evaluation without batch normalization, which computes the same.
@@ -99,6 +119,12 @@ def fold(
             from the examples and from random numbers of their shapes, to 1e-9 of the largest value (1e-4 where a part
             of the model computes in float32 itself). One that is not is undone and named. False leaves that out.
         into: "state_dict" returns the weights of the copy instead.
+        borders: whether a layer goes into a convolution behind it that pads with zeros, too. What its term brings there
+            depends on the distance to the border: the convolution gets a map of it to add, which costs about what
+            the `Scale` does that the layer becomes otherwise.
+        pack: whether convolutions of images get weights in oneDNN's own layout, and compute the activation and the
+            residual after them in the same call, for inference on a CPU in float32; best with inputs in channels-last
+            memory. The copy is upgraded for that (`bn.upgrade`). It takes the memory of the weights twice.
         keywords: further inputs, by name.
 
     Returns: the copy in evaluation mode, in the dtype of `model`, and a `FoldReport`.
@@ -122,7 +148,7 @@ def fold(
         raise TypeError(f"fold takes a torch.nn.Module, not {type(model).__name__}{advice}")
     if into not in ("model", "state_dict"):
         raise ValueError(f'into must be "model" or "state_dict", got {into!r}')
-    folded, report = _Folding(copy.deepcopy(model).eval(), inputs, keywords, prove).run()
+    folded, report = _Folding(copy.deepcopy(model).eval(), inputs, keywords, prove, borders, pack).run()
     return (folded if into == "model" else folded.state_dict()), report
 
 
@@ -159,8 +185,15 @@ class _Folding:
     """One folding: the model in float64, folded so far, and what became of each layer."""
 
     def __init__(
-        self, original: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], prove: bool
+        self,
+        original: nn.Module,
+        inputs: tuple[Any, ...],
+        keywords: dict[str, Any],
+        prove: bool,
+        borders: bool,
+        pack: bool,
     ) -> None:
+        self.borders, self.pack = borders, pack
         self.original, self.prove = original, prove  # never run: what a forward keeps would be copied with it
         self.inputs, self.keywords = inputs, keywords
         self.expected = outputs(copy.deepcopy(original), inputs, keywords)
@@ -169,6 +202,8 @@ class _Folding:
                 f"{type(original).__name__} returns no floating-point tensors, by which a fold could be proven: "
                 "wrap it in a module that returns some, or pass prove=False"
             )
+        if pack:
+            upgrade(original)
         self.names = [name for name, module in original.named_modules() if is_foldable_kind(module)]
         self.wide, self.given = self._widened()
         self.proof = Proof.of(self.wide, *self.given) if prove else None
@@ -188,7 +223,7 @@ class _Folding:
         self._compute_parametrizations()
         while self._one_round():
             pass
-        folded = self._narrowed()
+        folded, packed = self._packed(self._narrowed())
         after, found = _observed(copy.deepcopy(folded), given), outputs(copy.deepcopy(folded), *given)
         return folded, FoldReport(
             tuple(self._report(name) for name in self.names),
@@ -196,6 +231,7 @@ class _Folding:
             difference(found, self.expected),
             (_size(self.original), _size(folded)),
             (_calls(before), _calls(after)),
+            packed,
         )
 
     def _widened(self) -> tuple[nn.Module, tuple[Any, Any]]:
@@ -203,10 +239,20 @@ class _Folding:
         given = as_dtype((self.inputs, self.keywords), torch.float64)
         wide = _double(copy.deepcopy(self.original))
         try:
-            outputs(copy.deepcopy(wide), *given)
+            outputs(wide, *given)
         except Exception:
             return copy.deepcopy(self.original), (self.inputs, self.keywords)
         return wide, given
+
+    def _packed(self, folded: nn.Module) -> tuple[nn.Module, int]:
+        """The model with packed convolutions, if that is wanted and computes the same, and their number."""
+        if not self.pack:
+            return folded, 0
+        given = self.inputs, self.keywords
+        packed = copy.deepcopy(folded)
+        number = pack_convolutions(packed, _observed(copy.deepcopy(folded), given))
+        right = difference(outputs(copy.deepcopy(packed), *given), self.expected) <= ALIKE
+        return (packed, number) if right else (folded, 0)
 
     def _narrowed(self) -> nn.Module:
         """The same folds in a copy of the original, in its dtypes."""
@@ -219,7 +265,7 @@ class _Folding:
                 for path, module in plan.modules.items()
             }
             replace(plan, modules=modules).apply(found)
-        return found
+        return found.eval()  # what has taken a layer's place is new
 
     def _look(self) -> _Round:
         now = _Round(self.wide, _observed(self.wide, self.given), Tensors(self.wide))
@@ -268,7 +314,7 @@ class _Folding:
 
         yield of("before", into_preceding)
         yield of("beside", into_beside)
-        yield of("behind", into_following)
+        yield of("behind", partial(into_following, borders=self.borders))
         yield "joined", list(joined(now.model, now.seen, now.tensor, self.folded_into))
         yield of("layer before", partial(into_preceding, normalizations=True))
         yield of("affine", lambda model, calls, _: as_scale(model, now.seen, calls))
@@ -303,9 +349,12 @@ class _Folding:
         return applied
 
     def _with(self, plans: list[Plan]) -> nn.Module:
-        changed = copy.deepcopy(self.wide)
+        shared = {
+            id(each): each for each in self.wide.parameters()
+        }  # large models fit into memory a few times
+        changed = copy.deepcopy(self.wide, shared)
         for plan in plans:
-            plan.apply(changed)
+            plan.apply(changed, in_place=False)
         return changed
 
     def _error(self, model: nn.Module) -> float:

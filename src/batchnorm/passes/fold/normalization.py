@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.graph.linear import normalizes_by_constants
-from batchnorm.graph.modules import has_hooks, has_statistics, is_normalization, is_ours
+from batchnorm.graph.modules import InPlaceOfLayer, has_hooks, has_statistics, is_normalization, is_ours
 from batchnorm.graph.observation import BATCH_NORM, ModuleCall, Operation, Value, behind_layout
 from batchnorm.graph.sources import GetTensor
 from batchnorm.kernels.call import Activation
@@ -91,7 +94,7 @@ def rest_of(module: nn.Module) -> nn.Module:
     return nn.Sequential(*real) if len(real) > 1 else real[0] if real else nn.Identity()
 
 
-class Activated(nn.Module):
+class Activated(InPlaceOfLayer):
     """What is left of a folded layer of ours: activation(x + residual), called as the layer was."""
 
     def __init__(self, activation: Activation) -> None:
@@ -99,12 +102,25 @@ class Activated(nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return activate(input, self.activation, residual)
+        if residual is not None:
+            input = (input + residual).to(input.dtype)
+        if self.activation in _IN_PLACE and not (torch.is_grad_enabled() and input.requires_grad):
+            return _IN_PLACE[self.activation](
+                input
+            )  # made by what the layer was folded into, for nobody else
+        return activate(input, self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
 
 
+_IN_PLACE: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": partial(F.relu6, inplace=True),
+    "silu": partial(F.silu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
 _TORCH_S = (
     nn.BatchNorm1d.forward,
     nn.BatchNorm2d.forward,

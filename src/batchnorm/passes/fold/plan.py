@@ -14,6 +14,7 @@ from batchnorm.graph.linear import Linear
 from batchnorm.graph.modules import has_hooks, is_patched
 from batchnorm.graph.observation import Operation, Value
 from batchnorm.graph.replay import Replay
+from batchnorm.passes.fold.border import make_bordered, map_of
 from batchnorm.passes.fold.normalization import Left, Normalization
 from batchnorm.passes.report import Outcome
 
@@ -96,6 +97,7 @@ class Plan:
     checks: one for each call.
     added: of the new biases.
     touched: names of all parameters that it reads or changes.
+    borders: the taps of convolutions that get a map (border.py), by path.
     """
 
     path: str
@@ -107,6 +109,7 @@ class Plan:
     checks: list[Check] = field(default_factory=list)
     added: Added = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
+    borders: dict[str, Tensor] = field(default_factory=dict)
 
     def error(self, tensor: Tensors) -> float:
         """How far its checks are from what they must be."""
@@ -116,22 +119,41 @@ class Plan:
 
         return max((check.error(tensor, new, self.added) for check in self.checks), default=0.0)
 
-    def apply(self, model: nn.Module) -> None:
-        """Change the model."""
+    def apply(self, model: nn.Module, in_place: bool = True) -> None:
+        """Change the model.
+
+        in_place: whether parameters are changed; else they are replaced, as another model has the same ones.
+        """
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             for name, new in self.values.items():
                 if name in tensors:
-                    tensors[name].copy_(new)
+                    if in_place:
+                        tensors[name].copy_(new)
+                    else:
+                        _replace(model, tensors[name], new)
                     continue
                 home, _, own = name.rpartition(".")
                 module = model.get_submodule(home)
                 like = next(module.parameters())
                 setattr(module, own, nn.Parameter(new.to(like), requires_grad=like.requires_grad))
+        for path, taps in self.borders.items():
+            make_bordered(model.get_submodule(path), taps)
         for path, module in self.modules.items():
             for each in list(paths(model, path)):
                 parent, _, name = each.rpartition(".")
                 setattr(model.get_submodule(parent), name, module)
+
+
+def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    new = new.to(old)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is old:
+                    table[name] = new  # type: ignore[assignment]
 
 
 def paths(model: nn.Module, path: str) -> Iterator[str]:
@@ -180,6 +202,12 @@ class Wanted:
                 -1 if at == linear.output_dim else 1 for at in range(len(linear.operation.results[0].shape))
             ]
             self.added[linear.operation] = lambda y: y + more.view(view)
+
+    def add_map(self, linear: Linear, taps: Tensor) -> None:
+        """The operation's result gets a map of these taps, (outputs, 1, *kernel)."""
+        strides, paddings, dilations = linear.steps
+        sizes = linear.input.shape[2:]
+        self.added[linear.operation] = lambda y: y + map_of(taps, sizes, strides, paddings, dilations)
 
     def may_have_bias(self, linear: Linear) -> bool:
         """Whether the module whose weight it is has a place for a bias that its forward reads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from batchnorm.graph.modules import activation_of, has_hooks
+from batchnorm.graph.modules import InPlaceOfLayer, activation_of, has_hooks
 from batchnorm.graph.observation import Observation
 from batchnorm.kernels import dispatch
 from batchnorm.kernels.call import Activation, Call
@@ -16,7 +16,7 @@ from batchnorm.passes.fold.normalization import Activated, Left, Normalization, 
 from batchnorm.passes.fold.plan import Plan, own_names
 
 
-class Scale(nn.Module):
+class Scale(InPlaceOfLayer):
     """activation(weight·x + bias + residual), for each channel: what a normalization is in evaluation.
 
     Args:
@@ -25,19 +25,27 @@ class Scale(nn.Module):
         activation: as of `bn.BatchNorm2d`.
     """
 
+    _mean: Tensor
+    _variance: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = None) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.activation = activation
+        # a normalization by them is the identity; kept, as making them costs more than small inputs do
+        self.register_buffer("_mean", torch.zeros_like(weight), persistent=False)
+        self.register_buffer("_variance", torch.ones_like(weight), persistent=False)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The output, (N, C, ...), of the dtype and shape of `input`."""
-        dtype = accumulator(input.dtype)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if weight.dtype != (dtype := accumulator(input.dtype)):
+            weight, bias = weight.to(dtype), bias.to(dtype)
         if captured() or needs_dispatcher(input):  # as operators that everybody knows
             made = torch.addcmul(channelwise(bias, input), input.to(dtype), channelwise(weight, input))
             return activate(made.to(input.dtype), self.activation, residual)
-        call = Call(False, 0.0, self.activation, torch.zeros_like(bias), torch.ones_like(weight))
+        call = Call(False, 0.0, self.activation, self._mean, self._variance)
         return dispatch.normalise(input, weight, bias, residual, call)
 
     def extra_repr(self) -> str:
