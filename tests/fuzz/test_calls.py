@@ -62,11 +62,9 @@ def check(call: Call) -> None:
     largest_x = max([1.0, *given.x.double().abs().nan_to_num(0, 0, 0).flatten().tolist()])
     # where there is no spread, rounding is all there is
     rounding = 2.0**-53
-    if (
-        call.kernels == "torch"
-    ):  # whose sums are naive: n values may be off by n units; 91 equal ones are by 11
-        units = max(64, given.x.numel() / max(1, given.x.size(1)) / 4)
-        rounding = 2.0**-24 if call.dtype != torch.float64 else units * 2.0**-53
+    if call.kernels == "torch":  # whose sums are naive: n values may be off by n units
+        of_sum = given.x.numel() / max(1, given.x.size(1)) / 4
+        rounding = max(1, of_sum) * 2.0**-24 if call.dtype != torch.float64 else max(64, of_sum) * 2.0**-53
     of_mean = 4 * rounding * largest_x * expected.steepness
     near(y, expected.y, expected.same_y, 8 * unit * expected.largest + of_mean, "y")
     largest_dy = max([1.0, *given.dy.double().abs().flatten().tolist()])
