@@ -4,7 +4,10 @@ As a program: `python tests/every_public_name.py PACKAGE ...`, with the names of
 """
 
 import sys
+import tempfile
 import warnings
+
+del sys.path[0]  # this folder, whose `statistics` is not Python's
 
 # As for a package that is not installed: an import raises ModuleNotFoundError, find_spec returns None.
 modules: dict[str, object] = sys.modules  # type: ignore[assignment]  # None marks what is not there
@@ -124,6 +127,9 @@ def passes():
         model(x)
     folded, report = bn.fold(model, x)
     assert report.count("folded") == 2
+    with tempfile.TemporaryDirectory() as folder:
+        exported = bn.export(model, f"{folder}/model.pt2", x)
+        assert exported.folded.count("folded") == 2
     model, report = bn.strip_bias(model, x)
     assert report.count("stripped") == 2
     close(model.eval()(x), folded(x))

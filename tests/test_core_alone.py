@@ -30,8 +30,9 @@ def test_an_installation_requires_torch_alone():
 
 def test_each_extra_contains_the_one_before():
     extras = {name: distributions(each) for name, each in PROJECT["optional-dependencies"].items()}
-    assert list(extras) == ["cli", "train", "interop", "dev"]
+    assert list(extras) == ["cli", "train", "export", "interop", "dev"]
     assert "batchnorm[cli]" in extras["train"]
+    assert "batchnorm[export]" in extras["interop"]
     assert "batchnorm[train,interop]" in extras["dev"]
 
 

@@ -305,10 +305,14 @@ def test_our_layers_that_do_more_are_left_with_the_reason():
     masked = Odd(lambda m, x: m.bn(m.a(x), mask=x[:, :1] > 0), a=conv(), bn=bn.BatchNorm2d(6))
     named = Odd(lambda m, x: m.bn(input=m.a(x), residual=x), a=conv(), bn=bn.BatchNorm2d(6))
     each = Odd(lambda m, x: m.bn(m.a(x)), a=conv(), bn=bn.BatchNorm2d((6, 8, 8)))
-    for model, why in ((masked, "takes a mask"), (named, "by name"), (each, "statistics of each activation")):
+    for model, why, outcome in (
+        (masked, "takes a mask", "left alone"),
+        (named, "by name", "left alone"),
+        (each, "statistics of each activation", "affine"),
+    ):
         model = with_statistics(model)
         folded, report = fold(model, x)
-        assert why in report["bn"].why
+        assert why in report["bn"].why and report["bn"].outcome == outcome
         torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
 
 

@@ -58,6 +58,7 @@ def into_beside(model: nn.Module, calls: list[Normalization], tensor: Tensors) -
         raise NotLinear("it is called several times, or has an activation")
     (layer,) = calls
     rest_of(layer.call.module)
+    layer.check_channels()
     assert layer.output is not None
     if layer.call.returns != [layer.output]:
         raise NotLinear("it returns something else")

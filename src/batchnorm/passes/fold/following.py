@@ -23,6 +23,7 @@ def into_following(
     taps: dict[str, Tensor] = {}
     instead = rest_of(calls[0].call.module)
     for each in calls:
+        each.check_channels()
         if each.output is None:
             raise NotLinear("it has an activation")
         found = readers(each.output)

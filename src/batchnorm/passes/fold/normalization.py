@@ -33,13 +33,18 @@ class Normalization:
 
     value: what it normalizes, (N, C, ...).
     output: what comes of that; None if it does more to it in the same operation.
-    affine: the factor and the term of each channel, (C,) float64.
+    affine: the factor and the term of each channel, (C,) float64; of each activation, (C, *S), where a layer has these.
     """
 
     call: ModuleCall
     value: Value
     output: Value | None
     affine: Affine
+
+    def check_channels(self) -> None:
+        """Raise Left unless there is one factor for each channel."""
+        if self.affine.scale.dim() != 1:
+            raise Left("has statistics of each activation")
 
     @property
     def path(self) -> str:
@@ -145,8 +150,6 @@ def _affine_of_ours(layer: Any) -> Affine:
     mean, variance, weight, bias = (None if each is None else each.detach().double() for each in names)
     if mean is None or variance is None:
         raise Left("normalizes by the batch in evaluation too")
-    if mean.dim() != 1:
-        raise Left("has statistics of each activation")
     return Affine.normalising(mean, variance, weight, bias, layer.eps)
 
 

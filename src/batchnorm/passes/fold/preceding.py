@@ -23,6 +23,7 @@ def into_preceding(
     wanted, checks = Wanted(model, tensor), []
     instead = rest_of(calls[0].call.module)
     for each in calls:
+        each.check_channels()
         value, inside = each.value, set(each.call.operations)
         if value.is_output or any(user not in inside for user in value.users):
             raise Left("its input is read elsewhere too")

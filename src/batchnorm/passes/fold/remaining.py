@@ -17,11 +17,11 @@ from batchnorm.passes.fold.plan import Plan, own_names
 
 
 class Scale(InPlaceOfLayer):
-    """activation(weight·x + bias + residual), for each channel: what a normalization is in evaluation.
+    """activation(weight·x + bias + residual), of each channel: what a normalization is in evaluation.
 
     Args:
-        weight: (C,) the factor.
-        bias: (C,) the term.
+        weight: (C,) the factor; (C, *S) if it differs between positions.
+        bias: the term, of the same shape.
         activation: as of `bn.BatchNorm2d`.
     """
 
@@ -42,14 +42,19 @@ class Scale(InPlaceOfLayer):
         bias: Tensor = self.bias
         if weight.dtype != (dtype := accumulator(input.dtype)):
             weight, bias = weight.to(dtype), bias.to(dtype)
-        if captured() or needs_dispatcher(input):  # as operators that everybody knows
-            made = torch.addcmul(channelwise(bias, input), input.to(dtype), channelwise(weight, input))
+        of_channels = weight.dim() == 1
+        if captured() or needs_dispatcher(input) or not of_channels:  # as operators that everybody knows
+            if of_channels:
+                weight, bias = channelwise(weight, input), channelwise(bias, input)
+            made = torch.addcmul(bias, input.to(dtype), weight)
             return activate(made.to(input.dtype), self.activation, residual)
         call = Call(False, 0.0, self.activation, self._mean, self._variance)
         return dispatch.normalise(input, weight, bias, residual, call)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}" + (f", activation={self.activation!r}" if self.activation else "")
+        return f"{tuple(self.weight.shape)}" + (
+            f", activation={self.activation!r}" if self.activation else ""
+        )
 
 
 def as_scale(model: nn.Module, seen: Observation, calls: list[Normalization]) -> Plan:
