@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from batchnorm.data.digits import Digits
@@ -123,6 +124,49 @@ def test_train_and_evaluate_commands_are_understood(here, tmp_path):
         else:
             done = here(*words, *([] if "--example" in words else ["--dry-run"]), cwd=tmp_path)
         assert done.code == 0, f"{line}: {done.error}"
+
+
+TRAINING = """
+data = { source = "mnist-10k", image_size = 16, distortion = "none" }
+model = { width = 0.05, stem = "small" }
+training = { steps = 10, batch_size = 8 }
+evaluation = { every = 10, population_batches = 2 }
+optimizer = { rate = 0.05 }
+machine = { threads = 1, device = "cpu", keep_memory = false }
+"""
+NETS = """
+from torch import nn
+
+def unet(width):
+    down = [nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*down, nn.ConvTranspose2d(width, 1, 2, stride=2), nn.BatchNorm2d(1), nn.Sigmoid())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [line for line in commands("batchnorm") if line.split()[1] in ("fold", "export")]
+)
+def test_fold_and_export_commands_run(here, forking, command, tmp_path, monkeypatch):
+    """Each command of the documentation, with the files that it speaks of."""
+    words = shlex.split(command)[1:]
+    model = next(each for each in words if ":" in each or each == "runs/NAME")
+    if model == "runs/NAME":
+        (tmp_path / "run.toml").write_text(TRAINING)
+        assert here("train", "run.toml", "--out", "runs/NAME", cwd=tmp_path).code == 0
+    elif "--weights" in words:
+        library, _, name = model.partition(":")
+        made = pytest.importorskip(library)
+        network = made.create_model(name) if library == "timm" else made.models.get_model(name, weights=None)
+        torch.save(network.state_dict(), tmp_path / "trained.pth")
+    (tmp_path / "mycode").mkdir()
+    (tmp_path / "mycode" / "nets.py").write_text(NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = here(*words, cwd=tmp_path)
+    assert done.code == 0, done.error
+    assert "layers: " in done.out and "left alone" not in done.out
+    if "--out" in words:
+        assert (tmp_path / words[words.index("--out") + 1]).stat().st_size > 1000
 
 
 def test_the_table_of_keys_is_that_of_the_configuration():

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.graph.modules import has_hooks
 from batchnorm.graph.observation import LAYOUT, REREAD, ModuleCall, Observation, behind_layout, observe
@@ -349,9 +350,8 @@ class _Folding:
         return applied
 
     def _with(self, plans: list[Plan]) -> nn.Module:
-        shared = {
-            id(each): each for each in self.wide.parameters()
-        }  # large models fit into memory a few times
+        # parameters are large, and stay what they are: see Plan.apply
+        shared = {id(each): each for each in self.wide.parameters()}
         changed = copy.deepcopy(self.wide, shared)
         for plan in plans:
             plan.apply(changed, in_place=False)
@@ -436,9 +436,9 @@ def _double(model: nn.Module) -> nn.Module:
     """The model in float64, with what its forward has kept in attributes."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules") and isinstance(
-                value, Tensor | dict | list
-            ):
+            if name in ("_parameters", "_buffers", "_modules") or not isinstance(value, Tensor | dict | list):
+                continue
+            if any(isinstance(each, Tensor) for each in tree_leaves(value)):
                 vars(module)[name] = as_dtype(value, torch.float64)
     return model.double()
 
