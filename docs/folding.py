@@ -91,6 +91,8 @@ def build(name):
             options["weights_backbone"] = None
         if any(kind in name for kind in ("rcnn", "retinanet", "fcos")):
             options |= {"min_size": 160, "max_size": 160}  # not 800: float64 is slow
+        if "rcnn" in name:
+            options["rpn_post_nms_top_n_test"] = 50  # proposals, not 1,000
         if name in ("googlenet", "inception_v3"):
             options["init_weights"] = False
         model = models.get_model(name, weights=None, **options)

@@ -134,6 +134,12 @@ def passes():
     assert report.count("stripped") == 2
     close(model.eval()(x), folded(x))
     model.train()
+    state = model.state_dict()
+    assert bn.merge_states([(state, 10), (state, 10)]).keys() == state.keys()
+    assert all("running" not in name for name in bn.split_state(state)[0])
+    assert bn.reduce_statistics(model) == ["0.1", "3"]
+    optimizer = torch.optim.SGD(bn.param_groups(model, 1e-4), lr=0.1)
+    assert [group["name"] for group in optimizer.param_groups] == ["weights", "normalization"]
     model, report = bn.configure(model, momentum=0.2, only="0.*")
     assert report["0.1"].what == "momentum=0.2" and model[3].momentum == 0.1
     model, report = bn.downgrade(model, sync=False)

@@ -16,6 +16,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from batchnorm import kernels as kernels
     from batchnorm.calibrate.adapt import adapt as adapt
+    from batchnorm.calibrate.states import merge_states as merge_states
+    from batchnorm.calibrate.states import reduce_statistics as reduce_statistics
+    from batchnorm.calibrate.states import split_state as split_state
     from batchnorm.functional import batch_norm as batch_norm
     from batchnorm.layers import BatchNorm as BatchNorm
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
     from batchnorm.passes.mask import mask as mask
+    from batchnorm.passes.param_groups import param_groups as param_groups
     from batchnorm.passes.paused import paused as paused
     from batchnorm.passes.strip_bias import strip_bias as strip_bias
     from batchnorm.passes.upgrade import upgrade as upgrade
@@ -74,6 +78,10 @@ _HOME = {
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",
     "mask": "passes.mask",
+    "merge_states": "calibrate.states",
+    "param_groups": "passes.param_groups",
+    "reduce_statistics": "calibrate.states",
+    "split_state": "calibrate.states",
     "paused": "passes.paused",
     "upgrade": "passes.upgrade",
     "downgrade": "passes.downgrade",

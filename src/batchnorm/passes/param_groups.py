@@ -1,0 +1,76 @@
+"""`param_groups(model, weight_decay)`: which parameters decay, by what they are parameters of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from batchnorm.graph.modules import has_statistics, is_normalization
+
+# by type; a parameter's shape or name says nothing: an embedding's may be 1-dimensional, a convolution be called "norm"
+_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float, *, normalization: float = 0.0, biases: float = 0.0, **options: Any
+) -> list[dict[str, Any]]:
+    """The parameters of `model` in groups for an optimizer: normalization, biases, and all others.
+
+    Decaying the weight of a layer before batch normalization is a change of its learning rate, as the scale of its
+    output does not matter; decaying γ and β is decay of the function itself, and is mostly left out (He et al. 2019,
+    "Bag of Tricks", section 3.1). Each parameter that requires a gradient is in exactly one group.
+
+    Args:
+        model: any module.
+        weight_decay: of all parameters but those of normalization layers and biases.
+        normalization: the decay of weights and biases of normalization layers of any library: batch, layer, group,
+            instance, RMS.
+        biases: that of the `bias` of other modules.
+        options: of every group, as lr=0.1.
+
+    Returns: up to three groups, dictionaries with "params", "weight_decay", "name" and the options; for the optimizers
+        of torch and timm.
+
+    Raises:
+        ValueError: a parameter is one of a normalization layer and of another module, and would decay differently.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+        >>> groups = bn.param_groups(model, weight_decay=1e-4)
+        >>> [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]
+        [('weights', 1, 0.0001), ('normalization', 2, 0.0), ('biases', 1, 0.0)]
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1)
+    """
+    decays = {"weights": weight_decay, "normalization": normalization, "biases": biases}
+    groups: dict[nn.Parameter, tuple[str, str]] = {}  # the group, and the path
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            group = "normalization" if is_norm(module) else "biases" if name == "bias" else "weights"
+            place = f"{path}.{name}".lstrip(".")
+            before, first = groups.setdefault(parameter, (group, place))
+            if before != group and decays[before] != decays[group]:
+                raise ValueError(
+                    f"{first} and {place} are one parameter, of {before} and of {group}, which decay differently: give "
+                    "both the same decay"
+                )
+    found = [
+        {
+            "params": [parameter for parameter, (group, _) in groups.items() if group == name],
+            "weight_decay": decay,
+            "name": name,
+            **options,
+        }
+        for name, decay in decays.items()
+    ]
+    return [group for group in found if group["params"]]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a normalization layer of any kind and library."""
+    by_name = "Norm" in type(module).__name__ and not list(module.children())
+    return isinstance(module, _NORMS) or is_normalization(module) or has_statistics(module) or by_name
