@@ -134,6 +134,8 @@ def passes():
     assert report.count("stripped") == 2
     close(model.eval()(x), folded(x))
     model.train()
+    report = bn.population(model, [x, x + 1])
+    assert report.count("measured") == 2
     state = model.state_dict()
     assert bn.merge_states([(state, 10), (state, 10)]).keys() == state.keys()
     assert all("running" not in name for name in bn.split_state(state)[0])

@@ -25,6 +25,7 @@ NAMES = (
         "mask",
         "merge_states",
         "param_groups",
+        "population",
         "paused",
         "reduce_statistics",
         "split_state",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from batchnorm.passes.configure import configure as configure
     from batchnorm.passes.convert_sync import convert_sync as convert_sync
     from batchnorm.passes.downgrade import downgrade as downgrade
+    from batchnorm.passes.estimate import population as population
     from batchnorm.passes.export import export as export
     from batchnorm.passes.fold import fold as fold
     from batchnorm.passes.freeze import freeze as freeze
@@ -80,6 +81,7 @@ _HOME = {
     "mask": "passes.mask",
     "merge_states": "calibrate.states",
     "param_groups": "passes.param_groups",
+    "population": "passes.estimate",
     "reduce_statistics": "calibrate.states",
     "split_state": "calibrate.states",
     "paused": "passes.paused",

@@ -509,7 +509,7 @@ def test_an_activation_in_a_layer_stays_in_evaluation():
 
 MUTATIONS = [
     Mutation(
-        "a reset that keeps the domain", "calibrate/adapt.py",
+        "a reset that keeps the domain", "calibrate/collecting.py",
         "if self.is_new and isinstance(self._layer, _BatchNorm) and self._domain is not None:", "if False:",
         "it says 0 and 1 from then on",
     ),

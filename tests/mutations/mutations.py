@@ -591,18 +591,18 @@ MUTATIONS = [
         "many samples would be worth little", ADAPT,
     ),
     Mutation(
-        "adapted to the last batch", "calibrate/adapt.py",
+        "adapted to the last batch", "calibrate/collecting.py",
         "moments if self.moments is None else self.moments.merge(moments)", "moments",
         "the target is all batches merged", ADAPT,
     ),
     Mutation(
-        "adapted to a biased variance", "calibrate/adapt.py",
+        "adapted to a biased variance", "calibrate/collecting.py",
         "moments.variance(unbiased=True)", "moments.variance()",
         "running variances are unbiased", ADAPT,
     ),
     Mutation(
         "a domain's prior its own", "calibrate/adapt.py",
-        "_running(layer), (layer.running_mean, layer.running_var), (mean, variance)", "_running(layer), _running(layer), (mean, variance)",
+        "running(layer), (layer.running_mean, layer.running_var), (mean, variance)", "running(layer), running(layer), (mean, variance)",
         "a new domain has nothing but the layer's to start from", ADAPT,
     ),
     Mutation(

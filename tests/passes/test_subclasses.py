@@ -111,7 +111,7 @@ MUTATIONS = [
         "torch.fx doubles what a subclass adds",
     ),
     Mutation(
-        "adapt lets buffers move", "calibrate/adapt.py",
+        "adapt lets buffers move", "calibrate/collecting.py",
         "in buffers:\n                buffer.copy_(value)", "in buffers:\n                pass",
         "a forward that asks nobody moves them while samples pass through",
     ),

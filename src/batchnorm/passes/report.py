@@ -18,6 +18,7 @@ Outcome = Literal[
     "folded",
     "affine",
     "stripped",
+    "measured",
     "left alone",
 ]
 
@@ -29,7 +30,7 @@ class LayerReport:
     Args:
         name: its path in the model; "" is the model itself.
         outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded",
-            "folded", "affine", "stripped" or "left alone".
+            "folded", "affine", "stripped", "measured" or "left alone".
         what: what was fused into it ("relu", "residual, relu"), what of it was frozen or set, or torch's class that
             it became.
         why: why it was not fused, or left alone.
