@@ -278,6 +278,23 @@ def test_a_fold_that_changes_the_output_is_undone_and_the_others_stay():
     assert report["bn"].why.startswith("folded into a it would change the output by")
 
 
+def test_the_report_names_the_one_convolution_of_a_block():
+    _, forward, children = PROBES["RepVGG"]
+    model = with_statistics(Odd(forward, **copy.deepcopy(children)))
+    folded, report = fold(model, torch.randn(2, 6, 8, 8, dtype=torch.float64))
+    assert [layer.what for layer in report.layers] == ["into a"] * 3
+    assert [type(each).__name__ for each in folded.children()] == [
+        "Conv2d",
+        "Nothing",
+        "Identity",
+        "Identity",
+        "Nothing",
+    ]
+    calls = [each.name for each in observe(folded, torch.randn(2, 6, 8, 8, dtype=torch.float64)).operations]
+    assert calls == ["aten.convolution", "aten.relu"]  # one convolution, and nothing is added
+    assert str(report).splitlines()[-1].startswith("3 layers: 3 folded (traced; outputs differ by ")
+
+
 def test_a_layer_that_is_not_called_is_named():
     model = with_statistics(
         Odd(lambda m, x: m.bn(m.a(x)), a=conv(), bn=nn.BatchNorm2d(6), unused=nn.BatchNorm2d(6))

@@ -378,10 +378,12 @@ class _Folding:
             self.goes_to[plan.path] = plan.into
             self.done[plan.path] = LayerReport(plan.path, plan.outcome, plan.what, why)
             return
-        for path, report in self.done.items():  # what was folded into this convolution goes on with it
-            if plan.path in self.goes_to.get(path, ()):
-                self.done[path] = replace(report, what=f"{report.what}, with it {plan.what}")
-                self.goes_to[path] = (*self.goes_to[path], *plan.into)
+        for path, goes_to in self.goes_to.items():  # what was folded into this convolution goes on with it
+            if plan.path in goes_to:
+                others = [each for each in goes_to if each != plan.path]
+                self.goes_to[path] = tuple(dict.fromkeys([*others, *plan.into]))
+                what = "into " + ", ".join(self.goes_to[path])
+                self.done[path] = replace(self.done[path], what=what)
 
     def _reason(self, path: str) -> str:
         found = self.why.get(path, {})
