@@ -51,7 +51,7 @@ class Linear:
                 and made.name == "aten.t"
                 and not operation.keywords
                 and _is_parameter(made.arguments[0])
-                and (bias is None or _is_parameter(bias))
+                and (bias is None or (_is_parameter(bias) and bias.shape == made.arguments[0].shape[:1]))
             ):
                 return cls(operation, given, made.arguments[0], bias, 1, 1)
         elif operation.name == "aten.linear":

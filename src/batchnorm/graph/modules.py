@@ -34,7 +34,8 @@ def is_normalization(module: nn.Module) -> bool:
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether `module` has buffers of running statistics, of whatever class it is."""
-    return all(isinstance(module._buffers.get(name), Tensor) for name in ("running_mean", "running_var"))
+    buffers = dict(module.named_buffers(recurse=False))
+    return all(isinstance(buffers.get(name), Tensor) for name in ("running_mean", "running_var"))
 
 
 def has_hooks(module: nn.Module) -> bool:

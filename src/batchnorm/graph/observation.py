@@ -15,6 +15,7 @@ that shares its memory is, when it is next read, made by an operation `REREAD` o
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class Value:
     name: of a parameter or buffer its path in the model, else empty.
     producer: the operation that made it, None unless it is a result.
     users: the operations that read it, in order, each once.
-    is_output: whether the model returns it.
+    is_output: whether the model returns it, or it is still there after the run: in an attribute, say.
     """
 
     kind: Kind
@@ -138,6 +139,12 @@ class Observation:
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
 
+    def forget(self) -> None:
+        """Let go of the modules, whose weights else stay in memory until Python looks for cycles."""
+        for operation in self.operations:
+            operation.call = None
+            operation.results.clear()
+
     def calls_of(self, module: nn.Module) -> list[ModuleCall]:
         """The calls of a module, in order."""
         return [call for call in self.calls if call.module is module]
@@ -161,10 +168,11 @@ def observe(model: nn.Module, *inputs: Any, **keywords: Any) -> Observation:
     for path, module in model.named_modules():
         if is_compiled(module):
             raise ValueError(f"{path or 'the model'} is compiled: observe the module itself, its _orig_mod")
-    observer = _Observer(model, (inputs, keywords))
-    with _as_it_was(model), torch.no_grad(), observer.watching_modules(), observer:
-        returned = model(*inputs, **keywords)
-    return observer.finish(returned)
+    with torch.inference_mode(False), as_it_was(model), torch.no_grad():
+        observer = _Observer(model, (inputs, keywords))
+        with observer.watching_modules(), observer:
+            returned = model(*inputs, **keywords)
+        return observer.finish(returned)
 
 
 class _Observer(TorchDispatchMode):
@@ -236,8 +244,17 @@ class _Observer(TorchDispatchMode):
         self.seen.outputs = [self._read(tensor) for tensor in _tensors(returned)]
         for value in self.seen.outputs:
             value.is_output = True
-        self._kept.clear()
+        self._let_go()
         return self.seen
+
+    def _let_go(self) -> None:
+        """Keep no tensor; what somebody else still has, in an attribute or in what was given, is an output too."""
+        watched = {key: weakref.ref(tensor) for key, tensor in self._kept.items()}
+        self._kept.clear()
+        for key, tensor in watched.items():
+            value = self._values[key][0]
+            if tensor() is not None and value.kind == "result":
+                value.is_output = True
 
     def _record(
         self, operator: Any, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -284,7 +301,10 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _memory(tensor: Tensor) -> int:
     """What all tensors that share memory have in common."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+    try:
+        return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+    except NotImplementedError:  # of torch.func's transforms
+        return id(tensor)
 
 
 def _changed(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Tensor]:
@@ -298,7 +318,7 @@ def _changed(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore the buffers and the generators of random numbers at the end."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {each.device for each in [*model.parameters(), *model.buffers()] if each.device.type == "cuda"}

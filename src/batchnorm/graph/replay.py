@@ -43,7 +43,7 @@ class Replay:
     def __getitem__(self, value: Value) -> Tensor:
         for operation in self._in_order(value):
             arguments, keywords = tree_map(self._copy, (operation.arguments, operation.keywords))
-            returned = operation.operator(*arguments, **keywords)
+            returned = _call(operation, arguments, keywords)
             made = [returned] if isinstance(returned, Tensor) else list(returned)
             if operation in self._after:
                 made[0] = self._after[operation](made[0])
@@ -85,3 +85,9 @@ class Replay:
                 done.add(operation)
                 stack.pop()
                 yield operation
+
+
+def _call(operation: Operation, arguments: Any, keywords: Any) -> Any:
+    if operation.name in ("aten.view", "aten._unsafe_view"):  # of tensors in another memory format, perhaps
+        return arguments[0].reshape(arguments[1])
+    return operation.operator(*arguments, **keywords)

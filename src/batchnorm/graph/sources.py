@@ -158,6 +158,7 @@ class _Way:
         self.leaves: list[Linear] = []
         self.terms: dict[Value, None] = {}
         self.skips: dict[Value, None] = {}
+        self.parts: list[Value] = []  # of splits, which others read
         self._zero: Tensor | None = None
         seen: set[Operation] = set()
         waiting = [value]
@@ -179,6 +180,8 @@ class _Way:
                 self.leaves.append(linear)
             elif made.name not in _PASSED:
                 self._skip(each, f"it comes from {made.name}")
+            elif not _weighs_alike(made):
+                raise NotLinear("it is pooled over windows of different sizes")
             else:
                 seen.add(made)
                 self.between.add(made)
@@ -201,6 +204,7 @@ class _Way:
                     raise NotLinear(
                         f"what {result.producer.name if result.producer else ''} makes is read elsewhere too"
                     )
+            way.parts = [result for result in elsewhere if way._is_apart(result)]
             for skip in way.skips:
                 if skip not in inputs and skip not in stops:
                     raise NotLinear(way._reasons[skip])
@@ -230,21 +234,36 @@ class _Way:
 
     def _elsewhere(self, result: Value) -> bool:
         users = [user in self.between for user in result.users]
-        # a part of a split that nothing between reads is other channels
+        # a part of a split that nothing between reads may be other channels: see check_parts
         return result is not self.value and any(users) and not all(users)
+
+    def _is_apart(self, result: Value) -> bool:
+        used = bool(result.users) or result.is_output
+        return used and result is not self.value and not any(user in self.between for user in result.users)
+
+    def check_parts(self, made: Value, comes: Tensor) -> None:
+        """Raise NotLinear if what comes to the value, 1 where it does in `made`, comes to what others read too."""
+        if self.parts:
+            ones = self._replayer({made: comes.double()})
+            nothing = self._replayer({})
+            if any(not torch.equal(ones[part], nothing[part]) for part in self.parts):
+                raise NotLinear("a part of it that is not its own is read elsewhere")
 
     def channels_of(self, made: Value, dim: int) -> tuple[Tensor, Tensor]:
         """For each channel of `made`, in its dimension `dim`, the channel to which it comes, and its factor there."""
         number = made.shape[dim]
-        codes = _codes(number)
         view = [-1 if at == dim else 1 for at in range(len(made.shape))]
         scale = self._arriving(made, torch.ones(made.shape, dtype=torch.float64))
-        found = self._arriving(made, codes.view(view).expand(made.shape).clone())
-        arrived, origins, by = _constants(found, scale, 1, codes)
+        coded = [
+            (self._arriving(made, codes.view(view).expand(made.shape).clone()), codes)
+            for codes in _codes(number)
+        ]
+        arrived, origins, by = _constants(coded, scale, 1)
         if len(origins.unique()) < len(origins):
             raise NotLinear("a channel comes to several channels")
         channels, factors = torch.full((number,), -1), torch.ones(number, dtype=torch.float64)
         channels[origins], factors[origins] = arrived, by
+        self.check_parts(made, (channels >= 0).view(view).expand(made.shape))
         return channels, factors
 
     def aligned(self, one: tuple[Value, int], other: tuple[Value, int]) -> bool:
@@ -252,7 +271,7 @@ class _Way:
         arrived = []
         for value, dim in (one, other):
             shape = [*value.shape[:dim], *value.shape[dim + 1 :]]
-            codes = _codes(math.prod(shape)).view(shape).unsqueeze(dim).expand(value.shape).clone()
+            codes = _codes(math.prod(shape))[0].view(shape).unsqueeze(dim).expand(value.shape).clone()
             scale = self._arriving(value, torch.ones(value.shape, dtype=torch.float64))
             arrived.append(self._arriving(value, codes) / scale)  # nan where it does not come to
         if arrived[0].shape != arrived[1].shape:
@@ -262,20 +281,22 @@ class _Way:
 
     def elements_of(self, term: Value) -> tuple[Tensor, Tensor, Tensor]:
         """For each element of a term its channel, and its factor; and which channels are covered."""
-        codes = _codes(term.shape.numel())
+        number = term.shape.numel()
         scale = self._arriving(term, torch.ones(term.shape, dtype=torch.float64))
-        found = self._arriving(term, codes.view(term.shape))
-        channels, factors = torch.full((len(codes),), -1), torch.ones(len(codes), dtype=torch.float64)
-        everywhere = torch.ones(found.size(1), dtype=torch.bool)
-        for channel, (arrived, by) in enumerate(zip(_by_channel(found), _by_channel(scale), strict=True)):
+        coded = [(self._arriving(term, codes.view(term.shape)), codes) for codes in _codes(number)]
+        channels, factors = torch.full((number,), -1), torch.ones(number, dtype=torch.float64)
+        everywhere = torch.ones(scale.size(1), dtype=torch.bool)
+        for channel, by in enumerate(_by_channel(scale)):
             some = by != 0
             everywhere[channel] = some.all()
-            origins = _decode(arrived[some] / by[some], codes)
+            arrived = [(_by_channel(found)[channel][some] / by[some], codes) for found, codes in coded]
+            origins = _decode(arrived)
             if bool((channels[origins.unique()] >= 0).any()):
                 raise NotLinear(f"{term.name} comes to several channels")
             channels[origins], factors[origins] = channel, by[some]
             if not bool((factors[origins] == by[some]).all()):
                 raise NotLinear(f"{term.name} comes with several factors")
+        self.check_parts(term, (channels >= 0).view(term.shape))
         return channels.view(term.shape), factors.view(term.shape), everywhere
 
     def constant(self) -> Tensor:
@@ -298,6 +319,9 @@ class _Way:
         return self._replay({coded: codes}) - self._nothing()
 
     def _replay(self, known: dict[Value, Tensor]) -> Tensor:
+        return self._replayer(known)[self.value]
+
+    def _replayer(self, known: dict[Value, Tensor]) -> Replay:
         ends = {leaf.operation.results[0] for leaf in self.leaves} | {*self.terms, *self.skips}
 
         def otherwise(value: Value) -> Tensor:
@@ -305,7 +329,7 @@ class _Way:
                 return self.tensor(value)
             return zeros(value)
 
-        return Replay(known, otherwise, self.between | self.constants)[self.value]
+        return Replay(known, otherwise, self.between | self.constants)
 
     @property
     def constants(self) -> set[Operation]:
@@ -344,7 +368,7 @@ def readers(value: Value) -> list[Reader]:
             linear = Linear.of(user)
             if linear is not None and not linear.is_normalization and linear.input is each:
                 found[user] = linear
-            elif user.name in _ARRANGED:
+            elif user.name in _ARRANGED and _weighs_alike(user):
                 if user not in between:
                     between.add(user)
                     waiting += user.results
@@ -359,16 +383,24 @@ def readers(value: Value) -> list[Reader]:
 
 
 def _arriving_at(linear: Linear, value: Value, between: set[Operation]) -> Tensor:
-    codes = _codes(value.shape[1])
-    coded = codes.view(-1, *[1] * (len(value.shape) - 2)).expand(value.shape).clone()
     scale = Replay({value: torch.ones(value.shape, dtype=torch.float64)}, zeros, between)[linear.input]
-    found = Replay({value: coded}, zeros, between)[linear.input]
-    places, origins, by = _constants(found, scale, linear.input_dim, codes)
+    coded = []
+    for codes in _codes(value.shape[1]):
+        given = codes.view(-1, *[1] * (len(value.shape) - 2)).expand(value.shape).clone()
+        coded.append((Replay({value: given}, zeros, between)[linear.input], codes))
+    places, origins, by = _constants(coded, scale, linear.input_dim)
     if not bool((by - 1).abs().le(_CLOSE).all()):
         raise NotLinear("it is padded or weighted on its way")
     channels = torch.full((linear.inputs,), -1)
     channels[places] = origins
     return channels
+
+
+def _weighs_alike(operation: Operation) -> bool:
+    """Whether a pool weighs every value alike at every size of the image: nothing padded, no window cut off."""
+    if not operation.name.startswith("aten.avg_pool"):
+        return True
+    return not any(operation.argument("padding")) and not operation.argument("ceil_mode")
 
 
 def is_constant(value: Value) -> bool:
@@ -393,36 +425,50 @@ def _by_channel(values: Tensor, dim: int = 1) -> Tensor:
     return values.transpose(0, dim).flatten(1)
 
 
-def _constants(found: Tensor, scale: Tensor, dim: int, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Coded = list[tuple[Tensor, Tensor]]  # what has arrived of each of the codes
+
+
+def _constants(coded: Coded, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(channels to which something has come, which code it was, by what it was multiplied).
 
-    found, scale: what has come when the codes were given, and when ones were.
+    coded, scale: what has come when the codes were given, and when ones were.
     Raises: NotLinear unless each is one code and one factor at all positions of the channel.
     """
-    found, scale = _by_channel(found, dim), _by_channel(scale, dim)
+    scale = _by_channel(scale, dim)
     some = (scale != 0).any(1).nonzero().flatten()
-    found, scale = found[some], scale[some]
-    if not found.numel():
+    scale = scale[some]
+    if not scale.numel():
         raise NotLinear("nothing of it arrives")
     by = scale[:, :1]
     if not bool((scale - by).abs().le(_CLOSE * by.abs()).all()) or not bool((by != 0).all()):
         raise NotLinear("it is not in all positions of a channel with one factor")
-    decoded = found / by
-    if not bool((decoded - decoded[:, :1]).abs().le(_CLOSE).all()):
-        raise NotLinear("channels are mixed")
-    return some, _decode(decoded[:, 0], codes), by[:, 0]
+    firsts = []
+    for found, codes in coded:
+        decoded = _by_channel(found, dim)[some] / by
+        if not bool((decoded - decoded[:, :1]).abs().le(_CLOSE).all()):
+            raise NotLinear("channels are mixed")
+        firsts.append((decoded[:, 0], codes))
+    return some, _decode(firsts), by[:, 0]
 
 
-def _codes(number: int) -> Tensor:
-    """As many numbers, between 1 and 2, of which no two are alike and no mean of some is another."""
+def _codes(number: int) -> list[Tensor]:
+    """Twice as many numbers between 1 and 2, equally far apart, in different orders.
+
+    A mean of some of the first is the one of another place perhaps, but that of the second is not.
+    """
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(number, dtype=torch.float64, generator=generator) + 1
+    orders = (torch.randperm(number, generator=generator) for _ in range(2))
+    return [1 + order.double() / number for order in orders]
 
 
-def _decode(arrived: Tensor, codes: Tensor) -> Tensor:
-    """The places of these numbers among the codes. Raises: NotLinear if one is none of them."""
+def _decode(coded: Coded) -> Tensor:
+    """The places of the codes that have arrived. Raises: NotLinear if it is not one code."""
+    arrived, codes = coded[0]
     ordered, places = codes.sort()
-    nearest = torch.searchsorted(ordered, arrived - _CLOSE).clamp(max=len(codes) - 1)
-    if not bool((ordered[nearest] - arrived).abs().le(2 * _CLOSE).all()):
-        raise NotLinear("channels are mixed")
-    return places[nearest]
+    close = 1 / (4 * len(codes))
+    nearest = torch.searchsorted(ordered, arrived - close).clamp(max=len(codes) - 1)
+    found = places[nearest]
+    for arrived, codes in coded:
+        if not bool((codes[found] - arrived).abs().le(_CLOSE).all()):
+            raise NotLinear("channels are mixed")
+    return found

@@ -27,12 +27,13 @@ class _Bordered(nn.Module):
         module: Any = self
         y: Tensor = module._conv_forward(input, module.weight, module.bias)
         sizes = input.shape[2 - len(self.taps.shape) :]
-        key = sizes, self.taps.dtype, self.taps.device
-        if torch.compiler.is_compiling() or self._map is None or self._map[0] != key:
-            found = map_of(self.taps, sizes, module.stride, module.padding, module.dilation)
-            if torch.compiler.is_compiling():
-                return y + found
-            self._map = key, found
+        how = module.stride, module.padding, module.dilation
+        if torch.compiler.is_compiling():
+            return y + map_of(self.taps, sizes, *how)
+        version = 0 if self.taps.is_inference() else self.taps._version
+        key = sizes, self.taps.dtype, self.taps.device, self.taps.data_ptr(), version
+        if self._map is None or self._map[0] != key:
+            self._map = key, map_of(self.taps, sizes, *how)
         return y + self._map[1]
 
 

@@ -59,6 +59,7 @@ def into_beside(model: nn.Module, calls: list[Normalization], tensor: Tensors) -
     (layer,) = calls
     rest_of(layer.call.module)
     layer.check_channels()
+    tensor.check_replaced(layer.call.module, [layer.call])
     assert layer.output is not None
     if layer.call.returns != [layer.output]:
         raise NotLinear("it returns something else")
@@ -87,6 +88,10 @@ def into_beside(model: nn.Module, calls: list[Normalization], tensor: Tensors) -
             wanted.want(linear.weight, old + weight * linear.on_outputs(scale), [linear.operation])
             wanted.want_bias(linear, shift)
             wanted.check()
+            tensor.check_changed(
+                value for each in origin.operations for value in each.results if value is not total
+            )
+            tensor.check_changed([layer.output])
             check = Check(origin.operations, [total], layer, passes=False)
             path = layer.path
             touched = own_names(model, path) | set(wanted.values)
@@ -154,6 +159,9 @@ def _join(model: nn.Module, linear: Linear, total: Value, tensor: Tensors) -> Pl
             bias[outputs] = tensor(linear.bias) * factors
             wanted.want_bias(into, bias)
         wanted.check()
+        tensor.check_changed(
+            value for each in origin.operations for value in each.results if value is not total
+        )
         path = linear.weight.name.rpartition(".")[0]
         check = Check(origin.operations, [total], None, (linear.operation.results[0],))
         touched = own_names(model, path) | set(wanted.values)

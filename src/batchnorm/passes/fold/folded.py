@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +25,7 @@ from batchnorm.passes.fold.normalization import Left, Normalization, is_foldable
 from batchnorm.passes.fold.packed import pack as pack_convolutions
 from batchnorm.passes.fold.plan import PROVEN, Plan, Tensors
 from batchnorm.passes.fold.preceding import into_preceding
-from batchnorm.passes.fold.proof import Proof, as_dtype, difference, outputs
+from batchnorm.passes.fold.proof import Proof, as_dtype, copy_of, detached, difference, outputs
 from batchnorm.passes.fold.remaining import as_scale
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.upgrade import upgrade
@@ -108,9 +109,9 @@ def fold(
     timm's, ours, frozen ones of torchvision and detectron2, or of any class that in evaluation multiplies and shifts
     each channel.
 
-    The model is not changed. The copy has its class, the names of its children and its forward; a folded layer's place
-    is taken by an Identity, or by the activation that the layer has. Parametrizations of weights into which a layer is
-    folded are computed once and removed.
+    The model is not changed; a DistributedDataParallel or DataParallel around it is left out. The copy has its class,
+    the names of its children and its forward; a folded layer's place is taken by an Identity, or by the activation
+    that the layer has. Parametrizations of weights into which a layer is folded are computed once and removed.
 
     Args:
         model: any module; it is run in evaluation mode.
@@ -149,7 +150,12 @@ def fold(
         raise TypeError(f"fold takes a torch.nn.Module, not {type(model).__name__}{advice}")
     if into not in ("model", "state_dict"):
         raise ValueError(f'into must be "model" or "state_dict", got {into!r}')
-    folded, report = _Folding(copy.deepcopy(model).eval(), inputs, keywords, prove, borders, pack).run()
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        model = model.module  # the copy is for one device
+    inputs, keywords = detached((inputs, keywords))
+    with torch.inference_mode(False):
+        copied = copy_of(model).eval()
+        folded, report = _Folding(copied, inputs, keywords, prove, borders, pack).run()
     return (folded if into == "model" else folded.state_dict()), report
 
 
@@ -200,8 +206,8 @@ class _Folding:
         self.expected = outputs(copy.deepcopy(original), inputs, keywords)
         if prove and not self.expected:
             raise ValueError(
-                f"{type(original).__name__} returns no floating-point tensors, by which a fold could be proven: "
-                "wrap it in a module that returns some, or pass prove=False"
+                f"{type(original).__name__} returns no tensors, by which a fold could be proven: wrap it in a module "
+                "that returns some, or pass prove=False"
             )
         if pack:
             upgrade(original)
@@ -220,18 +226,18 @@ class _Folding:
     def run(self) -> tuple[nn.Module, FoldReport]:
         """Fold, and return the copy in the dtypes of the original."""
         given = self.inputs, self.keywords
-        before = _observed(copy.deepcopy(self.original), given)
+        before = _operations(copy.deepcopy(self.original), given)
         self._compute_parametrizations()
         while self._one_round():
             pass
         folded, packed = self._packed(self._narrowed())
-        after, found = _observed(copy.deepcopy(folded), given), outputs(copy.deepcopy(folded), *given)
+        after, found = _operations(copy.deepcopy(folded), given), outputs(copy.deepcopy(folded), *given)
         return folded, FoldReport(
             tuple(self._report(name) for name in self.names),
             "traced" if _is_traceable(self.original, *given) else "observed",
             difference(found, self.expected),
             (_size(self.original), _size(folded)),
-            (_calls(before), _calls(after)),
+            (before, after),
             packed,
         )
 
@@ -251,7 +257,9 @@ class _Folding:
             return folded, 0
         given = self.inputs, self.keywords
         packed = copy.deepcopy(folded)
-        number = pack_convolutions(packed, _observed(copy.deepcopy(folded), given))
+        seen = _observed(copy.deepcopy(folded), given)
+        number = pack_convolutions(packed, seen)
+        seen.forget()
         right = difference(outputs(copy.deepcopy(packed), *given), self.expected) <= ALIKE
         return (packed, number) if right else (folded, 0)
 
@@ -269,7 +277,8 @@ class _Folding:
         return found.eval()  # what has taken a layer's place is new
 
     def _look(self) -> _Round:
-        now = _Round(self.wide, _observed(self.wide, self.given), Tensors(self.wide))
+        seen = _observed(self.wide, self.given)
+        now = _Round(self.wide, seen, Tensors(self.wide, seen))
         made = {value.dtype for each in now.seen.operations for value in each.results}
         self.tolerance = ALIKE if made.intersection(_NARROW) else PROVEN
         calls: dict[str, list[ModuleCall]] = {}
@@ -301,11 +310,14 @@ class _Folding:
     def _one_round(self) -> bool:
         """Apply the plans of the first kind of which there are any. Returns whether there were any."""
         now = self._look()
-        for kind, plans in self._kinds(now):
-            new = _apart(plan for plan in plans if (plan.path, kind) not in self.failed)
-            if self._apply_some(kind, new, now.tensor):
-                return True
-        return False
+        try:
+            for kind, plans in self._kinds(now):
+                new = _apart(plan for plan in plans if (plan.path, kind) not in self.failed)
+                if self._apply_some(kind, new, now.tensor):
+                    return True
+            return False
+        finally:
+            now.seen.forget()
 
     def _kinds(self, now: _Round) -> Iterator[tuple[str, list[Plan]]]:
         """The plans of each kind, the best kind first."""
@@ -318,7 +330,7 @@ class _Folding:
         yield of("behind", partial(into_following, borders=self.borders))
         yield "joined", list(joined(now.model, now.seen, now.tensor, self.folded_into))
         yield of("layer before", partial(into_preceding, normalizations=True))
-        yield of("affine", lambda model, calls, _: as_scale(model, now.seen, calls))
+        yield of("affine", lambda model, calls, tensor: as_scale(model, now.seen, calls, tensor))
 
     def _leave(self, kind: str, path: str, why: str) -> None:
         self.why.setdefault(path, {})[kind] = why
@@ -371,7 +383,7 @@ class _Folding:
         self._leave(kind, plan.path, f"folded {plan.what} it {why}")
 
     def _note(self, kind: str, plan: Plan) -> None:
-        self.applied.append(plan)
+        self.applied.append(replace(plan, checks=[], added={}))
         self.folded_into |= set(plan.into)
         if kind != "joined":
             why = "" if plan.outcome == "folded" else self._reason(plan.path)
@@ -452,8 +464,12 @@ def _dtype_at(original: nn.Module, path: str) -> torch.dtype:
     return found[0] if found else torch.get_default_dtype()
 
 
-def _calls(seen: Observation) -> int:
-    return sum(each.name not in (*LAYOUT, REREAD) for each in seen.operations)
+def _operations(model: nn.Module, given: Any) -> int:
+    """How many operations a run has, layout changes left out."""
+    seen = _observed(model, given)
+    number = sum(each.name not in (*LAYOUT, REREAD) for each in seen.operations)
+    seen.forget()
+    return number
 
 
 def _size(model: nn.Module) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
+from batchnorm.graph.linear import Linear
+from batchnorm.graph.observation import LAYOUT, Operation, Value
 from batchnorm.graph.sources import NotLinear, readers
 from batchnorm.passes.fold.border import BORDERED
 from batchnorm.passes.fold.normalization import Normalization, rest_of
@@ -22,11 +26,16 @@ def into_following(
     wanted, checks = Wanted(model, tensor), []
     taps: dict[str, Tensor] = {}
     instead = rest_of(calls[0].call.module)
+    tensor.check_replaced(calls[0].call.module, [each.call for each in calls])
     for each in calls:
         each.check_channels()
         if each.output is None:
             raise NotLinear("it has an activation")
         found = readers(each.output)
+        between = set().union(*(reader.operations - set(reader.linear.operations) for reader in found))
+        tensor.check_changed([each.output, *(result for made in between for result in made.results)])
+        targets = []
+        operations = set().union(*(reader.operations for reader in found))
         for reader in found:
             linear = reader.linear
             wanted.into[wanted.home(linear)] = None
@@ -34,6 +43,10 @@ def into_following(
             scale = by_channel(each.affine.scale, reader.channels, 1.0)
             shift = by_channel(each.affine.shift, reader.channels, 0.0)
             wanted.want(linear.weight, weight * linear.on_inputs(scale), [linear.operation])
+            addition = _bias_behind(linear, wanted.home(linear)) if linear.bias is None else None
+            targets.append((linear.operation if addition is None else addition.operation).results[0])
+            if addition is not None:
+                operations |= addition.between
             if not bool(shift.any()):
                 continue
             if not linear.keeps_constants:
@@ -46,10 +59,12 @@ def into_following(
                 of_inputs = weight * linear.on_inputs(shift)
                 taps[home] = of_inputs.sum(1, keepdim=True)
                 wanted.add_map(linear, taps[home])
+            elif addition is not None:
+                more = (weight * linear.on_inputs(shift)).flatten(1).sum(1)
+                wanted.want(addition.bias, tensor(addition.bias) + more, [addition.operation])
             else:
                 wanted.want_bias(linear, (weight * linear.on_inputs(shift)).flatten(1).sum(1))
-        operations = set().union(*(reader.operations for reader in found))
-        checks.append(Check(operations, [reader.linear.operation.results[0] for reader in found], each))
+        checks.append(Check(operations, targets, each))
     wanted.check()
     path = calls[0].path
     touched = own_names(model, path) | set(wanted.values)
@@ -65,3 +80,28 @@ def into_following(
         touched,
         taps,
     )
+
+
+class _Addition(NamedTuple):
+    """Where a module adds its bias: the operation, the bias, and all since the product."""
+
+    operation: Operation
+    bias: Value
+    between: set[Operation]
+
+
+def _bias_behind(linear: Linear, home: str) -> _Addition | None:
+    """The addition of the module's own bias behind a product, which torch makes of a linear layer now and then."""
+    value, between = linear.operation.results[0], set()
+    while (user := value.only_user) is not None:
+        between.add(user)
+        if user.name in ("aten.add", "aten.add_"):
+            others = [each for each in user.reads if each is not value]
+            own = f"{home}.bias".lstrip(".")
+            if len(others) == 1 and others[0].name == own and others[0].shape == linear.weight.shape[:1]:
+                return _Addition(user, others[0], between) if not user.keywords else None
+            return None
+        if user.name not in LAYOUT:
+            return None
+        value = user.results[0]
+    return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from batchnorm.graph.linear import normalizes_by_constants
 from batchnorm.graph.modules import InPlaceOfLayer, has_hooks, has_statistics, is_normalization, is_ours
-from batchnorm.graph.observation import BATCH_NORM, ModuleCall, Operation, Value, behind_layout
+from batchnorm.graph.observation import BATCH_NORM, LAYOUT, ModuleCall, Operation, Value, behind_layout
 from batchnorm.graph.sources import GetTensor
 from batchnorm.kernels.call import Activation
 from batchnorm.kernels.reference import activate
@@ -54,6 +54,8 @@ class Normalization:
     def of(cls, call: ModuleCall, tensor: GetTensor) -> Normalization:
         """What this call does. Raises: Left."""
         module = call.module
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Left("is compiled by torch.jit")
         if is_ours(module):
             given = call.given or call.reads  # by position, or else by name
             if any(not value.dtype.is_floating_point for value in call.reads):
@@ -78,6 +80,7 @@ class Normalization:
         shapes = [value.shape for value in (*inputs, *call.returns)]
         if len(shapes) != 2 or shapes[0] != shapes[1] or len(shapes[0]) < 2:
             raise Left(f"is {kind}, which takes or returns more than one tensor")
+        _check_operations(call, inputs[0])
         return cls(call, inputs[0], call.returns[0], _seen_affine(call.module, shapes[0]))
 
 
@@ -169,6 +172,33 @@ def _affine(operation: Operation, tensor: GetTensor) -> Affine:
     assert mean is not None and variance is not None
     eps = operation.argument("epsilon" if operation.name.startswith("aten.cudnn") else "eps")
     return Affine.normalising(mean, variance, weight, bias, eps)
+
+
+_FACTORS_AND_TERMS = frozenset(
+    {
+        *LAYOUT,
+        *BATCH_NORM,
+        *(
+            f"aten.{name}"
+            for name in ("add", "sub", "rsub", "mul", "div", "neg", "addcmul", "addcdiv", "_to_copy", "lerp")
+        ),
+        *(f"aten.{name}_" for name in ("add", "sub", "mul", "div", "neg", "addcmul", "addcdiv")),
+    }
+)
+
+
+def _check_operations(call: ModuleCall, value: Value) -> None:
+    """Raise Left if the call does more to its input than multiply and shift it: a clamp shows for some values."""
+    changed = {value}
+    for operation in call.operations:
+        if not changed.intersection(operation.reads):
+            continue
+        if operation.name not in _FACTORS_AND_TERMS:
+            raise Left(
+                f"is {type(call.module).__name__}, which does more in evaluation than multiply and shift each channel: "
+                f"{operation.name}"
+            )
+        changed.update(operation.results)
 
 
 def _seen_affine(module: nn.Module, shape: torch.Size) -> Affine:

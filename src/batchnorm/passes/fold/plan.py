@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.graph.linear import Linear
-from batchnorm.graph.modules import has_hooks, is_patched
-from batchnorm.graph.observation import Operation, Value
+from batchnorm.graph.modules import Fused, has_hooks, is_patched
+from batchnorm.graph.observation import ModuleCall, Observation, Operation, Value
 from batchnorm.graph.replay import Replay
 from batchnorm.passes.fold.border import make_bordered, map_of
 from batchnorm.passes.fold.normalization import Left, Normalization
@@ -22,13 +22,42 @@ PROVEN = 1e-9  # of the largest value, in float64
 
 
 class Tensors:
-    """The parameters and buffers of a model by name, in float64."""
+    """The parameters and buffers of a model by name, in float64; and who sees and reads what in it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, seen: Observation) -> None:
         self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._hooked = {
+            value: call.path
+            for call in seen.calls
+            if has_hooks(call.module)
+            for value in (*call.given, *call.returns)
+        }
+        self._readers: dict[str, list[Operation]] = {}
+        for operation in seen.operations:
+            for value in operation.reads:
+                if value.name:
+                    self._readers.setdefault(value.name, []).append(operation)
+        self._kept = _kept_in_lists(model)
 
     def __call__(self, value: Value) -> Tensor:
         return self._tensors[value.name].detach().double()
+
+    def check_changed(self, values: Iterable[Value]) -> None:
+        """Raise Left if a hook sees one of the values, which change."""
+        for value in values:
+            if value in self._hooked:
+                raise Left(f"a hook of {self._hooked[value] or 'the model'} sees a value that would change")
+
+    def check_replaced(self, module: nn.Module, calls: Iterable[ModuleCall]) -> None:
+        """Raise Left if `module` cannot be replaced: something beside these calls reads its parameters, or has it."""
+        if module in self._kept:
+            raise Left(f"is also kept in {self._kept[module]}, where it could not be replaced")
+        path = next(iter(calls)).path
+        inside = {operation for call in calls for operation in call.operations}
+        prefix = f"{path}." if path else ""
+        for name in [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]:
+            if not inside.issuperset(self._readers.get(prefix + name, ())):
+                raise Left(f"its {name} is read elsewhere too")
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +185,19 @@ def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
                     table[name] = new  # type: ignore[assignment]
 
 
+def _kept_in_lists(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that are in plain lists, tuples or dictionaries of modules, and where."""
+    found: dict[nn.Module, str] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") or isinstance(value, Fused) or not isinstance(value, list | tuple | dict):
+                continue
+            for each in value.values() if isinstance(value, dict) else value:
+                if isinstance(each, nn.Module):
+                    found[each] = f"{path}.{name}".lstrip(".")
+    return found
+
+
 def paths(model: nn.Module, path: str) -> Iterator[str]:
     """All paths of the module at `path`."""
     module = model.get_submodule(path)
@@ -186,12 +228,17 @@ class Wanted:
         if before is not new and not torch.equal(before, new):
             raise Left(f"{value.name} is used twice, by layers that want it different")
 
-    def want_bias(self, linear: Linear, more: Tensor, factor: Tensor | None = None) -> None:
-        """The bias, or a new one, times `factor` is to be larger by `more`, (outputs,). Raises: Left."""
+    def want_bias(
+        self, linear: Linear, more: Tensor, factor: Tensor | None = None, needed: bool | None = None
+    ) -> None:
+        """The bias, or a new one, times `factor` is to be larger by `more`, (outputs,). Raises: Left.
+
+        needed: whether there must be one; None: if `more` is not 0.
+        """
         if linear.bias is not None:
             old = self.tensor(linear.bias)
             self.want(linear.bias, (old if factor is None else old * factor) + more, [linear.operation])
-        elif bool(more.any()):
+        elif bool(more.any()) if needed is None else needed:
             if not self.may_have_bias(linear):
                 raise Left(f"{self.home(linear) or 'the operation beside it'} has no place for a bias")
             name = f"{self.home(linear)}.bias".lstrip(".")

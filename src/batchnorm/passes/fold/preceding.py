@@ -22,12 +22,14 @@ def into_preceding(
     """
     wanted, checks = Wanted(model, tensor), []
     instead = rest_of(calls[0].call.module)
+    tensor.check_replaced(calls[0].call.module, [each.call for each in calls])
     for each in calls:
         each.check_channels()
         value, inside = each.value, set(each.call.operations)
         if value.is_output or any(user not in inside for user in value.users):
             raise Left("its input is read elsewhere too")
         origin = sources(value, tensor, normalizations=normalizations)
+        tensor.check_changed([value, *(result for each in origin.operations for result in each.results)])
         _want(wanted, origin, each)
         checks.append(Check(origin.operations, [], each))
     wanted.check()
@@ -73,10 +75,11 @@ def _want(wanted: Wanted, origin: Origin, layer: Normalization) -> None:
     for term in origin.terms:
         more = share(term.channels, term.factors, term.everywhere)
         new = tensor(term.value) * by_channel(scale, term.channels, 1.0) + more
-        wanted.want(term.value, new, term.value.users)
+        wanted.want(term.value, new, [user for user in term.value.users if user in origin.operations])
     for source in origin.sources:
         if source.linear.bias is None and wanted.may_have_bias(source.linear):
-            wanted.want_bias(source.linear, share(source.channels, source.factors, anywhere))
+            needed = bool(((source.channels >= 0) & ~shifted[source.channels.clamp(min=0)]).any())
+            wanted.want_bias(source.linear, share(source.channels, source.factors, anywhere), needed=needed)
     if not bool((shifted | (shift == 0)).all()):
         raise Left("the operation before it has no place for a bias")
 

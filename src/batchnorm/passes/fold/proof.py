@@ -6,11 +6,16 @@ import contextlib
 import copy
 import math
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from batchnorm.graph.observation import as_it_was
+
+_REPEATED = 1e-6  # of the largest output: what two runs of a model may differ by
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class Proof:
         """Of a model as it is. Random inputs that it does not take, as an index in a float, are no case."""
         example = (inputs, keywords)
         cases = [(*example, outputs(model, *example))]
+        if not cls(cases).error(model) <= _REPEATED:
+            raise ValueError(
+                f"{type(model).__name__} computes something else each time that it runs, so that nothing can be "
+                "proven: make it deterministic, or pass prove=False"
+            )
         random = random_like(example)
         with contextlib.suppress(Exception):
             cases.append((*random, outputs(model, *random)))
@@ -42,12 +52,20 @@ class Proof:
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference, as a share of the largest of its tensor; inf for other shapes."""
+    """The largest difference, as a share of the largest of its tensor; inf for other shapes.
+
+    Of integers, which may be places or classes, the share that differs.
+    """
     if [each.shape for each in found] != [each.shape for each in expected]:
         return math.inf
     worst = 0.0
     for one, two in zip(found, expected, strict=True):
         if not two.numel():
+            continue
+        if two.is_complex():
+            one, two = torch.view_as_real(one.resolve_conj()), torch.view_as_real(two.resolve_conj())
+        if not two.is_floating_point():
+            worst = max(worst, (one != two).double().mean().item())
             continue
         one, two = one.double(), two.double()
         apart = (one - two).abs().masked_fill(one.isnan() & two.isnan() | (one == two), 0).max().item()
@@ -57,11 +75,11 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def outputs(model: nn.Module, inputs: Any, keywords: Any) -> list[Tensor]:
-    """The floating-point tensors that a model returns."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    """The tensors that a model returns; its buffers and the generators of random numbers are as before."""
+    with torch.inference_mode(False), as_it_was(model), torch.no_grad():
         torch.manual_seed(0)
         returned = model(*copy.deepcopy(inputs), **copy.deepcopy(keywords))
-    return [each for each in tensors_of(returned) if each.is_floating_point()]
+    return [each.detach() for each in tensors_of(returned)]
 
 
 def tensors_of(returned: Any) -> list[Tensor]:
@@ -77,7 +95,7 @@ def tensors_of(returned: Any) -> list[Tensor]:
             leaves = tree_leaves(each)
             if leaves != [each]:
                 waiting += reversed(leaves)
-            elif hasattr(each, "__dict__") and not isinstance(each, type | nn.Module) and not callable(each):
+            elif hasattr(each, "__dict__") and not isinstance(each, type | nn.Module | FunctionType):
                 waiting += reversed(list(vars(each).values()))
     return found
 
@@ -100,3 +118,22 @@ def as_dtype(given: Any, dtype: torch.dtype) -> Any:
     return tree_map(
         lambda each: each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each, given
     )
+
+
+def detached(given: Any) -> Any:
+    """The same with tensors that are no part of a graph, and none of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tree_map(lambda each: each.detach().clone() if isinstance(each, Tensor) else each, given)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy; tensors that a graph has made, which modules keep in attributes, are copied without it."""
+    made = [
+        leaf
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in ("_parameters", "_buffers", "_modules")
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor) and not leaf.is_leaf
+    ]
+    return copy.deepcopy(model, {id(each): each.detach().clone() for each in made})
