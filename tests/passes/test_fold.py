@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import random
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def observed(module):
     return module
 
 
+def before_hooked(module):
+    module.register_forward_pre_hook(lambda *_: None)
+    return module
+
+
+def keep(m, y):
+    m.kept = y.detach()
+    return y
+
+
 def tied():
     a, b = conv(), conv()
     b.weight = a.weight
@@ -99,6 +110,31 @@ PROBES = {
     "in groups": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(groups=3), **NORM}),
     "depthwise": (1, lambda m, x: m.bn(m.a(x)), {"a": conv(groups=6), **NORM}),
     "a hook that changes the conv's output": (0, lambda m, x: m.bn(m.a(x)), {"a": hooked(conv()), **NORM}),
+    "a hook on what is around it": (
+        0, lambda m, x: m.bn(m.s(x)).relu(), {"s": observed(nn.Sequential(conv())), **NORM},
+    ),
+    "a hook between": (0, lambda m, x: m.bn(m.i(m.a(x))), {"a": conv(), "i": observed(nn.Identity()), **NORM}),
+    "a hook before the convolution behind": (
+        0, lambda m, x: m.s(m.bn(x.sin())), {"s": before_hooked(nn.Sequential(padless())), **NORM},
+    ),
+    "a part of the batch, the other elsewhere": (
+        0, lambda m, x: m.bn((p := m.a(x).chunk(2))[0]) * p[1].sigmoid(), {"a": conv(), **NORM},
+    ),
+    "a part of the image, the other elsewhere": (
+        0, lambda m, x: m.bn((p := m.a(x).chunk(2, 2))[0]) * p[1].sigmoid(), {"a": conv(), **NORM},
+    ),
+    "kept in an attribute": (0, lambda m, x: m.bn(keep(m, m.a(x))), {"a": conv(), **NORM}),
+    "its weight is read elsewhere": (0, lambda m, x: m.bn(m.a(x)) * m.bn.weight.sum(), {"a": conv(), **NORM}),
+    "a term that is read elsewhere": (
+        0, lambda m, x: m.bn(m.a(x) + m.p) + m.p.mean(),
+        {"a": conv(False), "p": nn.Parameter(torch.randn(6, 8, 8)), **NORM},
+    ),
+    "a linear layer whose bias is added": (
+        1, lambda m, x: m.a(m.bn(x.relu()).flatten(2).transpose(1, 2)), {"a": nn.Linear(6, 4), **NORM},
+    ),
+    "a pool that is cut off": (
+        0, lambda m, x: m.bn(F.avg_pool2d(m.a(x), 3, ceil_mode=True, divisor_override=9)), {"a": conv(), **NORM},
+    ),
     "a hook that looks at it": (0, lambda m, x: m.bn(m.a(x)), {"a": observed(conv()), **NORM}),
     "a hook on the bn": (0, lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": hooked(nn.BatchNorm2d(6))}),
     "dropout between": (1, lambda m, x: m.bn(m.drop(m.a(x))), {"a": conv(), "drop": nn.Dropout(), **NORM}),
@@ -425,6 +461,101 @@ def test_a_layer_of_any_class_is_seen_by_calling_it():
     assert report["bn"].why == (
         "is Outside, which does more in evaluation than multiply and shift each channel: aten.pow"
     )
+
+
+class Clamped(nn.Module):
+    """As reinforcement learning normalizes observations: few values reach the bounds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(6))
+        self.register_buffer("running_var", torch.full((6,), 100.0))
+
+    def forward(self, x):
+        return ((x - self.running_mean) / (self.get_buffer("running_var") + 1e-5).sqrt()).clamp(-5, 5)
+
+
+def test_a_layer_that_clamps_is_left_alone():
+    model = nn.Sequential(Clamped(), nn.Linear(6, 3)).double().eval()
+    folded, report = fold(model, torch.randn(8, 6, dtype=torch.float64))
+    assert report["0"].why.endswith("more in evaluation than multiply and shift each channel: aten.clamp")
+    x = 1000 * torch.randn(8, 6, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_what_cannot_be_replaced_everywhere_is_left_alone():
+    model = with_statistics(Odd(lambda m, x: m.norms[0](m.a(x)), a=conv(), bn=nn.BatchNorm2d(6)))
+    model.norms = [model.bn]
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    folded, report = fold(model, x)
+    assert report["bn"].why == "is also kept in norms, where it could not be replaced"
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_classes_and_spectra_must_be_the_same_too():
+    for forward in (
+        lambda m, x: (m.bn(m.a(x)), m.a(x).flatten(1).argmax(1)),
+        lambda m, x: torch.fft.fft(m.bn(m.a(x))),
+    ):
+        model = with_statistics(Odd(forward, a=conv(), **copy.deepcopy(NORM)))
+        x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+        folded, _ = fold(model, x)
+        for one, two in zip(outputs(folded, x), outputs(model, x), strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_odd_models_are_folded_all_the_same():
+    def counting(m, x):
+        m.n.add_(1)
+        return m.bn(m.a(x)) / m.n
+
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    counted = with_statistics(Odd(counting, a=conv(), **copy.deepcopy(NORM)))
+    counted.register_buffer("n", torch.zeros((), dtype=torch.float64))
+    plain = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(6)))
+    scripted = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()))
+    with pytest.warns(FutureWarning, match="jit"):
+        scripted[2] = torch.jit.script(nn.Sigmoid())
+    old = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(6), conv()))
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(old[2])
+    permuted = with_statistics(
+        Odd(lambda m, x: m.a(m.bn(x.sin()).permute(0, 2, 3, 1)), a=nn.Linear(6, 4), **NORM)
+    )
+    for model in (counted, plain, scripted, old, permuted):
+        state = copy.deepcopy(model.state_dict())
+        folded, report = fold(model, x.contiguous(memory_format=torch.channels_last).requires_grad_())
+        assert report.count("folded") == 1, report
+        assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
+        with torch.no_grad():
+            expected = model(x)
+            if model is counted:
+                folded(x)  # once more, as the model has counted one more
+                folded.n.copy_(model.n - 1)
+            torch.testing.assert_close(folded(x), expected, rtol=1e-12, atol=1e-12)
+    with torch.inference_mode():
+        assert fold(plain, torch.randn(2, 6, 8, 8).double())[1].count("folded") == 1
+    noisy = with_statistics(Odd(lambda m, x: m.bn(m.a(x)) + random.random(), a=conv(), **NORM))
+    with pytest.raises(ValueError, match=r"computes something else each time .* pass prove=False"):
+        fold(noisy, x)
+
+
+@pytest.mark.parametrize("wrapper", ["DataParallel", "DistributedDataParallel"])
+def test_a_wrapper_for_many_devices_is_left_out(wrapper, tmp_path):
+    model = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(6)))
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    wrapped: nn.Module = nn.DataParallel(model)
+    if wrapper == "DataParallel":
+        folded, report = fold(wrapped, x)
+    else:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+        )
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        folded, report = fold(wrapped, x)
+        torch.distributed.destroy_process_group()
+    assert type(folded) is nn.Sequential and report["1"].outcome == "folded"
+    torch.testing.assert_close(folded(x), model(x))
 
 
 def test_timm_s_layers_keep_their_activation():

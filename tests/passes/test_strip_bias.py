@@ -11,6 +11,17 @@ import batchnorm as bn
 from tests.mutations.mutation import Mutation
 from tests.passes.test_fold import NORM, Odd, conv, hooked, tied
 
+
+class Rectified(nn.BatchNorm2d):
+    def forward(self, input):
+        return super().forward(input.relu())
+
+
+def keep(m, y):
+    m.kept = y.detach()
+    return y
+
+
 X = torch.randn(4, 6, 8, 8, dtype=torch.float64)
 # which biases go, the forward, the children
 CASES = {
@@ -32,6 +43,22 @@ CASES = {
     "no statistics": (
         ["a"], lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": nn.BatchNorm2d(6, track_running_stats=False)},
     ),
+    "half of its channels": (
+        [], lambda m, x: m.bn((p := m.a(x).chunk(2, 1))[0]) * p[1].sigmoid(), {"a": conv(), "bn": nn.BatchNorm2d(3)},
+    ),
+    "half of the batch": ([], lambda m, x: m.bn((p := m.a(x).chunk(2))[0]) * p[1].sigmoid(), {"a": conv(), **NORM}),
+    "a half of the image each": (
+        [], lambda m, x: m.bn((p := m.a(x).chunk(2, 2))[0]) * p[1].sigmoid(), {"a": conv(), **NORM},
+    ),
+    "a forward of its own": ([], lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": Rectified(6)}),
+    "returned in evaluation": (
+        [], lambda m, x: m.bn(y := m.a(x)) + (0 if m.training else y), {"a": conv(), **NORM},
+    ),
+    "its running mean elsewhere": (
+        [], lambda m, x: m.bn(m.a(x)) + m.bn.running_mean[:, None, None], {"a": conv(), **NORM},
+    ),
+    "kept in an attribute": ([], lambda m, x: m.bn(keep(m, m.a(x))), {"a": conv(), **NORM}),
+    "a hook between": ([], lambda m, x: m.bn(m.i(m.a(x))), {"a": conv(), "i": hooked(nn.Identity()), **NORM}),
     "a hook": ([], lambda m, x: m.bn(m.a(x)), {"a": hooked(conv()), **NORM}),
     "a hook on the bn": ([], lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": hooked(nn.BatchNorm2d(6))}),
     "ours": (["a"], lambda m, x: m.bn(m.a(x)), {"a": conv(), "bn": bn.BatchNorm2d(6, activation="relu")}),
@@ -83,6 +110,15 @@ def test_without_inputs_it_is_traced():
     torch.testing.assert_close(model.eval()(X), before(X), rtol=1e-12, atol=1e-12)
 
 
+def test_without_inputs_nobody_knows_the_channels_of_a_linear_layer():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(10), conv(), nn.BatchNorm2d(5))
+    before = copy.deepcopy(model.state_dict())
+    _, report = bn.strip_bias(model)
+    assert report.count("left alone") == 2 and "pass inputs" in report["1"].why
+    assert "has 5 channels, and 2 makes 6" in report["3"].why
+    assert model.state_dict().keys() == before.keys()
+
+
 def test_what_cannot_be_traced_asks_for_inputs():
     model = Odd(lambda m, x: m.bn(m.a(x)) if x.sum() > 0 else x, a=conv(), bn=nn.BatchNorm2d(6))
     with pytest.raises(ValueError, match=r"pass inputs, strip_bias\(model, images\)"):
@@ -117,7 +153,7 @@ def test_a_real_network_with_biases(inputs):
 MUTATIONS = [
     Mutation(
         "the running mean stays", "passes/strip_bias.py",
-        "        mean.copy_(new)", "        pass",
+        "            mean.copy_(new)", "            pass",
         "evaluation would subtract a bias that is no more",
     ),
     Mutation(

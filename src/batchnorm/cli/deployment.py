@@ -62,6 +62,8 @@ def fold(
 
     if out is not None and out.suffix not in (".safetensors", ".pt", ".pth"):
         raise Failure(f"--out {out}: the name must end in .safetensors, .pt or .pth")
+    if out is not None and not out.parent.is_dir():
+        raise Failure(f"--out {out}: there is no folder {out.parent}: make it first")
     console = Console(stderr=True)
     named = named_model.find(model, weights, settings or (), inputs or (), dtype)
     with console.status("folding"), as_failure(ValueError, RuntimeError):

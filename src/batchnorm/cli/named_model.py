@@ -125,8 +125,10 @@ def _made(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, in
                 return _timm_s(own, options)
             factory = _of_user(home, own)
             model = factory if isinstance(factory, nn.Module) else factory(**options)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise Failure(f"{name} cannot be made: {str(error).strip().splitlines()[0]}") from None
+        except Failure:
+            raise
+        except Exception as error:  # of the user's code, or of a library's
+            raise Failure(f"{name} cannot be made: {_line(error)} ({type(error).__name__})") from None
     if not isinstance(model, nn.Module):
         raise Failure(f"{name} makes a {type(model).__name__}, not a torch.nn.Module")
     return model, None, 3

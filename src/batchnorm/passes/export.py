@@ -7,7 +7,6 @@ import copy
 import importlib
 import io
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from batchnorm.atomic_file import replacing
 from batchnorm.graph.trace import parameters
 from batchnorm.passes.fold.folded import FoldReport, fold
-from batchnorm.passes.fold.proof import difference, outputs, random_like
+from batchnorm.passes.fold.proof import copy_of, detached, difference, outputs, random_like
 from batchnorm.requirements import install_command
 
 Format = Literal["onnx", "pt2", "safetensors"]
@@ -113,6 +112,7 @@ def export(
         raise ValueError(f"there is no folder {path.parent}: make it first")
     for package in _NEEDS[cast(Format, chosen)]:
         _need(package)
+    inputs = detached(inputs)
     folded, report = fold(model, *inputs)
     by_batch = [layer.name for layer in report.layers if "by the batch in evaluation" in layer.why]
     if by_batch:
@@ -120,7 +120,7 @@ def export(
             f"{', '.join(by_batch)} would normalize by the batch wherever the file runs: set track_running_stats=True "
             "and train, or measure running statistics first"
         )
-    original = copy.deepcopy(model).eval()
+    original = copy_of(model).eval()
     write, load = _WRITERS[cast(Format, chosen)]
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     with replacing(path, unfinished):
@@ -143,9 +143,12 @@ def _compare(
         cases += [more, random_like(more)]
     worst = 0.0
     for case in cases:
-        expected = outputs(copy.deepcopy(original), case, {})
+        expected = outputs(original, case, {})
         error = difference(run(*case), expected)
-        tolerance = max(TOLERANCES.get(each.dtype, math.inf) for each in expected)
+        tolerance = (
+            max((TOLERANCES.get(each.dtype, 0.0) for each in expected), default=0.0)
+            or TOLERANCES[torch.float32]
+        )
         if not error <= tolerance:
             raise ValueError(
                 f"the outputs of what was written differ from the model's by {error:.1e} of the largest, for a batch "
@@ -182,7 +185,12 @@ def _write_onnx(
             verbose=False,
         )
     importlib.import_module("onnx.checker").check_model(str(path))
-    graph = importlib.import_module("onnx").load(str(path)).graph
+    written = importlib.import_module("onnx").load(str(path))
+    graph, version = written.graph, written.opset_import[0].version
+    if opset is not None and version != opset:
+        raise ValueError(
+            f"torch's exporter has written opset {version}, not {opset}: choose that or a later one"
+        )
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "BatchNormalization" and attribute.name == "training_mode" and attribute.i:
@@ -193,14 +201,19 @@ def _load_onnx(path: Path, _: nn.Module) -> _Run:
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of its own kinds
+        raise ValueError(
+            f"ONNX Runtime cannot run what torch has written ({_first_line(error)}): no file is kept. It has few "
+            "operators in float64 and bfloat16: export the model in float32"
+        ) from None
     names = [each.name for each in session.get_inputs()]
 
     def run(*inputs: Tensor) -> list[Tensor]:
         # an input on which nothing depends is none of the graph's
         given = {name: each.numpy(force=True) for name, each in zip(names, inputs, strict=False)}
-        found = [torch.from_numpy(each) for each in session.run(None, given)]
-        return [each for each in found if each.is_floating_point()]
+        return [torch.from_numpy(each) for each in session.run(None, given)]
 
     return run
 
@@ -257,7 +270,9 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> tor
         with _quiet():
             return torch.export.export(model, inputs)
     if any(not each.dim() for each in inputs) or len({each.size(0) for each in inputs}) > 1:
-        raise ValueError("the inputs have no first dimension in common, the batch: pass dynamic=False")
+        raise ValueError(
+            "the inputs have no first dimension in common, the batch: pass dynamic=False (--fixed)"
+        )
     batch = torch.export.Dim("batch", min=1)
     # examples of a batch of 1 would make that a constant
     examples = tuple(torch.cat([each, each]) if each.size(0) == 1 else each for each in inputs)
@@ -270,7 +285,7 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> tor
         lines = [line.strip() for line in str(error).splitlines() if "batch" in line]
         raise ValueError(
             f"the forward is for one size of the batch ({lines[0] if lines else type(error).__name__}): "
-            "pass dynamic=False"
+            "pass dynamic=False (--fixed)"
         ) from None
 
 
@@ -284,6 +299,10 @@ def _names(model: nn.Module, number: int) -> list[str]:
         if number > 1
         else ["input"]
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _need(package: str) -> None:
@@ -304,7 +323,11 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

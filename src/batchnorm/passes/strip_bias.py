@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,12 +14,23 @@ from batchnorm.graph.observation import ModuleCall, Operation, Value, observe
 from batchnorm.graph.sources import NotLinear, sources
 from batchnorm.graph.trace import Untraceable, is_plain_identity
 from batchnorm.graph.whole_trace import whole_trace
+from batchnorm.layers import _BatchNorm
+from batchnorm.passes.fold.normalization import Left
+from batchnorm.passes.fold.plan import Tensors
+from batchnorm.passes.fold.proof import copy_of, detached
 from batchnorm.passes.report import LayerReport, Report
 
 Model = TypeVar("Model", bound=nn.Module)
 Biases = dict[
     str, tuple[Tensor, Tensor]
 ]  # by path: the channel to which each element comes, and its factor there
+
+
+_FORWARDS = (
+    nn.BatchNorm1d.forward,  # the others' too
+    nn.SyncBatchNorm.forward,
+    _BatchNorm.forward,
+)
 
 
 class _Kept(Exception):
@@ -35,9 +45,9 @@ def strip_bias(model: Model, *inputs: Any, **keywords: Any) -> tuple[Model, Repo
     The running mean is moved by the bias, so that evaluation stays the same too, in the running statistics of every
     domain. The model has fewer parameters; an optimizer that was made before keeps the removed ones, without effect.
 
-    Which layer is behind which is seen in one run with example inputs, in training mode and on a copy: through layout
-    changes, concatenation and sums. Without inputs the forward is traced instead, which shows layers called one after
-    the other.
+    Which layer is behind which is seen in a run with example inputs, in either mode, on a copy: through layout changes,
+    concatenation and sums. Without inputs the forward is traced instead, which shows layers that are called right after
+    a convolution.
 
     Args:
         model: any module.
@@ -60,7 +70,7 @@ def strip_bias(model: Model, *inputs: Any, **keywords: Any) -> tuple[Model, Repo
         True
     """
     layers = layers_of(model)
-    found, why = _observed(model, inputs, keywords) if inputs or keywords else _traced(model)
+    found, why = _in_both_modes(model, inputs, keywords) if inputs or keywords else _traced(model)
     stripped: dict[str, Biases] = {}
     for path, biases in found.items():
         try:
@@ -71,9 +81,10 @@ def strip_bias(model: Model, *inputs: Any, **keywords: Any) -> tuple[Model, Repo
             why[path] = str(reason)
         else:
             stripped[path] = biases
+    moved = [pair for path, biases in stripped.items() for pair in _moved(model, layers[path], biases)]
     with torch.no_grad():
-        for path, biases in stripped.items():
-            _shift(model, layers[path], biases)
+        for mean, new in moved:
+            mean.copy_(new)
     for biases in stripped.values():
         for home in biases:
             model.get_submodule(home).register_parameter("bias", None)
@@ -87,13 +98,27 @@ def strip_bias(model: Model, *inputs: Any, **keywords: Any) -> tuple[Model, Repo
     )
 
 
-def _observed(
+def _in_both_modes(
     model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[dict[str, Biases], dict[str, str]]:
-    """The biases before each layer, and why there are none, by what happens in one run of a copy in training mode."""
-    running = copy.deepcopy(model).train()
-    seen = observe(running, *copy.deepcopy(inputs), **copy.deepcopy(keywords))
-    tensors = {**dict(running.named_parameters()), **dict(running.named_buffers())}
+    """The biases before each layer, if they are the same in training and evaluation; and why there are none."""
+    given, named = detached((inputs, keywords))
+    found, why = _observed(copy_of(model).train(), given, named)
+    in_evaluation, why_not = _observed(copy_of(model).eval(), given, named)
+    for path in list(found):
+        other = in_evaluation.get(path)
+        if other is None or not _same(found[path], other):
+            del found[path]
+            why[path] = why_not.get(path, "what is before it differs between training and evaluation")
+    return found, why
+
+
+def _observed(
+    running: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[dict[str, Biases], dict[str, str]]:
+    """The biases before each layer, and why there are none, by what happens in one run."""
+    seen = observe(running, *inputs, **keywords)
+    tensors = Tensors(running, seen)
     found: dict[str, Biases] = {}
     why: dict[str, str] = {}
     for path, layer in layers_of(running).items():
@@ -101,7 +126,8 @@ def _observed(
         if not calls:
             continue
         try:
-            each = [_before(call, lambda value: tensors[value.name].detach().double()) for call in calls]
+            tensors.check_replaced(layer, calls)
+            each = [_before(call, tensors) for call in calls]
             biases = {home: places for one in each for home, (places, _, _) in one.items()}
             readers = {operation for one in each for _, _, operation in one.values()}
             for bias in {bias for one in each for _, bias, _ in one.values()}:
@@ -110,24 +136,29 @@ def _observed(
             if any(not _alike(one, each[0]) for one in each):
                 raise _Kept("is called several times, after different operations")
             found[path] = biases
-        except (_Kept, NotLinear) as reason:
+        except (_Kept, Left, NotLinear) as reason:
             why[path] = str(reason)
+    seen.forget()
     return found, why
 
 
 _Found = dict[str, tuple[tuple[Tensor, Tensor], Value, Operation]]
 
 
-def _before(call: ModuleCall, tensor: Any) -> _Found:
+def _before(call: ModuleCall, tensors: Tensors) -> _Found:
     """The biases before a call of a layer: by the path of their module, where they come to, and what adds which."""
     value = (call.given or call.reads)[0]
     inside = set(map(id, call.operations))
     if value.is_output or any(id(user) not in inside for user in value.users):
         raise _Kept("its input is read elsewhere too")
     found: _Found = {}
-    for source in sources(value, tensor).sources:
+    origin = sources(value, tensors)
+    tensors.check_changed([value, *(result for each in origin.operations for result in each.results)])
+    for source in origin.sources:
         bias = source.linear.bias
         if bias is not None:
+            if bool((source.channels < 0).any()):
+                raise _Kept(f"not all outputs of {bias.name.rpartition('.')[0]} come to it")
             found[bias.name.rpartition(".")[0]] = (
                 (source.channels, source.factors),
                 bias,
@@ -136,6 +167,12 @@ def _before(call: ModuleCall, tensor: Any) -> _Found:
     if not found:
         raise _Kept("there is no bias before it")
     return found
+
+
+def _same(one: Biases, other: Biases) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b) for key in one for a, b in zip(one[key], other[key], strict=True)
+    )
 
 
 def _alike(one: _Found, other: _Found) -> bool:
@@ -173,8 +210,15 @@ def _traced(model: nn.Module) -> tuple[dict[str, Biases], dict[str, str]]:
         if len(set(homes)) > 1 or len(nodes[model.get_submodule(homes[0])]) != len(homes):
             why[path] = "is called several times, after different operations"
             continue
-        bias = getattr(model.get_submodule(homes[0]), "bias", None)
-        if isinstance(bias, Tensor):
+        home = model.get_submodule(homes[0])
+        bias = getattr(home, "bias", None)
+        if isinstance(home, nn.Linear):
+            why[path] = (
+                "which dimension its channels are, shows in a run alone: pass inputs, strip_bias(model, batch)"
+            )
+        elif isinstance(bias, Tensor) and len(bias) != layer.num_features:
+            why[path] = f"has {layer.num_features} channels, and {homes[0]} makes {len(bias)}"
+        elif isinstance(bias, Tensor):
             found[path] = {homes[0]: (torch.arange(len(bias)), torch.ones(len(bias), dtype=torch.float64))}
         else:
             why[path] = "there is no bias before it"
@@ -191,6 +235,8 @@ def _calls_identity(model: nn.Module, node: Any) -> bool:
 
 
 def _check_layer(layer: nn.Module) -> None:
+    if type(layer).forward not in _FORWARDS or is_patched(layer):
+        raise _Kept(f"is {type(layer).__name__}, which has a forward of its own")
     if has_hooks(layer):
         raise _Kept("has hooks, which see its input")
     if getattr(layer, "debiased", False):
@@ -212,8 +258,8 @@ def _check_home(model: nn.Module, path: str) -> None:
         raise _Kept(f"the bias of {path} is a parameter of other modules too")
 
 
-def _shift(model: nn.Module, layer: nn.Module, biases: Biases) -> None:
-    """Move the running means of a layer by what goes."""
+def _moved(model: nn.Module, layer: nn.Module, biases: Biases) -> Iterator[tuple[Tensor, Tensor]]:
+    """The running means of a layer, and what they are without the biases."""
     holders: Sequence[Any] = [layer]
     if is_ours(layer):
         holders = [layer, *(layer._domains().values())]
@@ -226,4 +272,4 @@ def _shift(model: nn.Module, layer: nn.Module, biases: Biases) -> None:
             bias = cast(Tensor, model.get_submodule(home).bias).detach().double() * factors.to(mean.device)
             reached = (channels >= 0).to(mean.device)
             new = new.index_add(0, channels.to(mean.device)[reached], -bias[reached])
-        mean.copy_(new)
+        yield mean, new
