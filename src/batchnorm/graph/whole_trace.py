@@ -1,4 +1,4 @@
-"""Trace the forward of a whole model, down to torch's modules and normalization layers."""
+"""Trace the forward of a whole model, down to torch's modules and our layers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from batchnorm.graph.modules import has_statistics, is_normalization
+from batchnorm.graph.modules import is_ours
 from batchnorm.graph.trace import Trace, Untraceable, parameters, trace
 
 
-def whole_trace(model: nn.Module, training: bool, inputs: Sequence[str] | int | None = None) -> Trace:
+def whole_trace(
+    model: nn.Module, training: bool, inputs: Sequence[str] | None = None, layers_are_leaves: bool = False
+) -> Trace:
     """What `model` calls, if that depends on nothing but the types of its inputs, which are tensors.
 
     Args:
         model: any module.
         training: the mode to trace it in.
-        inputs: the names of those arguments of its forward that are given, or the number of the first ones; None: all
-            that have no default.
+        inputs: the names of those arguments of its forward that are given; None: all that have no default.
+        layers_are_leaves: whether the forward of a batch normalization of somebody else's class is left out too.
 
     Raises: Untraceable.
     """
@@ -28,12 +30,16 @@ def whole_trace(model: nn.Module, training: bool, inputs: Sequence[str] | int | 
         known = {}
     if inputs is None:
         inputs = [name for name, each in known.items() if each.default is each.empty]
-    elif isinstance(inputs, int):
-        inputs = list(known)[:inputs]
-    inner = {each for each in model.modules() if each is not model and not _is_leaf(each)}
+    inner = {
+        each
+        for each in model.modules()
+        if each is not model
+        and not _is_leaf(each)
+        and not (layers_are_leaves and isinstance(each, nn.modules.batchnorm._BatchNorm))
+    }
     return trace(model, dict.fromkeys(inputs, Tensor), training=training, transparent=inner)
 
 
 def _is_leaf(module: nn.Module) -> bool:
     torch_s = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
-    return torch_s or is_normalization(module) or has_statistics(module)
+    return torch_s or is_ours(module)

@@ -184,7 +184,7 @@ def _alike(one: _Found, other: _Found) -> bool:
 def _traced(model: nn.Module) -> tuple[dict[str, Biases], dict[str, str]]:
     """The bias before each layer, as far as a graph of the calls shows it."""
     try:
-        graph = whole_trace(model, True).graph
+        graph = whole_trace(model, True, layers_are_leaves=True).graph
     except Untraceable as reason:
         raise ValueError(
             f"without example inputs the model is traced, and {reason}: pass inputs, strip_bias(model, images)"
