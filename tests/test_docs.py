@@ -134,6 +134,30 @@ evaluation = { every = 10, population_batches = 2 }
 optimizer = { rate = 0.05 }
 machine = { threads = 1, device = "cpu", keep_memory = false }
 """
+
+
+def test_the_page_of_folded_networks_is_what_its_rows_say():
+    script = runpy.run_path(str(ROOT / "docs/folding.py"))
+    assert script["page"]() == (ROOT / "docs/folding.md").read_text()
+    rows = script["rows"]()
+    for theirs, least, share in ((False, 80, 0.94), (True, 150, 0.92)):
+        some = [row for row in rows if row["name"].startswith("timm/") == theirs]
+        calls = sum(row["calls"] for row in some)
+        assert len(some) >= least - 5 * (not theirs)
+        assert sum(row["folded"] for row in some) >= share * calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnasnet0_5", "timm/lcnet_035"])
+def test_a_row_of_it_repeats(name):
+    pytest.importorskip("timm")
+    script = runpy.run_path(str(ROOT / "docs/folding.py"))
+    (row,) = (row for row in script["rows"]() if row["name"] == name)
+    again = script["measure"](name)
+    for key in ("calls", "folded", "affine", "left alone", "known", "parameters", "operations"):
+        assert list(row[key]) == list(again[key]) if isinstance(row[key], list) else row[key] == again[key]
+
+
 NETS = """
 from torch import nn
 

@@ -13,7 +13,7 @@ import torch
 import batchnorm as bn
 from tests.fuzz.calls import UNITS, Call, OneValue, calls, formula, layer_of, tensors
 
-CALLS = int(os.environ.get("FUZZ_CALLS", "2000"))
+CALLS = int(os.environ.get("FUZZ_CALLS", "1000"))
 LONG = CALLS > 2000
 
 

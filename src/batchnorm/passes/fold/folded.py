@@ -50,6 +50,8 @@ class FoldReport(Report):
         operations: numbers of calls of torch's operators in a forward pass, layout changes left out, before and
             after.
         packed: the number of convolutions whose weights are in oneDNN's layout (`pack=True`).
+        noise: by how much the model's own outputs change when its weights change by rounding, in float64: 1 where a
+            detector sorts scores that are nearly equal. Then each fold is proven alone, and the whole says nothing.
     """
 
     known: Literal["observed", "traced"] = "observed"
@@ -57,13 +59,15 @@ class FoldReport(Report):
     parameters: tuple[int, int] = (0, 0)
     operations: tuple[int, int] = (0, 0)
     packed: int = 0
+    noise: float = 0.0
 
     @property
     def summary(self) -> str:
         """The number of layers with each outcome, and what the model was before and is after, in one line."""
         (before, after), (called, calls) = self.parameters, self.operations
         return (
-            f"{super().summary} ({self.known}; outputs differ by {self.error:.1e}; "
+            f"{super().summary} ({self.known}; outputs differ by {self.error:.1e}"
+            f"{', as they do when weights are rounded' if self.noise > ALIKE else ''}; "
             f"{before:,} → {after:,} parameters, {called} → {calls} operations"
             f"{f', {self.packed} convolutions packed' if self.packed else ''})"
         )
@@ -239,6 +243,7 @@ class _Folding:
             (_size(self.original), _size(folded)),
             (before, after),
             packed,
+            0.0 if self.proof is None else self.proof.noise,
         )
 
     def _widened(self) -> tuple[nn.Module, tuple[Any, Any]]:
@@ -280,7 +285,8 @@ class _Folding:
         seen = _observed(self.wide, self.given)
         now = _Round(self.wide, seen, Tensors(self.wide, seen))
         made = {value.dtype for each in now.seen.operations for value in each.results}
-        self.tolerance = ALIKE if made.intersection(_NARROW) else PROVEN
+        noise = 10 * self.proof.noise if self.proof is not None else 0.0
+        self.tolerance = max(ALIKE if made.intersection(_NARROW) else PROVEN, noise)
         calls: dict[str, list[ModuleCall]] = {}
         for call in now.seen.calls:
             if is_foldable_kind(call.module) and call.path in self.names:
@@ -380,7 +386,8 @@ class _Folding:
 
     def _undo(self, kind: str, plan: Plan, why: str) -> None:
         self.failed.add((plan.path, kind))
-        self._leave(kind, plan.path, f"folded {plan.what} it {why}")
+        how = f"folded {plan.what}" if plan.outcome == "folded" else "as a factor and a term"
+        self._leave(kind, plan.path, f"{how} it {why}")
 
     def _note(self, kind: str, plan: Plan) -> None:
         self.applied.append(replace(plan, checks=[], added={}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,8 @@ class Normalization:
         if not _forward_is_known(module):
             return cls._of_any(call)
         operations = [operation for operation in call.operations if operation.name in BATCH_NORM]
+        if not operations and not all(math.prod(value.shape) for value in call.given):
+            raise Left("is called without any values")
         if len(operations) != 1:
             raise Left(f"is {type(module).__name__}, which normalizes {len(operations)} times in a call")
         (made,) = operations

@@ -20,9 +20,14 @@ _REPEATED = 1e-6  # of the largest output: what two runs of a model may differ b
 
 @dataclass(frozen=True)
 class Proof:
-    """What a model computes from the example inputs and from random ones of their shapes."""
+    """What a model computes from the example inputs and from random ones of their shapes.
+
+    noise: by how much the outputs change when the weights change by rounding: by 1 for a detector that sorts scores
+        which are nearly equal, and then the outputs of the whole model say nothing.
+    """
 
     cases: list[tuple[Any, Any, list[Tensor]]]
+    noise: float = 0.0
 
     @classmethod
     def of(cls, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Proof:
@@ -37,7 +42,7 @@ class Proof:
         random = random_like(example)
         with contextlib.suppress(Exception):
             cases.append((*random, outputs(model, *random)))
-        return cls(cases)
+        return cls(cases, _noise(model, cases))
 
     def error(self, model: nn.Module) -> float:
         """The largest difference of an output, as a share of its largest; inf for other shapes or an exception."""
@@ -49,6 +54,20 @@ class Proof:
                 return math.inf
             worst = max(worst, difference(found, expected))
         return worst
+
+
+def _noise(model: nn.Module, cases: list[tuple[Any, Any, list[Tensor]]]) -> float:
+    generator = torch.Generator().manual_seed(1)
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if parameter.is_floating_point():
+                unit = 4 * torch.finfo(parameter.dtype).eps
+                parameter.mul_(1 + unit * torch.randn(parameter.shape, generator=generator).to(parameter))
+    worst = 0.0
+    for inputs, keywords, expected in cases:
+        worst = max(worst, min(difference(outputs(rounded, inputs, keywords), expected), 1.0))
+    return worst
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
