@@ -274,9 +274,7 @@ def page():
     reasons = {}
     for row in every:
         for why in row["why"].values():
-            kind = re.sub(
-                r"\bfolded into .* it would change .*", "the fold was undone: it changed the output", why
-            )
+            kind = re.sub(r"\S+ pads its output", "a convolution pads its output", why)
             reasons.setdefault(kind, []).append(row["name"])
     common = sorted(reasons.items(), key=lambda each: -len(each[1]))
     compared = [row for row in every if "compared" in row]
