@@ -51,8 +51,8 @@ wrong. {where}
 {totals}
 
 Largest difference of an output, as a share of the largest: {float32} in float32, {float64} in float64 (where the
-network computes in float64 throughout). Outputs that change as much when the weights are rounded are left out of that, since
-a detector with random weights sorts scores that are equal ({jumping}): there each fold is proven alone.
+network computes in float64 throughout). Outputs that change as much when the weights are rounded are left out of that,
+since a detector with random weights sorts scores that are equal ({jumping}): there each fold is proven alone.
 
 ## Beside other tools
 

@@ -72,6 +72,26 @@ def test_a_residual_is_added_in_the_same_call():
     assert not {"aten::add_", "aten::add", "aten::relu_", "aten::convolution", "aten::relu"} & {*names}
 
 
+def test_a_branch_that_is_gone_is_no_residual():
+    """RepVGG, upgraded: the last normalization takes the other branches' sum as its residual."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(False), nn.Conv2d(6, 6, 1)
+            self.n, self.n1, self.n2 = (nn.BatchNorm2d(6) for _ in range(3))
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            y = self.n1(self.a(x)) + self.n2(self.b(x))
+            return self.act(self.n(x) + y)
+
+    model = with_statistics(nn.Sequential(Block(), Block())).float()
+    packed, report = fold(model, X, pack=True)
+    assert report.packed >= 2
+    same(packed, model, X)
+
+
 def test_what_reads_the_convolution_s_output_otherwise_still_does():
     for forward in (
         lambda m, x: m.act(y := m.a(x)) + y,

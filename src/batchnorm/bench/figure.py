@@ -140,18 +140,9 @@ def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
         )
     steps = [row for row in rows if "copy" not in row.times]
     if any(table.DEPLOYED.keys() & row.times.keys() - {"torch", "compile"} for row in steps):
-        batches = dict.fromkeys(row.shape[0] for row in steps)
-        lines.append(
-            [
-                _panel(
-                    f"Batches of {size}",
-                    "time / our time",
-                    [row for row in steps if row.shape[0] == size],
-                    "over_ours",
-                )
-                for size in batches
-            ]
-        )
+        for size in dict.fromkeys(row.shape[0] for row in steps):  # one below the other: a row may be missing
+            of_size = [row for row in steps if row.shape[0] == size]
+            lines.append([_panel(f"Batches of {size}", "time / our time", of_size, "over_ours")])
     elif steps:
         lines.append([_panel("Networks", "time / our time", steps, "over_ours")])
     return lines

@@ -159,7 +159,7 @@ def _compare(
     return worst, (batch, batch + 1) if dynamic else (batch,)
 
 
-def _write_onnx(
+def write_onnx(
     model: nn.Module, path: Path, inputs: tuple[Tensor, ...], dynamic: bool, opset: int | None
 ) -> None:
     size = sum(each.numel() * each.element_size() for each in model.state_dict().values())
@@ -253,7 +253,7 @@ def _load_safetensors(path: Path, model: nn.Module) -> _Run:
 
 _Write = Callable[[nn.Module, Path, tuple[Tensor, ...], bool, int | None], None]
 _WRITERS: dict[Format, tuple[_Write, Callable[[Path, nn.Module], _Run]]] = {
-    "onnx": (_write_onnx, _load_onnx),
+    "onnx": (write_onnx, _load_onnx),
     "pt2": (_write_pt2, _load_pt2),
     "safetensors": (_write_safetensors, _load_safetensors),
 }

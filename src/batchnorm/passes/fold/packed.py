@@ -18,6 +18,7 @@ from batchnorm.graph.observation import ModuleCall, Observation, Operation
 from batchnorm.kernels.call import Activation
 from batchnorm.kernels.observers import captured, needs_dispatcher, transformed
 from batchnorm.kernels.reference import activate
+from batchnorm.passes.fold.branches import NOTHING
 from batchnorm.passes.fold.normalization import Activated
 
 
@@ -113,6 +114,8 @@ class Finish(InPlaceOfLayer):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The output of the convolution of `input`."""
+        if residual is NOTHING:  # of a branch that has been folded into a convolution
+            residual = None
         made: Tensor = vars(self)["convolution"].compute(input, residual)
         return made
 

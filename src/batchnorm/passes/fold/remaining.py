@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -47,7 +48,10 @@ class Scale(InPlaceOfLayer):
         if weight.dtype != (dtype := accumulator(input.dtype)):
             weight, bias = weight.to(dtype), bias.to(dtype)
         of_channels = weight.dim() == 1
-        if captured() or needs_dispatcher(input) or not of_channels:  # as operators that everybody knows
+        if captured() and of_channels:  # one operator, which runtimes have a kernel for
+            made = F.batch_norm(input.to(dtype), self._mean, self._variance, weight, bias, False, 0.0, 0.0)
+            return activate(made.to(input.dtype), self.activation, residual)
+        if needs_dispatcher(input) or not of_channels:  # as operators that everybody knows
             if of_channels:
                 weight, bias = channelwise(weight, input), channelwise(bias, input)
             made = torch.addcmul(bias, input.to(dtype), weight)
