@@ -112,7 +112,7 @@ class Finish(InPlaceOfLayer):
         vars(self)["convolution"] = convolution  # not as a child: it has its place in the model
         self.activation = convolution.activation
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Any = None) -> Tensor:
         """The output of the convolution of `input`."""
         if residual is NOTHING:  # of a branch that has been folded into a convolution
             residual = None
