@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.graph.modules import has_statistics, is_normalization
+from batchnorm.graph.modules import has_statistics, is_normalization, normalizes
 from batchnorm.graph.observation import BATCH_NORM, observe
 from batchnorm.passes.fold.proof import as_dtype, difference, outputs
 
@@ -132,7 +132,7 @@ def calls(model, x):
     """By path, how often each normalization layer is called."""
     found = {}
     for call in observe(copy.deepcopy(model), *copy.deepcopy(x)).calls:
-        if is_normalization(call.module) or has_statistics(call.module):
+        if normalizes(call.module):
             found[call.path] = found.get(call.path, 0) + 1
     return found
 

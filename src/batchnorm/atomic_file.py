@@ -9,11 +9,14 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, unfinished: Path) -> Iterator[Path]:
+def replacing(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
     """Yields `unfinished`, in the folder of `path`, to write to; when the block ends, it is at `path`, on the disk.
+
+    unfinished: None: a hidden file of the same suffix.
 
     If the block raises, `path` is as it was, and `unfinished` is gone: on a full disk its space is needed.
     """
+    unfinished = unfinished or path.with_name(f".{path.stem}.unfinished{path.suffix}")
     try:
         yield unfinished
         with unfinished.open("rb+") as file:

@@ -29,8 +29,7 @@ BASELINES = {"torch": "torch", "compile": "torch.compile"}
 
 FOLDED = (
     "folded is bn.fold's network, packed the one with pack=True; fx torch.fx's fuse; ORT ONNX Runtime of what "
-    "bn.export wrote, torch's of what "
-    "torch.onnx.export did. A call that is not timed comes before each that is."
+    "bn.export wrote, torch's of what torch.onnx.export did. A call that is not timed comes before each that is."
 )
 
 NOTE = (
@@ -232,55 +231,44 @@ def _difference(value: float) -> str:
 
 def _networks(rows: Sequence[Row]) -> Grid:
     first = rows[0]
-    other_implementations = [
-        candidate for candidate in ("torch", "compile", "without BN") if _has(rows, candidate)
-    ]
-    columns = ["network", "ours", "±"]
-    for candidate in other_implementations:
-        columns += [candidate, "±", "/ours"]
-    body = []
-    for row in rows:
-        cells = [row.name, *_cells(row.times["ours"])[:2]]
-        for candidate in other_implementations:
-            time = row.times.get(candidate)
-            cells += [*_cells(time)[:2], _ratio(time.over_ours)] if time else [""] * 3
-        body.append(cells)
-    if len(rows) > 1:
-        cells = [_MEAN, "", ""]
-        for candidate in other_implementations:
-            cells += [
-                "",
-                "",
-                _ratio(mean(row.times[candidate].over_ours for row in rows if candidate in row.times)),
-            ]
-        body.append(cells)
     if first.layout == "own settings":
         title = f"Our settings (channels-last, memory kept) against torch's defaults, {first.dtype}"
     else:
         title = f"Networks, {first.layout}, {first.dtype}, {first.part}"
-    return Grid(title, columns, body)
+    others = {candidate: candidate for candidate in ("torch", "compile", "without BN")}
+    return _against(rows, title, "ours", others, spread=True)
 
 
 def _folded(rows: Sequence[Row]) -> Grid:
-    columns = ["network", "folded", "±"]
-    others = [candidate for candidate in DEPLOYED if _has(rows, candidate)]
-    for candidate in others:
-        columns += [DEPLOYED[candidate], "/ours"]
+    first = rows[0]
+    title = f"Folded networks, batches of {first.shape[0]}, {first.layout}, {first.dtype}"
+    return _against(rows, title, "folded", DEPLOYED, spread=False)
+
+
+def _against(rows: Sequence[Row], title: str, ours: str, others: dict[str, str], spread: bool) -> Grid:
+    """A line for each network: our time, and those of others, by candidate with their headings, relative to it.
+
+    spread: whether the others have a column for it, too.
+    """
+    others = {candidate: heading for candidate, heading in others.items() if _has(rows, candidate)}
+    of_times = 2 if spread else 1  # columns of a time, without its ratio
+    columns = ["network", ours, "±"]
+    for heading in others.values():
+        columns += [*[heading, "±"][:of_times], "/ours"]
     body = []
     for row in rows:
         cells = [row.name, *_cells(row.times["ours"])[:2]]
         for candidate in others:
             time = row.times.get(candidate)
-            cells += [_ms(time.ms), _ratio(time.over_ours)] if time else ["", ""]
+            cells += [*_cells(time)[:of_times], _ratio(time.over_ours)] if time else [""] * (of_times + 1)
         body.append(cells)
     if len(rows) > 1:
         cells = [_MEAN, "", ""]
         for candidate in others:
-            found = [row.times[candidate].over_ours for row in rows if candidate in row.times]
-            cells += ["", _ratio(mean(found))]
+            found = (row.times[candidate].over_ours for row in rows if candidate in row.times)
+            cells += [*[""] * of_times, _ratio(mean(found))]
         body.append(cells)
-    first = rows[0]
-    return Grid(f"Folded networks, batches of {first.shape[0]}, {first.layout}, {first.dtype}", columns, body)
+    return Grid(title, columns, body)
 
 
 def _label_columns(grid: Grid) -> int:

@@ -166,11 +166,7 @@ def _merged(means: list[Tensor], variances: list[Tensor], counts: Sequence[float
         )
         for mean, variance, count in zip(means, variances, counts, strict=True)
     ]
-    whole = Moments(
-        torch.stack([torch.as_tensor(part.count) for part in parts]),
-        torch.stack([part.mean for part in parts]),
-        torch.stack([part.m2 for part in parts]),
-    ).total()
+    whole = parts[0].merge(*parts[1:])
     variance = whole.m2 / (sum(counts) - bessel)
     return whole.mean.view_as(means[0]), variance.view_as(means[0])
 

@@ -70,12 +70,10 @@ def fold(
         folded, report = fold_model(named.model, *named.inputs)
     if out is not None:
         from batchnorm.atomic_file import replacing
+        from batchnorm.passes.export import as_safetensors
 
-        with (
-            as_failure(OSError),
-            replacing(out, out.with_name(f".{out.stem}.unfinished{out.suffix}")) as file,
-        ):
-            make = _safetensors if out.suffix == ".safetensors" else _by_torch
+        with as_failure(OSError), replacing(out) as file:
+            make = as_safetensors if out.suffix == ".safetensors" else _by_torch
             file.write_bytes(make(folded.state_dict()))
     if as_json:
         typer.echo(json.dumps(_numbers(report, named.has_weights) | {"file": out and str(out)}))
@@ -173,12 +171,3 @@ def _by_torch(state: dict[str, Any]) -> bytes:
     content = io.BytesIO()  # to a full disk torch.save would raise RuntimeError instead of OSError
     torch.save(state, content)
     return content.getvalue()
-
-
-def _safetensors(state: dict[str, Any]) -> bytes:
-    from safetensors.torch import save
-
-    # copies, as two names may have one memory
-    plain = {name: each.detach().contiguous().clone() for name, each in state.items()}
-    written: bytes = save(plain, {"format": "pt"})
-    return written

@@ -76,6 +76,11 @@ class Linear:
         return len(self.weight.shape) == 1
 
     @property
+    def home(self) -> str:
+        """The path of the module whose parameter the weight is."""
+        return self.weight.name.rpartition(".")[0]
+
+    @property
     def inputs(self) -> int:
         """The number of channels of x."""
         return self.input.shape[self.input_dim]

@@ -38,6 +38,11 @@ def has_statistics(module: nn.Module) -> bool:
     return all(isinstance(buffers.get(name), Tensor) for name in ("running_mean", "running_var"))
 
 
+def normalizes(module: nn.Module) -> bool:
+    """Whether `module` normalizes, by a name or by running statistics, and so has a line in a report on all classes."""
+    return is_normalization(module) or has_statistics(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks, None) for hooks in _HOOKS)
 

@@ -157,7 +157,7 @@ class _Way:
         self.between: set[Operation] = set()
         self.leaves: list[Linear] = []
         self.terms: dict[Value, None] = {}
-        self.skips: dict[Value, None] = {}
+        self.skips: dict[Value, str] = {}  # and why they are none of the others
         self.parts: list[Value] = []  # of splits, which others read
         self._zero: Tensor | None = None
         seen: set[Operation] = set()
@@ -166,20 +166,20 @@ class _Way:
             each = waiting.pop()
             made = each.producer
             if each in stops:
-                self.skips[each] = None
+                self.skips[each] = ""
             elif each.is_output and each is not value:
                 raise NotLinear("the model returns what is in between")
             elif each.kind in ("parameter", "buffer"):
                 self.terms[each] = None
             elif made is None:
-                self._skip(each, f"it comes from the {each.kind}")
+                self.skips[each] = f"it comes from the {each.kind}"
             elif made in seen:
                 continue
             elif (linear := Linear.of(made)) is not None and (normalizations or not linear.is_normalization):
                 seen.add(made)
                 self.leaves.append(linear)
             elif made.name not in _PASSED:
-                self._skip(each, f"it comes from {made.name}")
+                self.skips[each] = f"it comes from {made.name}"
             elif not _weighs_alike(made):
                 raise NotLinear("it is pooled over windows of different sizes")
             else:
@@ -205,16 +205,10 @@ class _Way:
                         f"what {result.producer.name if result.producer else ''} makes is read elsewhere too"
                     )
             way.parts = [result for result in elsewhere if way._is_apart(result)]
-            for skip in way.skips:
+            for skip, why in way.skips.items():
                 if skip not in inputs and skip not in stops:
-                    raise NotLinear(way._reasons[skip])
+                    raise NotLinear(why)
             return way
-
-    _reasons: dict[Value, str]
-
-    def _skip(self, value: Value, why: str) -> None:
-        self._reasons = {**getattr(self, "_reasons", {}), value: why}
-        self.skips[value] = None
 
     def _operands(self, operation: Operation) -> list[Value]:
         """The values that come through an operation. Raises: NotLinear."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm.calibrate.batches import Forward, run_batches
 from batchnorm.calibrate.collecting import Collector, SavedStatistics, collecting, population_of, running
-from batchnorm.graph.modules import has_statistics, is_normalization, layers_of
+from batchnorm.graph.modules import layers_of, normalizes
 from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.passes.report import LayerReport, Report
@@ -117,17 +117,15 @@ def population(
     saved = [SavedStatistics(layer) for layer in layers.values()]
     try:
         measured = run.sequence(layers) if sequential else run.together(layers)
+        if not measured:
+            raise ValueError("there were no samples: `batches` gave none that reached a layer")
     except BaseException:
         for each in saved:
             each.restore()
         raise
-    if not measured:
-        for each in saved:
-            each.restore()
-        raise ValueError("there were no samples: `batches` gave none that reached a layer")
     reports = []
     for name, module in model.named_modules():
-        if not (is_normalization(module) or has_statistics(module)):
+        if not normalizes(module):
             continue
         if name in measured:
             found = measured[name]
@@ -333,7 +331,7 @@ def _layers(model: nn.Module, frozen: bool) -> tuple[dict[str, _Layer], dict[str
     why: dict[str, str] = {}
     every = layers_of(model)
     for name, module in model.named_modules():
-        if name not in every and (is_normalization(module) or has_statistics(module)):
+        if name not in every and normalizes(module):
             why[name] = f"is {type(module).__name__}, whose statistics are not measured"
     for name, layer in every.items():
         if layer.running_mean is None:

@@ -122,8 +122,7 @@ def export(
         )
     original = copy_of(model).eval()
     write, load = _WRITERS[cast(Format, chosen)]
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    with replacing(path, unfinished):
+    with replacing(path) as unfinished:
         write(folded, unfinished, inputs, dynamic, opset)
         error, compared = _compare(original, load(unfinished, folded), inputs, dynamic)
     return ExportReport(path, cast(Format, chosen), report, error, compared, path.stat().st_size)
@@ -237,9 +236,15 @@ def _load_pt2(path: Path, _: nn.Module) -> _Run:
 def _write_safetensors(
     model: nn.Module, path: Path, inputs: tuple[Tensor, ...], dynamic: bool, opset: int | None
 ) -> None:
-    library = importlib.import_module("safetensors.torch")
-    state = {name: each.detach().cpu().contiguous().clone() for name, each in model.state_dict().items()}
-    path.write_bytes(library.save(state, {"format": "pt"}))
+    path.write_bytes(as_safetensors(model.state_dict()))
+
+
+def as_safetensors(state: dict[str, Tensor]) -> bytes:
+    """The content of a file with these tensors."""
+    # copies, as two names may have one memory
+    plain = {name: each.detach().cpu().contiguous().clone() for name, each in state.items()}
+    content: bytes = importlib.import_module("safetensors.torch").save(plain, {"format": "pt"})
+    return content
 
 
 def _load_safetensors(path: Path, model: nn.Module) -> _Run:

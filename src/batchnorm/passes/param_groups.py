@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from batchnorm.graph.modules import has_statistics, is_normalization
+from batchnorm.graph.modules import normalizes
 
 # by type; a parameter's shape or name says nothing: an embedding's may be 1-dimensional, a convolution be called "norm"
 _NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -73,4 +73,4 @@ def param_groups(
 def is_norm(module: nn.Module) -> bool:
     """Whether this is a normalization layer of any kind and library."""
     by_name = "Norm" in type(module).__name__ and not list(module.children())
-    return isinstance(module, _NORMS) or is_normalization(module) or has_statistics(module) or by_name
+    return isinstance(module, _NORMS) or normalizes(module) or by_name

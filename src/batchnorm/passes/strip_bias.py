@@ -11,12 +11,11 @@ from torch.nn.utils import parametrize
 
 from batchnorm.graph.modules import has_hooks, is_ours, is_patched, layers_of
 from batchnorm.graph.observation import ModuleCall, Operation, Value, observe
-from batchnorm.graph.sources import NotLinear, sources
+from batchnorm.graph.sources import NotLinear
 from batchnorm.graph.trace import Untraceable, is_plain_identity
 from batchnorm.graph.whole_trace import whole_trace
-from batchnorm.layers import _BatchNorm
-from batchnorm.passes.fold.normalization import Left
-from batchnorm.passes.fold.plan import Tensors
+from batchnorm.passes.fold.normalization import TORCH_S, Left
+from batchnorm.passes.fold.plan import Tensors, own_origin
 from batchnorm.passes.fold.proof import copy_of, detached
 from batchnorm.passes.report import LayerReport, Report
 
@@ -24,13 +23,6 @@ Model = TypeVar("Model", bound=nn.Module)
 Biases = dict[
     str, tuple[Tensor, Tensor]
 ]  # by path: the channel to which each element comes, and its factor there
-
-
-_FORWARDS = (
-    nn.BatchNorm1d.forward,  # the others' too
-    nn.SyncBatchNorm.forward,
-    _BatchNorm.forward,
-)
 
 
 class _Kept(Exception):
@@ -128,12 +120,12 @@ def _observed(
         try:
             tensors.check_replaced(layer, calls)
             each = [_before(call, tensors) for call in calls]
-            biases = {home: places for one in each for home, (places, _, _) in one.items()}
+            biases, *others = ({home: places for home, (places, _, _) in one.items()} for one in each)
             readers = {operation for one in each for _, _, operation in one.values()}
             for bias in {bias for one in each for _, bias, _ in one.values()}:
                 if not readers.issuperset(bias.users):
                     raise _Kept(f"{bias.name} is read by others too")
-            if any(not _alike(one, each[0]) for one in each):
+            if any(not _same(other, biases) for other in others):
                 raise _Kept("is called several times, after different operations")
             found[path] = biases
         except (_Kept, Left, NotLinear) as reason:
@@ -148,13 +140,8 @@ _Found = dict[str, tuple[tuple[Tensor, Tensor], Value, Operation]]
 def _before(call: ModuleCall, tensors: Tensors) -> _Found:
     """The biases before a call of a layer: by the path of their module, where they come to, and what adds which."""
     value = (call.given or call.reads)[0]
-    inside = set(map(id, call.operations))
-    if value.is_output or any(id(user) not in inside for user in value.users):
-        raise _Kept("its input is read elsewhere too")
     found: _Found = {}
-    origin = sources(value, tensors)
-    tensors.check_changed([value, *(result for each in origin.operations for result in each.results)])
-    for source in origin.sources:
+    for source in own_origin(call, value, tensors).sources:
         bias = source.linear.bias
         if bias is not None:
             if bool((source.channels < 0).any()):
@@ -172,12 +159,6 @@ def _before(call: ModuleCall, tensors: Tensors) -> _Found:
 def _same(one: Biases, other: Biases) -> bool:
     return one.keys() == other.keys() and all(
         torch.equal(a, b) for key in one for a, b in zip(one[key], other[key], strict=True)
-    )
-
-
-def _alike(one: _Found, other: _Found) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(a, b) for key in one for a, b in zip(one[key][0], other[key][0], strict=True)
     )
 
 
@@ -235,7 +216,7 @@ def _calls_identity(model: nn.Module, node: Any) -> bool:
 
 
 def _check_layer(layer: nn.Module) -> None:
-    if type(layer).forward not in _FORWARDS or is_patched(layer):
+    if not (type(layer).forward in TORCH_S or is_ours(layer)) or is_patched(layer):
         raise _Kept(f"is {type(layer).__name__}, which has a forward of its own")
     if has_hooks(layer):
         raise _Kept("has hooks, which see its input")

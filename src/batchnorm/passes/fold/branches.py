@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from batchnorm.graph.linear import Linear
 from batchnorm.graph.observation import Observation, Value
 from batchnorm.graph.sources import SUMS, NotLinear, Origin, sources
 from batchnorm.passes.fold.normalization import Left, Normalization, rest_of
-from batchnorm.passes.fold.plan import Check, Plan, Tensors, Wanted, by_channel, own_names
+from batchnorm.passes.fold.plan import Check, Plan, Tensors, Wanted, by_channel, inverse
 
 
 class Nothing(nn.Module):
@@ -71,7 +71,7 @@ def into_beside(model: nn.Module, calls: list[Normalization], tensor: Tensors) -
         for source in origin.sources:
             if source.linear.input is not layer.value:
                 continue
-            inputs = _inverse(skip.channels, total.shape[1])[source.channels.clamp(min=0)]
+            inputs = inverse(skip.channels, total.shape[1])[source.channels.clamp(min=0)]
             inputs = torch.where(source.channels >= 0, inputs, -1)
             weight = source.linear.identity(inputs)
             if weight is None or len(inputs[inputs >= 0].unique()) < len(skip.channels):
@@ -87,25 +87,9 @@ def into_beside(model: nn.Module, calls: list[Normalization], tensor: Tensors) -
             old = tensor(linear.weight)
             wanted.want(linear.weight, old + weight * linear.on_outputs(scale), [linear.operation])
             wanted.want_bias(linear, shift)
-            wanted.check()
-            tensor.check_changed(
-                value for each in origin.operations for value in each.results if value is not total
-            )
-            tensor.check_changed([layer.output])
+            tensor.check_changed([layer.output, *_before(total, origin)])
             check = Check(origin.operations, [total], layer, passes=False)
-            path = layer.path
-            touched = own_names(model, path) | set(wanted.values)
-            return Plan(
-                path,
-                "folded",
-                wanted.where,
-                tuple(wanted.into),
-                wanted.values,
-                {path: Nothing()},
-                [check],
-                wanted.added,
-                touched,
-            )
+            return wanted.plan(layer.path, Nothing(), [check])
     raise NotLinear("it is not added to a convolution of the same")
 
 
@@ -115,7 +99,7 @@ def joined(model: nn.Module, seen: Observation, tensor: Tensors, among: set[str]
         linear = Linear.of(operation)
         if linear is None or operation.name != "aten.convolution" or linear.transposed:
             continue
-        call, home = operation.call, linear.weight.name.rpartition(".")[0]
+        call, home = operation.call, linear.home
         if call is None or call.path != home or home not in among or call.returns != operation.results:
             continue
         if (
@@ -142,7 +126,7 @@ def _join(model: nn.Module, linear: Linear, total: Value, tensor: Tensors) -> Pl
         into = other.linear
         if into.operation is linear.operation or not into.embeds(linear) or into.work < linear.work:
             continue
-        outputs = _inverse(other.channels, total.shape[1])[own.channels]
+        outputs = inverse(other.channels, total.shape[1])[own.channels]
         if bool((outputs < 0).any()) or not origin.aligned(own, other):
             continue
         factors = own.factors / other.factors[outputs]
@@ -158,24 +142,9 @@ def _join(model: nn.Module, linear: Linear, total: Value, tensor: Tensors) -> Pl
             bias = torch.zeros(into.weight.shape[0], dtype=torch.float64)
             bias[outputs] = tensor(linear.bias) * factors
             wanted.want_bias(into, bias)
-        wanted.check()
-        tensor.check_changed(
-            value for each in origin.operations for value in each.results if value is not total
-        )
-        path = linear.weight.name.rpartition(".")[0]
+        tensor.check_changed(_before(total, origin))
         check = Check(origin.operations, [total], None, (linear.operation.results[0],))
-        touched = own_names(model, path) | set(wanted.values)
-        return Plan(
-            path,
-            "folded",
-            wanted.where,
-            tuple(wanted.into),
-            wanted.values,
-            {path: Nothing()},
-            [check],
-            wanted.added,
-            touched,
-        )
+        return wanted.plan(linear.home, Nothing(), [check])
     return None
 
 
@@ -193,8 +162,6 @@ def _origin(total: Value, tensor: Tensors, branch: Value) -> Origin | None:
         return None
 
 
-def _inverse(channels: Tensor, number: int) -> Tensor:
-    """For each of so many channels the place at which it is among `channels`, or -1."""
-    found = torch.full((number,), -1)
-    found[channels[channels >= 0]] = (channels >= 0).nonzero().flatten()
-    return found
+def _before(total: Value, origin: Origin) -> list[Value]:
+    """The values between the sources of a sum and the sum."""
+    return [value for each in origin.operations for value in each.results if value is not total]

@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.graph.modules import has_hooks
+from batchnorm.graph.modules import has_hooks, normalizes
 from batchnorm.graph.observation import LAYOUT, REREAD, ModuleCall, Observation, behind_layout, observe
 from batchnorm.graph.sources import NotLinear
 from batchnorm.graph.trace import Untraceable, parameters
 from batchnorm.graph.whole_trace import whole_trace
 from batchnorm.passes.fold.branches import into_beside, joined
 from batchnorm.passes.fold.following import into_following
-from batchnorm.passes.fold.normalization import Left, Normalization, is_foldable_kind
+from batchnorm.passes.fold.normalization import Left, Normalization
 from batchnorm.passes.fold.packed import pack as pack_convolutions
 from batchnorm.passes.fold.plan import PROVEN, Plan, Tensors
 from batchnorm.passes.fold.preceding import into_preceding
@@ -215,7 +215,7 @@ class _Folding:
             )
         if pack:
             upgrade(original)
-        self.names = [name for name, module in original.named_modules() if is_foldable_kind(module)]
+        self.names = [name for name, module in original.named_modules() if normalizes(module)]
         self.wide, self.given = self._widened()
         self.proof = Proof.of(self.wide, *self.given) if prove else None
         self.tolerance = PROVEN
@@ -293,7 +293,7 @@ class _Folding:
         self.tolerance = max(ALIKE if made.intersection(_NARROW) else PROVEN, noise)
         calls: dict[str, list[ModuleCall]] = {}
         for call in now.seen.calls:
-            if is_foldable_kind(call.module) and call.path in self.names:
+            if normalizes(call.module) and call.path in self.names:
                 calls.setdefault(call.path, []).append(call)
         for path, each in calls.items():
             self.why.setdefault(path, {})

@@ -11,7 +11,7 @@ from batchnorm.graph.observation import LAYOUT, Operation, Value
 from batchnorm.graph.sources import NotLinear, readers
 from batchnorm.passes.fold.border import BORDERED
 from batchnorm.passes.fold.normalization import Normalization, rest_of
-from batchnorm.passes.fold.plan import Check, Plan, Tensors, Wanted, by_channel, own_names
+from batchnorm.passes.fold.plan import Check, Plan, Tensors, Wanted, by_channel
 
 
 def into_following(
@@ -49,6 +49,7 @@ def into_following(
                 operations |= addition.between
             if not bool(shift.any()):
                 continue
+            brought = weight * linear.on_inputs(shift)
             if not linear.keeps_constants:
                 home = wanted.home(linear)
                 module = model.get_submodule(home)
@@ -56,30 +57,15 @@ def into_following(
                 alone = call is not None and call.module is module and len(linear.weight.users) == 1
                 if not borders or type(module) not in BORDERED or linear.transposed or not alone:
                     raise NotLinear(f"{home} pads its output with zeros")
-                of_inputs = weight * linear.on_inputs(shift)
-                taps[home] = of_inputs.sum(1, keepdim=True)
+                taps[home] = brought.sum(1, keepdim=True)
                 wanted.add_map(linear, taps[home])
             elif addition is not None:
-                more = (weight * linear.on_inputs(shift)).flatten(1).sum(1)
+                more = brought.flatten(1).sum(1)
                 wanted.want(addition.bias, tensor(addition.bias) + more, [addition.operation])
             else:
-                wanted.want_bias(linear, (weight * linear.on_inputs(shift)).flatten(1).sum(1))
+                wanted.want_bias(linear, brought.flatten(1).sum(1))
         checks.append(Check(operations, targets, each))
-    wanted.check()
-    path = calls[0].path
-    touched = own_names(model, path) | set(wanted.values)
-    return Plan(
-        path,
-        "folded",
-        wanted.where,
-        tuple(wanted.into),
-        wanted.values,
-        {path: instead},
-        checks,
-        wanted.added,
-        touched,
-        taps,
-    )
+    return wanted.plan(calls[0].path, instead, checks, taps)
 
 
 class _Addition(NamedTuple):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.graph.linear import normalizes_by_constants
-from batchnorm.graph.modules import InPlaceOfLayer, has_hooks, has_statistics, is_normalization, is_ours
+from batchnorm.graph.modules import InPlaceOfLayer, has_hooks, is_ours
 from batchnorm.graph.observation import BATCH_NORM, LAYOUT, ModuleCall, Operation, Value, behind_layout
 from batchnorm.graph.sources import GetTensor
 from batchnorm.kernels.call import Activation
@@ -87,11 +87,6 @@ class Normalization:
         return cls(call, inputs[0], call.returns[0], _seen_affine(call.module, shapes[0]))
 
 
-def is_foldable_kind(module: nn.Module) -> bool:
-    """Whether `module` normalizes, perhaps by running statistics, and so has a line in the report."""
-    return is_normalization(module) or has_statistics(module)
-
-
 def rest_of(module: nn.Module) -> nn.Module:
     """What a layer does after it has normalized: what takes its place. Raises: Left."""
     if has_hooks(module):
@@ -132,7 +127,7 @@ _IN_PLACE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid_,
     "tanh": torch.tanh_,
 }
-_TORCH_S = (
+TORCH_S = (
     nn.BatchNorm1d.forward,
     nn.BatchNorm2d.forward,
     nn.BatchNorm3d.forward,
@@ -141,7 +136,7 @@ _TORCH_S = (
 
 
 def _forward_is_known(module: nn.Module) -> bool:
-    return type(module).forward in _TORCH_S or _is_timm_s(module)
+    return type(module).forward in TORCH_S or _is_timm_s(module)
 
 
 def _is_timm_s(module: nn.Module) -> bool:

@@ -64,7 +64,7 @@ class PackedConv2d(nn.Conv2d):
         if residual is None:
             made: Tensor = operator(input, weight, self.bias, *how, *self.post_op)
         else:
-            after = (None, [], None) if self.post_op is _NONE or self.post_op == _NONE else self.post_op
+            after = (None, [], None) if self.post_op == _NONE else self.post_op
             made = operator.binary(input, residual, weight, self.bias, *how, "add", 1.0, *after)
         return made
 
@@ -145,7 +145,7 @@ def pack(model: nn.Module, seen: Observation) -> int:
     packed = 0
     for operation in seen.operations:
         call = operation.call
-        if operation.name != "aten.convolution" or call is None or not _is_plain(call, operation, seen):
+        if operation.name != "aten.convolution" or call is None or not _is_plain(call, operation):
             continue
         module = model.get_submodule(call.path)
         after = _after(operation, seen)
@@ -168,7 +168,7 @@ def pack(model: nn.Module, seen: Observation) -> int:
     return packed
 
 
-def _is_plain(call: ModuleCall, operation: Operation, seen: Observation) -> bool:
+def _is_plain(call: ModuleCall, operation: Operation) -> bool:
     module = call.module
     return (
         type(module) is nn.Conv2d

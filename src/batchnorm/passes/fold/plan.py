@@ -14,6 +14,7 @@ from batchnorm.graph.linear import Linear
 from batchnorm.graph.modules import Fused, has_hooks, is_patched
 from batchnorm.graph.observation import ModuleCall, Observation, Operation, Value
 from batchnorm.graph.replay import Replay
+from batchnorm.graph.sources import Origin, sources
 from batchnorm.passes.fold.border import make_bordered, map_of
 from batchnorm.passes.fold.normalization import Left, Normalization
 from batchnorm.passes.report import Outcome
@@ -144,7 +145,7 @@ class Plan:
         """How far its checks are from what they must be."""
 
         def new(value: Value) -> Tensor:
-            return self.values.get(value.name, tensor(value))
+            return self.values[value.name] if value.name in self.values else tensor(value)
 
         return max((check.error(tensor, new, self.added) for check in self.checks), default=0.0)
 
@@ -198,6 +199,16 @@ def _kept_in_lists(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def own_origin(call: ModuleCall, value: Value, tensors: Tensors, normalizations: bool = False) -> Origin:
+    """What makes up the input of a layer's call, if nobody else sees that change. Raises: Left, NotLinear."""
+    inside = set(call.operations)
+    if value.is_output or any(user not in inside for user in value.users):
+        raise Left("its input is read elsewhere too")
+    origin = sources(value, tensors, normalizations=normalizations)
+    tensors.check_changed([value, *(result for each in origin.operations for result in each.results)])
+    return origin
+
+
 def paths(model: nn.Module, path: str) -> Iterator[str]:
     """All paths of the module at `path`."""
     module = model.get_submodule(path)
@@ -216,7 +227,7 @@ class Wanted:
 
     def home(self, linear: Linear) -> str:
         """The path of the module whose parameter the weight is. Raises: Left if it has hooks."""
-        path = linear.weight.name.rpartition(".")[0]
+        path = linear.home
         if has_hooks(self.model.get_submodule(path)):
             raise Left(f"{path} has hooks, which see its output")
         return path
@@ -267,21 +278,42 @@ class Wanted:
             and not is_patched(module)
         )
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise Left if something else reads what is to be changed."""
         for value, readers in self._readers.items():
             users = {_behind_turn(user) for user in value.users}
             if not users <= {_behind_turn(reader) for reader in readers}:
                 raise Left(f"{value.name} is read by others too")
 
-    @property
-    def where(self) -> str:
-        return "into " + ", ".join(path or "the model itself" for path in self.into)
+    def plan(
+        self, path: str, instead: nn.Module, checks: list[Check], borders: dict[str, Tensor] | None = None
+    ) -> Plan:
+        """All this as the plan by which `instead` takes the place of the module at `path`. Raises: Left."""
+        self._check()
+        return Plan(
+            path,
+            "folded",
+            "into " + ", ".join(each or "the model itself" for each in self.into),
+            tuple(self.into),
+            self.values,
+            {path: instead},
+            checks,
+            self.added,
+            own_names(self.model, path) | set(self.values),
+            borders or {},
+        )
 
 
 def by_channel(values: Tensor, channels: Tensor, otherwise: float) -> Tensor:
     """`values[channels]`, and `otherwise` where the channel is -1."""
     return torch.where(channels >= 0, values[channels.clamp(min=0)], otherwise)
+
+
+def inverse(channels: Tensor, number: int) -> Tensor:
+    """For each of so many channels the place at which it is among `channels`, or -1."""
+    found = torch.full((number,), -1)
+    found[channels[channels >= 0]] = (channels >= 0).nonzero().flatten()
+    return found
 
 
 def own_names(model: nn.Module, path: str) -> frozenset[str]:

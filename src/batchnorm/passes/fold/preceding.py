@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.graph.observation import Operation
-from batchnorm.graph.sources import Origin, sources
+from batchnorm.graph.sources import Origin
 from batchnorm.passes.fold.normalization import Left, Normalization, rest_of
-from batchnorm.passes.fold.plan import Check, Plan, Tensors, Wanted, by_channel, own_names
+from batchnorm.passes.fold.plan import Check, Plan, Tensors, Wanted, by_channel, inverse, own_origin
 
 
 def into_preceding(
@@ -25,27 +25,10 @@ def into_preceding(
     tensor.check_replaced(calls[0].call.module, [each.call for each in calls])
     for each in calls:
         each.check_channels()
-        value, inside = each.value, set(each.call.operations)
-        if value.is_output or any(user not in inside for user in value.users):
-            raise Left("its input is read elsewhere too")
-        origin = sources(value, tensor, normalizations=normalizations)
-        tensor.check_changed([value, *(result for each in origin.operations for result in each.results)])
+        origin = own_origin(each.call, each.value, tensor, normalizations)
         _want(wanted, origin, each)
         checks.append(Check(origin.operations, [], each))
-    wanted.check()
-    path = calls[0].path
-    touched = own_names(model, path) | set(wanted.values)
-    return Plan(
-        path,
-        "folded",
-        wanted.where,
-        tuple(wanted.into),
-        wanted.values,
-        {path: instead},
-        checks,
-        wanted.added,
-        touched,
-    )
+    return wanted.plan(calls[0].path, instead, checks)
 
 
 def _want(wanted: Wanted, origin: Origin, layer: Normalization) -> None:
@@ -91,10 +74,8 @@ def _in_place_of_skips(origin: Origin, more: Tensor) -> dict[Operation, Tensor]:
     """
     found: dict[Operation, Tensor] = {}
     for skip in origin.skips:
-        missing = torch.zeros(len(more), dtype=torch.bool)
-        missing[skip.channels[skip.channels >= 0]] = True
-        origins = torch.full((len(more),), -1)
-        origins[skip.channels[skip.channels >= 0]] = (skip.channels >= 0).nonzero().flatten()
+        origins = inverse(skip.channels, len(more))
+        missing = origins >= 0
         for source in origin.sources:
             if source.linear.input is not skip.value or not bool(missing.any()):
                 continue
