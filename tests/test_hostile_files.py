@@ -8,13 +8,13 @@ import pytest
 
 from tests.hostile_files import CASES, INDICES, outcome
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each is read in a fork of this process")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each is read in a forked process")
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_is_an_error_of_one_line(name, tmp_path):
-    found = outcome(CASES[name], tmp_path / "file")
+    found = outcome(name, tmp_path / "file")
     assert re.fullmatch(r"(Data|Checkpoint|Config)Error: [^\n]*(file|training.steps)[^\n]*", found.error), (
         found.error
     )
@@ -25,7 +25,7 @@ def test_a_file_is_an_error_of_one_line(name, tmp_path):
 
 @pytest.mark.parametrize("name", INDICES)
 def test_an_index_is_made_anew(name, tmp_path):
-    found = outcome(INDICES[name], tmp_path / "file")
+    found = outcome(name, tmp_path / "file")
     assert found.error.startswith("returned") and "offsets=[512] sizes=[1] labels=[0]" in found.error
     assert found.megabytes < 64
     assert found.seconds < 5

@@ -72,12 +72,12 @@ def _read(path: Path) -> object:
         content = file.read()
     whole, comment = memoryview(content)[:-_COMMENT], content[-_COMMENT:]
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        if any(each.compress_type != zipfile.ZIP_STORED or each.external_attr for each in members):
+            return None  # a compressed member may be larger than memory, and a folder has no content
         signed = not content.endswith(bytes(2))  # the length of an archive's comment, where it has none
         if comment != _comment(whole) if signed else archive.testzip() is not None:
             return None
-        members = archive.infolist()
-    if any(each.compress_type != zipfile.ZIP_STORED or each.external_attr for each in members):
-        return None  # a compressed member may be larger than memory, and a folder has no content
     return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
