@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from batchnorm.passes.fold import fold as fold
     from batchnorm.passes.freeze import freeze as freeze
     from batchnorm.passes.freeze import unfreeze as unfreeze
+    from batchnorm.passes.insert import insert as insert
     from batchnorm.passes.mask import mask as mask
     from batchnorm.passes.param_groups import param_groups as param_groups
     from batchnorm.passes.paused import paused as paused
@@ -78,6 +79,7 @@ _HOME = {
     "fold": "passes.fold",
     "freeze": "passes.freeze",
     "unfreeze": "passes.freeze",
+    "insert": "passes.insert",
     "mask": "passes.mask",
     "merge_states": "calibrate.states",
     "param_groups": "passes.param_groups",

@@ -19,6 +19,9 @@ Outcome = Literal[
     "affine",
     "stripped",
     "measured",
+    "inserted",
+    "removed",
+    "weakened",
     "left alone",
 ]
 
@@ -30,7 +33,7 @@ class LayerReport:
     Args:
         name: its path in the model; "" is the model itself.
         outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded",
-            "folded", "affine", "stripped", "measured" or "left alone".
+            "folded", "affine", "stripped", "measured", "inserted", "removed", "weakened" or "left alone".
         what: what was fused into it ("relu", "residual, relu"), what of it was frozen or set, or torch's class that
             it became.
         why: why it was not fused, or left alone.

@@ -1,0 +1,325 @@
+"""Where normalization can be put: the linear operations Wu + b whose outputs come to a nonlinearity.
+
+    for place in places(observe(model, images)):
+        place.path, place.why                      # "features.0", "" or the reason why none can be put there
+
+What is between the two may arrange, pool, pad, enlarge, scale, add or drop; so of a sum, relu(conv(x) + skip), it is
+the convolution that is found, where residual networks have their normalization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from batchnorm.graph.observation import BATCH_NORM, LAYOUT, REREAD, ModuleCall, Observation, Operation, Value
+from batchnorm.graph.sources import SUMS
+
+
+def _aten(names: str) -> frozenset[str]:
+    found = names.split()
+    return frozenset(f"aten.{name}" for name in (*found, *(f"{name}_" for name in found)))
+
+
+NONLINEAR = _aten(
+    "relu leaky_relu relu6 elu selu celu gelu silu mish hardswish hardtanh hardsigmoid sigmoid tanh _prelu_kernel prelu "
+    "rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clamp_min log_sigmoid_forward glu sin erf"
+)
+_NORMS = BATCH_NORM | _aten("native_group_norm native_layer_norm _fused_rms_norm rms_norm")
+_PRODUCTS = {"aten.convolution": 0, "aten.linear": 0, "aten.addmm": 1, "aten.mm": 0, "aten.bmm": 0, "aten.baddbmm": 1}
+_MOVES = _aten("permute transpose t view reshape _unsafe_view _reshape_alias unsqueeze squeeze select unbind")
+_SCALES = _aten("mul div")
+_PASSED = (
+    LAYOUT
+    | SUMS
+    | _aten(
+        "cat stack roll flip index index_select constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
+        "replication_pad1d replication_pad2d replication_pad3d native_dropout mean avg_pool1d avg_pool2d avg_pool3d "
+        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d max_pool2d_with_indices max_pool3d_with_indices "
+        "adaptive_max_pool2d adaptive_max_pool3d amax upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+        "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
+        "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle _to_copy copy neg"
+    )
+    | {REREAD}
+)
+# Their values do not depend on those of what they are called with.
+_MAKES_NEW = frozenset(
+    f"aten.{name}"
+    for name in "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full "
+    "new_empty_strided bernoulli".split()
+)
+_DROPS = (nn.modules.dropout._DropoutNd, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A linear operation, and where its output can be normalised.
+
+    path: of the module whose output, or whose input, is what is to be normalised; of the one that calls the operation
+        where there is none.
+    of_input: whether it is the input, of an activation.
+    dim: in which its channels are, 1 or -1.
+    value: it, as it was seen.
+    why: why it is none; "" if it is one.
+    forced: whether one who names it may have it all the same.
+    """
+
+    path: str
+    of_input: bool = False
+    dim: int = 1
+    value: Value | None = None
+    why: str = ""
+    forced: bool = False
+
+
+def places(seen: Observation) -> list[Place]:
+    """One for each module that was seen to compute a linear operation of its parameters, in the order of the calls."""
+    return _Places(seen).found()
+
+
+def recurrent(model: nn.Module) -> dict[str, nn.Module]:
+    """The recurrent cells and layers of a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, _RECURRENT)}
+
+
+class _Places:
+    def __init__(self, seen: Observation) -> None:
+        self._seen = seen
+        self._data = _dependent(seen)
+        self._linear = [each for each in seen.operations if self._is_linear(each)]
+        self._products = set(self._linear)
+        self._normed = {value: path for path, value in self._normalized()}
+        self._dropped = {
+            value: call.given[0]
+            for call in seen.calls
+            if isinstance(call.module, _DROPS) and call.given
+            for value in call.returns
+        }
+        self._numbers: dict[nn.Module, int] = {}
+        for call in seen.calls:
+            self._numbers[call.module] = self._numbers.get(call.module, 0) + 1
+        self._attention = self._weighing()
+        self._heads = self._ends()
+        self._before: dict[Operation, Operation] = {}  # the first nonlinearity after each
+        for operation in seen.operations:
+            if operation.name in NONLINEAR and any(each in self._data for each in operation.reads):
+                for linear in self._behind(operation):
+                    self._before.setdefault(linear, operation)
+
+    def found(self) -> list[Place]:
+        by_path: dict[str, Place] = {}
+        for linear in self._linear:
+            place = self._place(linear)
+            known = by_path.get(place.path)
+            if known is None or (known.why == "" and place.why):
+                by_path[place.path] = place
+        return list(by_path.values())
+
+    def _place(self, linear: Operation) -> Place:
+        home = linear.call.path if linear.call else ""
+        for call in _callers(linear.call):
+            if isinstance(call.module, _RECURRENT):
+                return Place(call.path, why=f"is recurrent ({type(call.module).__name__})")
+            if isinstance(call.module, nn.MultiheadAttention) or "Attention" in type(call.module).__name__:
+                part = "" if call.path == home else f"is part of {call.path}, "
+                return Place(home, why=f"{part}{type(call.module).__name__}", forced=True)
+        norm = self._norm_after(linear)
+        if norm is not None:
+            return Place(home, why=f"is normalised already, by {norm}")
+        if linear in self._attention:
+            return Place(home, why="makes weights of whole channels or positions (attention)", forced=True)
+        if linear in self._heads:
+            return self._attached(linear, Place(home, why="makes an output of the model", forced=True))
+        if linear not in self._before:
+            return self._attached(linear, Place(home, why="no nonlinearity follows", forced=True))
+        return self._attached(linear, Place(home))
+
+    def _attached(self, linear: Operation, place: Place) -> Place:
+        """The place with the module at which it is."""
+        call = linear.call
+        if call is not None and len(call.returns) == 1:
+            dim = self._dim(call.returns[0], linear, call)
+            if dim is not None:
+                return self._once(call, Place(call.path, False, dim, call.returns[0], place.why, place.forced))
+        follower = self._before.get(linear)
+        activation = follower.call if follower is not None else None
+        if activation is not None and not activation.module._modules and len(activation.given) == 1:
+            dim = self._dim(activation.given[0], linear, None)
+            if dim is not None:
+                found = Place(activation.path, True, dim, activation.given[0], place.why, place.forced)
+                return self._once(activation, found)
+        return Place(
+            place.path,
+            why=place.why
+            or f"its forward calls {linear.name.removeprefix('aten.')} itself, and no module returns what it makes",
+        )
+
+    def _once(self, call: ModuleCall, place: Place) -> Place:
+        number = self._numbers[call.module]
+        if number > 1:
+            why = f"is called {number} times, and the moments of each call are others"
+            return Place(place.path, why=place.why or why)
+        if place.value is not None and len(place.value.shape) < 2:
+            return Place(place.path, why=place.why or "makes one sample, without a dimension of the batch")
+        return place
+
+    def _dim(self, value: Value, linear: Operation, call: ModuleCall | None) -> int | None:
+        """The dimension of the channels in a value that comes from `linear` alone; None if it is not known."""
+        made, moved = value, False
+        while made.producer is not linear:
+            operation = made.producer
+            if operation is None or operation.name not in _PASSED | _SCALES:
+                return None
+            before = [each for each in operation.reads if each in self._data]
+            if len(before) != 1:
+                return None
+            if call is not None and len([each for each in before[0].users if each in set(call.operations)]) > 1:
+                return None
+            moved |= operation.name in _MOVES
+            made = before[0]
+        if call is not None and len([each for each in made.users if each in set(call.operations)]) > 1:
+            return None
+        if linear.name == "aten.convolution":
+            same = len(value.shape) == len(made.shape) and value.shape[1] == made.shape[1]
+            return 1 if same and not moved else None
+        if linear.name in ("aten.bmm", "aten.baddbmm"):
+            return None
+        return -1 if value.shape[-1] == made.shape[-1] else None
+
+    def _behind(self, nonlinear: Operation) -> Iterator[Operation]:
+        """The linear operations whose outputs come to a nonlinearity."""
+        waiting = [each for each in nonlinear.reads if each in self._data]
+        seen: set[Value] = set()
+        while waiting:
+            value = waiting.pop()
+            made = value.producer
+            if value in seen or made is None or value in self._normed:
+                continue
+            seen.add(value)
+            if value in self._dropped:
+                waiting.append(self._dropped[value])
+            elif made in self._products:
+                yield made
+            elif self._passes(made):
+                waiting += [each for each in made.reads if each in self._data]
+            elif made.name in _SCALES:  # by the weights of an attention, perhaps
+                weighed = [each for each in made.reads if each.producer not in self._attention]
+                waiting += weighed if len(weighed) < len(made.reads) else []
+
+    def _passes(self, operation: Operation) -> bool:
+        data = sum(each in self._data for each in operation.reads)
+        return operation.name in _PASSED or (operation.name in _SCALES and data == 1)
+
+    def _norm_after(self, linear: Operation) -> str | None:
+        """The path of a normalization layer that reads what the operation makes, and nothing else in it does."""
+        by_input = {
+            value: call.path or "the model"
+            for call in self._seen.calls
+            if _is_norm(call.module)
+            for value in call.given
+        }
+        waiting, seen = list(linear.results), set()
+        found = None
+        while waiting:
+            value = waiting.pop()
+            if value in by_input:
+                found = by_input[value]
+                continue
+            if value in seen:
+                continue
+            seen.add(value)
+            for user in value.users:
+                if user.name in _NORMS:
+                    found = found or (user.call.path if user.call else "") or user.name
+                elif user.name in NONLINEAR and linear in set(self._behind(user)):
+                    return None
+                elif self._passes(user) and user.name not in SUMS:
+                    waiting += user.results
+        return found
+
+    def _normalized(self) -> Iterator[tuple[str, Value]]:
+        for call in self._seen.calls:
+            if _is_norm(call.module):
+                yield from ((call.path, value) for value in call.returns)
+        for operation in self._seen.operations:
+            if operation.name in _NORMS and operation.results:
+                yield operation.call.path if operation.call else operation.name, operation.results[0]
+
+    def _is_linear(self, operation: Operation) -> bool:
+        """Whether it multiplies what comes from the inputs by what does not."""
+        first = _PRODUCTS.get(operation.name)
+        if first is None:
+            return False
+        factors = operation.arguments[first : first + 2]
+        return sum(each in self._data for each in factors) == 1
+
+    def _weighing(self) -> set[Operation]:
+        """The operations whose results only weigh others: one weight for a whole channel, position or row."""
+        found = {each for each in self._seen.operations if self._weighs(each)}
+        for operation in reversed(self._seen.operations):
+            users = [user for value in operation.results for user in value.users]
+            returned = any(value.is_output for value in operation.results)
+            if users and not returned and all(user in found for user in users):
+                found.add(operation)
+        return found
+
+    def _weighs(self, operation: Operation) -> bool:
+        is_softmax = operation.name in ("aten._softmax", "aten._safe_softmax")
+        if not is_softmax and operation.name not in ("aten.sigmoid", "aten.hardsigmoid", "aten.sigmoid_"):
+            return False
+        waiting, number = list(operation.results), operation.results[0].shape.numel()
+        while waiting:
+            value = waiting.pop()
+            for user in value.users:
+                others = [each for each in user.reads if each in self._data and each is not value]
+                if user.name in LAYOUT or (self._passes(user) and not others):
+                    waiting += user.results
+                elif others and user.name in ("aten.mul", "aten.mul_"):
+                    if any(each.shape.numel() > number for each in others):
+                        return True
+                elif others and is_softmax:
+                    return True
+        return False
+
+    def _ends(self) -> set[Operation]:
+        """The linear operations whose outputs the model returns, with one nonlinearity or none in between."""
+        found: set[Operation] = set()
+        waiting = [(value, 0) for value in self._seen.outputs]
+        seen: set[tuple[Value, int]] = set()
+        while waiting:
+            value, passed = waiting.pop()
+            made = value.producer
+            if (value, passed) in seen or made is None or value in self._normed:
+                continue
+            seen.add((value, passed))
+            if made in self._products:
+                found.add(made)
+                continue
+            passed += made.name in NONLINEAR
+            if passed <= 1:
+                waiting += [(each, passed) for each in made.reads if each in self._data]
+        return found
+
+
+def _dependent(seen: Observation) -> set[Value]:
+    """The values that depend on the inputs."""
+    found = set(seen.inputs)
+    for operation in seen.operations:
+        if operation.name not in _MAKES_NEW and any(each in found for each in operation.reads):
+            found.update(operation.results)
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it normalises, whatever its class: LayerNorm2d, GroupNormAct, FrozenBatchNorm2d."""
+    name = type(module).__name__
+    return "Norm" in name and not isinstance(module, _DROPS) and not module._modules.keys() - {"act", "drop"}
+
+
+def _callers(call: ModuleCall | None) -> Iterator[ModuleCall]:
+    while call is not None:
+        yield call
+        call = call.caller

@@ -1,0 +1,368 @@
+"""`model, report = insert(model, *inputs)`: batch normalization into a model that has none."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from batchnorm import layers
+from batchnorm.calibrate.batches import Forward, run_batches
+from batchnorm.calibrate.collecting import Collector
+from batchnorm.graph.nonlinearity import Place, places, recurrent
+from batchnorm.graph.normalized import normalize, obstacle
+from batchnorm.graph.observation import observe
+from batchnorm.layers import _BatchNorm
+from batchnorm.passes.fold.proof import copy_of, detached
+from batchnorm.passes.report import LayerReport, Report
+from batchnorm.passes.rollback import unchanged_on_failure
+
+Model = TypeVar("Model", bound=nn.Module)
+Where = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool] | None
+
+_RANKS = {3: layers.BatchNorm1d, 4: layers.BatchNorm2d, 5: layers.BatchNorm3d}
+_DROPOUT = nn.modules.dropout._DropoutNd
+_RESPONSE = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
+
+
+def insert(
+    model: Model,
+    *inputs: Any,
+    where: Where = None,
+    dropout: str | float = "drop",
+    identity: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    options: dict[str, Any] | None = None,
+    **keywords: Any,
+) -> tuple[Model, Report]:
+    """Put batch normalization before each nonlinearity of `model`, in place (Ioffe & Szegedy 2015, algorithm 2).
+
+        z = g(Wu + b)    becomes    z = g(BN(Wu))
+
+    The nonlinearities are found by running the model on example inputs, on a copy and in both modes: modules and
+    functions, in any forward. The layer stands where Wu is computed, as the child `norm` of the convolution or linear
+    module, which keeps its place, its name and the name of its weight; if a forward calls the operation itself, in the
+    activation module. So a residual sum has it in its branches. The bias b goes, since β takes its place (section 3.2);
+    dropout and local response normalization go too (section 4.2.1).
+
+    Left alone, and named: recurrent cells, attention and what makes its weights, what is normalised already, outputs of
+    the model, and modules that are called several times. Give the optimizer `bn.param_groups(model, ...)` afterwards.
+
+    Args:
+        model: any module, before it is wrapped in DistributedDataParallel and before its optimizer is made.
+        inputs: of its forward, for example: a batch to train on.
+        where: which of them: names of modules, with all in them, or patterns ("features.*"); classes; or a function of
+            name and module. A module that is named in full is taken though it makes an output, say.
+        dropout: "drop", "keep", or the probability that it gets.
+        identity: batches, as for `bn.population`, of a pre-trained model's data. γ and β are then those with which the
+            model computes what it did: √(variance + eps) and mean of what each layer sees. Without it γ = 1, β = 0.
+        forward: called with model and batch of `identity`, where that is not how the model is called.
+        options: of the layers: eps, momentum, statistics, ...
+        keywords: further inputs, by name.
+
+    Returns: `model` itself, and a Report: "inserted", "removed" or "weakened", or "left alone" and why.
+
+    Raises:
+        ValueError: nothing of that name; a module named in full that cannot have a layer; a model in
+            DistributedDataParallel or compiled; no batches in `identity`. Nothing has been changed then.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 3))
+        >>> model, report = bn.insert(model, torch.randn(4, 3, 9, 9))
+        >>> report
+        0  inserted    BatchNorm2d(8), its bias went
+        2  left alone  makes an output of the model
+        2 layers: 1 inserted, 1 left alone
+        >>> sorted(name for name, _ in model[0].named_parameters())
+        ['norm.bias', 'norm.weight', 'weight']
+    """
+    _check_model(model)
+    if dropout not in ("drop", "keep") and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ValueError(f'dropout must be "drop", "keep" or a probability below 1, got {dropout!r}')
+    found, dropping = _observed(model, inputs, keywords)
+    modules = dict(model.named_modules())
+    chosen = _Choice.of(where)
+    taken: dict[str, Place] = {}
+    why: dict[str, str] = {}
+    for path, place in found.items():
+        reason = _reason(path, place, modules[path] if path in modules else model, chosen)
+        if reason:
+            why[path] = reason
+        else:
+            taken[path] = place
+    chosen.check(taken, found, why)
+    made = {path: _layer(place, modules[path], options or {}) for path, place in taken.items()}
+    if identity is not None:
+        _measure(model, made, taken, identity, forward)
+    rows: dict[str, LayerReport] = {}
+    with unchanged_on_failure(model):
+        for path, layer in made.items():
+            gone = _remove_bias(model, path, layer, taken[path], identity is not None)
+            normalize(modules[path], layer, taken[path].of_input, taken[path].dim)
+            what = f"{type(layer).__name__}({layer.num_features}){', its bias went' if gone else ''}"
+            rows[path] = LayerReport(path, "inserted", what)
+        if made:
+            rows |= _regularization(model, dropout)
+    for path, reason in why.items():
+        rows[path] = LayerReport(path, "left alone", why=reason)
+    for path, reason in dropping.items() if made else ():
+        rows.setdefault(path, LayerReport(path, "left alone", why=reason))
+    for path, module in recurrent(model).items():
+        rows.setdefault(path, LayerReport(path, "left alone", why=f"is recurrent ({type(module).__name__})"))
+    order = {path: number for number, path in enumerate(modules)}
+    return model, Report(tuple(sorted(rows.values(), key=lambda row: order.get(row.name, len(order)))))
+
+
+class _Choice:
+    """Which places `where` takes."""
+
+    def __init__(
+        self, names: tuple[str, ...], kinds: tuple[type, ...], predicate: Callable[[str, nn.Module], bool] | None
+    ) -> None:
+        self.names, self.kinds, self.predicate = names, kinds, predicate
+
+    @classmethod
+    def of(cls, where: Where) -> _Choice:
+        if where is None:
+            return cls((), (), lambda name, module: True)
+        if isinstance(where, (str, type)):
+            where = [where]
+        if not isinstance(where, Iterable):
+            return cls((), (), where)
+        names, kinds = [], []
+        for each in where:
+            if isinstance(each, str):
+                names.append(each)
+            elif isinstance(each, type):
+                kinds.append(each)
+            else:
+                raise ValueError(f"where takes names, classes or a function of name and module, got {each!r}")
+        return cls(tuple(names), tuple(kinds), None)
+
+    def takes(self, path: str, module: nn.Module) -> bool:
+        if self.predicate is not None:
+            return bool(self.predicate(path, module))
+        return isinstance(module, self.kinds) or any(self._matches(name, path) for name in self.names)
+
+    def names_in_full(self, path: str) -> bool:
+        return path in self.names
+
+    @staticmethod
+    def _matches(name: str, path: str) -> bool:
+        return path == name or path.startswith(f"{name}.") or fnmatch.fnmatchcase(path, name) or not name
+
+    def check(self, taken: dict[str, Place], found: dict[str, Place], why: dict[str, str]) -> None:
+        """Raise ValueError for a name of nothing, or of what cannot have a layer."""
+        for name in self.names:
+            if not any(self._matches(name, path) for path in found):
+                raise ValueError(
+                    f"where={name!r} is no module with a linear operation that was called; these are: "
+                    f"{', '.join(found) or 'none'}"
+                )
+            if name in why:
+                raise ValueError(f"{name} cannot have a layer: it {why[name]}")
+
+
+def _reason(path: str, place: Place, module: nn.Module, chosen: _Choice) -> str | None:
+    """Why there is to be no layer, or None."""
+    if not chosen.takes(path, module):
+        return place.why or "where= leaves it out"
+    if place.why and not (place.forced and place.value is not None and chosen.names_in_full(path)):
+        return place.why
+    why = obstacle(module)
+    if why is not None:
+        return why
+    value = place.value
+    assert value is not None
+    if place.dim == 1 and len(value.shape) not in _RANKS and len(value.shape) != 2:
+        return f"makes a value of {len(value.shape)} dimensions, and a layer has 2 to 5"
+    if not value.dtype.is_floating_point:
+        return f"makes {value.dtype}, which no layer normalises"
+    return None
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"insert takes a torch.nn.Module, not {type(model).__name__}")
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if isinstance(module, nn.parallel.DistributedDataParallel) or "FullySharded" in name or "FSDP" in name:
+            raise ValueError(
+                f"{path or 'the model'} is wrapped in {name}, which would not synchronise new parameters: insert into "
+                "the module itself, then wrap it"
+            )
+
+
+def _observed(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[dict[str, Place], dict[str, str]]:
+    """The places by path, of both modes; and what is dropped in a forward by a function, which stays."""
+    given, named = detached((inputs, keywords))
+    found: dict[str, Place] = {}
+    functions = _Functions(model)
+    for training in (True, False):
+        running = copy_of(model).train(training)
+        functions.model = running
+        try:
+            with functions:
+                seen = observe(running, *given, **named)
+        except Exception as error:
+            mode = "training" if training else "evaluation"
+            error.add_note(
+                f"insert ran {type(model).__name__} on the example inputs in {mode} mode, as it has to see both: give a "
+                "batch to train on"
+            )
+            raise
+        for place in places(seen):
+            known = found.get(place.path)
+            if known is None or (not known.why and place.why):
+                found[place.path] = place
+        seen.forget()
+    return found, functions.found
+
+
+class _Functions(TorchFunctionMode):
+    """Sees calls of torch.nn.functional.dropout and the like from forwards, which no module stands for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.found: dict[str, str] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if getattr(F, name, None) is function and ("dropout" in name or name == "local_response_norm"):
+            self._add(function, name, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+    def _add(self, function: Any, name: str, args: Any, kwargs: Any) -> None:
+        given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+        if "dropout" in name and (not given.get("training", True) or not given.get("p", 0.5)):
+            return
+        frame = sys._getframe(2)
+        while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
+            frame = cast(Any, frame.f_back)
+        module = None if frame is None else frame.f_locals["self"]
+        if isinstance(module, (_DROPOUT, *_RESPONSE)):
+            return
+        path = next((path for path, each in self.model.named_modules() if each is module), "")
+        self.found[path] = f"calls {name} in its forward, which stays: take it out there"
+
+
+def _layer(place: Place, module: nn.Module, options: dict[str, Any]) -> _BatchNorm:
+    """The layer for a place, with γ = 1 and β = 0."""
+    value = place.value
+    assert value is not None
+    kind = layers.BatchNorm1d if place.dim == -1 else _RANKS.get(len(value.shape), layers.BatchNorm1d)
+    own = next((each for each in module.parameters() if each.is_floating_point()), None)
+    dtype = value.dtype if own is None else own.dtype
+    layer = kind(value.shape[place.dim], device=None if own is None else own.device, dtype=dtype, **options)
+    return layer.train(module.training)
+
+
+def _measure(
+    model: nn.Module,
+    made: dict[str, _BatchNorm],
+    taken: dict[str, Place],
+    batches: Iterable[Any],
+    forward: Forward | None,
+) -> None:
+    """Give the layers the statistics of what each will see, and the γ and β that undo its normalization."""
+    collectors = {path: Collector() for path in made}
+    modules = dict(model.named_modules())
+    hooks = []
+
+    def end_batch() -> None:
+        for collector in collectors.values():
+            collector.end_batch()
+
+    def add(path: str, value: Tensor) -> None:
+        x = value.detach()
+        collectors[path].add(x.flatten(0, -2) if taken[path].dim == -1 else x, None)
+
+    try:
+        for path in made:
+            if taken[path].of_input:
+                hooks.append(
+                    modules[path].register_forward_pre_hook(
+                        lambda _, args, kwargs, path=path: add(path, (*args, *kwargs.values())[0]), with_kwargs=True
+                    )
+                )
+            else:
+                hooks.append(
+                    modules[path].register_forward_hook(lambda _, args, returned, path=path: add(path, returned))
+                )
+        run_batches(model, batches, [], forward, end_batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, layer in made.items():
+        moments = collectors[path].moments
+        if moments is None:
+            raise ValueError(f"the batches of identity= never came to {path}")
+        if not layer.affine or layer.running_mean is None or layer.running_var is None:
+            raise ValueError("identity= needs layers with weight, bias and running statistics: see options=")
+        variance = moments.variance()
+        if not bool((moments.mean + variance).isfinite().all()):
+            raise ValueError(f"what comes to {path} is not finite in the batches of identity=")
+        with torch.no_grad():
+            layer.running_mean.copy_(moments.mean)
+            layer.running_var.copy_(variance)
+            layer.weight.copy_((layer.running_var.double() + layer.eps).sqrt())
+            layer.bias.copy_(layer.running_mean)
+        layer.set_num_batches_tracked(collectors[path].batches)
+
+
+def _remove_bias(model: nn.Module, path: str, layer: _BatchNorm, place: Place, measured: bool) -> bool:
+    """Remove the bias of a module whose output is normalised, if nobody else has it; return whether it went."""
+    module = model.get_submodule(path)
+    bias = module._parameters.get("bias")
+    if bias is None or place.of_input or bias.shape != (layer.num_features,) or not _adds_bias(module):
+        return False
+    holders = [each for each in model.modules() if any(own is bias for own in each._parameters.values())]
+    if len(holders) > 1:
+        return False
+    if measured and layer.running_mean is not None:
+        layer.running_mean.copy_((layer.running_mean.double() - bias.detach().double()).to(layer.running_mean))
+    module.register_parameter("bias", None)
+    return True
+
+
+def _adds_bias(module: nn.Module) -> bool:
+    """Whether its bias is a term of its output, and may be None."""
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+
+
+def _regularization(model: nn.Module, dropout: str | float) -> dict[str, LayerReport]:
+    """Remove or weaken dropout, and remove local response normalization, but for what attention and recurrence have."""
+    rows: dict[str, LayerReport] = {}
+    apart = [
+        path
+        for path, module in model.named_modules()
+        if "Attention" in type(module).__name__ or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    ]
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if any(path.startswith(f"{each}.") for each in apart if each):
+            continue
+        if isinstance(module, _DROPOUT) and module.p and dropout != "keep":
+            if dropout == "drop":
+                rows[path] = LayerReport(path, "removed", kind)
+            else:
+                rows[path] = LayerReport(path, "weakened", kind, f"{module.p:g} to {float(dropout):g}")
+                module.p = float(dropout)
+        elif isinstance(module, _RESPONSE):
+            rows[path] = LayerReport(path, "removed", kind)
+    gone = {model.get_submodule(path) for path, row in rows.items() if row.outcome == "removed"}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in gone:
+                parent._modules[name] = nn.Identity().train(child.training)
+    return rows
