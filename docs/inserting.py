@@ -31,9 +31,9 @@ SEEDS = (0, 1, 2)
 PAGE = """# Training at 5 and 30 times the best rate
 
 This page is written by `docs/inserting.py` from rows that `python docs/inserting.py measure` has written: {networks}
-networks without batch normalization, trained on the digits of `mnist-10k` as they are and after `bn.insert`, for {steps}
-steps of SGD with momentum 0.9 and batches of {batch}, over {seeds} seeds. The best rate is the one of {grid} with which
-the network as it is has the smallest loss in the last {last} of {search} steps (seed 0). {machine}
+networks without batch normalization, trained on the digits of `mnist-10k` as they are and after `bn.insert`, for
+{steps} steps of SGD with momentum 0.9 and batches of {batch}, over {seeds} seeds. The best rate is the one of {grid}
+with which the network as it is has the smallest loss in the last {last} of {search} steps (seed 0). {machine}
 
 A training diverges when its loss is no longer finite, and is stuck when the loss of the last {last} steps is no better
 than that of a constant output (within 5 %). Behind the number of seeds that train, in brackets where not all do, is

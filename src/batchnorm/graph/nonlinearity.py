@@ -24,11 +24,19 @@ def _aten(names: str) -> frozenset[str]:
 
 
 NONLINEAR = _aten(
-    "relu leaky_relu relu6 elu selu celu gelu silu mish hardswish hardtanh hardsigmoid sigmoid tanh _prelu_kernel prelu "
-    "rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clamp_min log_sigmoid_forward glu sin erf"
+    "relu leaky_relu relu6 elu selu celu gelu silu mish hardswish hardtanh hardsigmoid sigmoid tanh _prelu_kernel "
+    "prelu rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clamp_min log_sigmoid_forward glu "
+    "sin erf"
 )
 _NORMS = BATCH_NORM | _aten("native_group_norm native_layer_norm _fused_rms_norm rms_norm")
-_PRODUCTS = {"aten.convolution": 0, "aten.linear": 0, "aten.addmm": 1, "aten.mm": 0, "aten.bmm": 0, "aten.baddbmm": 1}
+_PRODUCTS = {
+    "aten.convolution": 0,
+    "aten.linear": 0,
+    "aten.addmm": 1,
+    "aten.mm": 0,
+    "aten.bmm": 0,
+    "aten.baddbmm": 1,
+}
 _MOVES = _aten("permute transpose t view reshape _unsafe_view _reshape_alias unsqueeze squeeze select unbind")
 _SCALES = _aten("mul div")
 _PASSED = (
@@ -45,10 +53,9 @@ _PASSED = (
     | {REREAD}
 )
 # Their values do not depend on those of what they are called with.
-_MAKES_NEW = frozenset(
-    f"aten.{name}"
-    for name in "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full "
-    "new_empty_strided bernoulli".split()
+_MAKES_NEW = _aten(
+    "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full "
+    "new_empty_strided bernoulli"
 )
 _DROPS = (nn.modules.dropout._DropoutNd, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -143,7 +150,9 @@ class _Places:
         if call is not None and len(call.returns) == 1:
             dim = self._dim(call.returns[0], linear, call)
             if dim is not None:
-                return self._once(call, Place(call.path, False, dim, call.returns[0], place.why, place.forced))
+                return self._once(
+                    call, Place(call.path, False, dim, call.returns[0], place.why, place.forced)
+                )
         follower = self._before.get(linear)
         activation = follower.call if follower is not None else None
         if activation is not None and not activation.module._modules and len(activation.given) == 1:
@@ -176,7 +185,10 @@ class _Places:
             before = [each for each in operation.reads if each in self._data]
             if len(before) != 1:
                 return None
-            if call is not None and len([each for each in before[0].users if each in set(call.operations)]) > 1:
+            if (
+                call is not None
+                and len([each for each in before[0].users if each in set(call.operations)]) > 1
+            ):
                 return None
             moved |= operation.name in _MOVES
             made = before[0]

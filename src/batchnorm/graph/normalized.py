@@ -24,7 +24,7 @@ def obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "is lazy: run a batch through the model first"
     if parametrize.is_parametrized(module):
         return "has parametrizations (weight_norm, spectral_norm, ...): remove them first"
@@ -44,7 +44,8 @@ def obstacle(module: nn.Module) -> str | None:
 def normalize(module: nn.Module, layer: nn.Module, of_input: bool, dim: int) -> None:
     """Put `layer` into `module`, which has no `obstacle`: over its output or input, whose channels are in `dim`."""
     module.add_module(NORM, layer)
-    module.__class__ = _subclass(type(module), of_input, dim)
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind, of_input, dim)
 
 
 def _apply(layer: Any, x: Tensor, dim: int) -> Tensor:

@@ -92,7 +92,7 @@ def insert(
     taken: dict[str, Place] = {}
     why: dict[str, str] = {}
     for path, place in found.items():
-        reason = _reason(path, place, modules[path] if path in modules else model, chosen)
+        reason = _reason(path, place, modules.get(path, model), chosen)
         if reason:
             why[path] = reason
         else:
@@ -124,7 +124,10 @@ class _Choice:
     """Which places `where` takes."""
 
     def __init__(
-        self, names: tuple[str, ...], kinds: tuple[type, ...], predicate: Callable[[str, nn.Module], bool] | None
+        self,
+        names: tuple[str, ...],
+        kinds: tuple[type, ...],
+        predicate: Callable[[str, nn.Module], bool] | None,
     ) -> None:
         self.names, self.kinds, self.predicate = names, kinds, predicate
 
@@ -193,7 +196,11 @@ def _check_model(model: object) -> None:
         raise TypeError(f"insert takes a torch.nn.Module, not {type(model).__name__}")
     for path, module in model.named_modules():
         name = type(module).__name__
-        if isinstance(module, nn.parallel.DistributedDataParallel) or "FullySharded" in name or "FSDP" in name:
+        if (
+            isinstance(module, nn.parallel.DistributedDataParallel)
+            or "FullySharded" in name
+            or "FSDP" in name
+        ):
             raise ValueError(
                 f"{path or 'the model'} is wrapped in {name}, which would not synchronise new parameters: insert into "
                 "the module itself, then wrap it"
@@ -216,8 +223,8 @@ def _observed(
         except Exception as error:
             mode = "training" if training else "evaluation"
             error.add_note(
-                f"insert ran {type(model).__name__} on the example inputs in {mode} mode, as it has to see both: give a "
-                "batch to train on"
+                f"insert ran {type(model).__name__} on the example inputs in {mode} mode, as it has to see both: give "
+                "a batch to train on"
             )
             raise
         for place in places(seen):
@@ -225,7 +232,11 @@ def _observed(
             if known is None or (not known.why and place.why):
                 found[place.path] = place
         seen.forget()
-    return found, functions.found
+    dropping = {
+        path: f"calls {' and '.join(names)} in its forward, which stays: take it out there"
+        for path, names in functions.found.items()
+    }
+    return found, dropping
 
 
 class _Functions(TorchFunctionMode):
@@ -234,15 +245,17 @@ class _Functions(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.found: dict[str, str] = {}
+        self.found: dict[
+            str, dict[str, None]
+        ] = {}  # names of functions, by the path of the module that calls them
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
         if getattr(F, name, None) is function and ("dropout" in name or name == "local_response_norm"):
-            self._add(function, name, args, kwargs or {})
+            self._add(name, args, kwargs or {})
         return function(*args, **(kwargs or {}))
 
-    def _add(self, function: Any, name: str, args: Any, kwargs: Any) -> None:
+    def _add(self, name: str, args: Any, kwargs: Any) -> None:
         given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
         if "dropout" in name and (not given.get("training", True) or not given.get("p", 0.5)):
             return
@@ -253,7 +266,7 @@ class _Functions(TorchFunctionMode):
         if isinstance(module, (_DROPOUT, *_RESPONSE)):
             return
         path = next((path for path, each in self.model.named_modules() if each is module), "")
-        self.found[path] = f"calls {name} in its forward, which stays: take it out there"
+        self.found.setdefault(path, {})[name] = None
 
 
 def _layer(place: Place, module: nn.Module, options: dict[str, Any]) -> _BatchNorm:
@@ -292,12 +305,15 @@ def _measure(
             if taken[path].of_input:
                 hooks.append(
                     modules[path].register_forward_pre_hook(
-                        lambda _, args, kwargs, path=path: add(path, (*args, *kwargs.values())[0]), with_kwargs=True
+                        lambda _, args, kwargs, path=path: add(path, (*args, *kwargs.values())[0]),
+                        with_kwargs=True,
                     )
                 )
             else:
                 hooks.append(
-                    modules[path].register_forward_hook(lambda _, args, returned, path=path: add(path, returned))
+                    modules[path].register_forward_hook(
+                        lambda _, args, returned, path=path: add(path, returned)
+                    )
                 )
         run_batches(model, batches, [], forward, end_batch)
     finally:
@@ -330,7 +346,9 @@ def _remove_bias(model: nn.Module, path: str, layer: _BatchNorm, place: Place, m
     if len(holders) > 1:
         return False
     if measured and layer.running_mean is not None:
-        layer.running_mean.copy_((layer.running_mean.double() - bias.detach().double()).to(layer.running_mean))
+        layer.running_mean.copy_(
+            (layer.running_mean.double() - bias.detach().double()).to(layer.running_mean)
+        )
     module.register_parameter("bias", None)
     return True
 
