@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from batchnorm.passes.strip_bias import strip_bias as strip_bias
     from batchnorm.passes.upgrade import upgrade as upgrade
     from batchnorm.passes.virtual_batch import virtual_batch as virtual_batch
+    from batchnorm.passes.zero_init_residual import zero_init_residual as zero_init_residual
     from batchnorm.running.domain import domain as domain
     from batchnorm.statistics import Ghost as Ghost
     from batchnorm.statistics import Population as Population
@@ -91,6 +92,7 @@ _HOME = {
     "downgrade": "passes.downgrade",
     "strip_bias": "passes.strip_bias",
     "virtual_batch": "passes.virtual_batch",
+    "zero_init_residual": "passes.zero_init_residual",
     "keep_memory": "memory",
     "return_memory": "memory",
 }

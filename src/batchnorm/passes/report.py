@@ -22,6 +22,7 @@ Outcome = Literal[
     "inserted",
     "removed",
     "weakened",
+    "zeroed",
     "left alone",
 ]
 
@@ -33,7 +34,7 @@ class LayerReport:
     Args:
         name: its path in the model; "" is the model itself.
         outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded",
-            "folded", "affine", "stripped", "measured", "inserted", "removed", "weakened" or "left alone".
+            "folded", "affine", "stripped", "measured", "inserted", "removed", "weakened", "zeroed" or "left alone".
         what: what was fused into it ("relu", "residual, relu"), what of it was frozen or set, or torch's class that
             it became.
         why: why it was not fused, or left alone.
