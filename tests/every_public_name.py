@@ -144,6 +144,15 @@ def passes():
     assert [group["name"] for group in optimizer.param_groups] == ["weights", "normalization"]
     model, report = bn.configure(model, momentum=0.2, only="0.*")
     assert report["0.1"].what == "momentum=0.2" and model[3].momentum == 0.1
+    mean = bn.average(model, decay=None, statistics="measured")
+    mean.update_parameters(model)
+    assert mean.measure([x, x + 1]).count("measured") == 2
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    before = plain.eval()(x)
+    plain, report = bn.insert(plain, x, identity=[x])
+    assert report.count("inserted") == 1
+    close(plain(x), before)
+    assert bn.zero_init_residual(plain, x)[1].count("left alone") == 1
     model, report = bn.downgrade(model, sync=False)
     assert report.count("downgraded") == 2 and type(model[0][2]) is nn.ReLU
 

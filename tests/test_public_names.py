@@ -16,12 +16,14 @@ NAMES = (
     | {"Ghost", "Population", "Ramp", "Renorm", "Sync", "domain"}
     | {
         "adapt",
+        "average",
         "configure",
         "convert_sync",
         "downgrade",
         "export",
         "fold",
         "freeze",
+        "insert",
         "mask",
         "merge_states",
         "param_groups",
@@ -33,6 +35,7 @@ NAMES = (
         "unfreeze",
         "upgrade",
         "virtual_batch",
+        "zero_init_residual",
     }
 )
 LAYERS = [bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from batchnorm.memory import return_memory as return_memory
     from batchnorm.moments import Affine as Affine
     from batchnorm.moments import Moments as Moments
+    from batchnorm.passes.average import average as average
     from batchnorm.passes.configure import configure as configure
     from batchnorm.passes.convert_sync import convert_sync as convert_sync
     from batchnorm.passes.downgrade import downgrade as downgrade
@@ -74,6 +75,7 @@ _HOME = {
     "Sync": "statistics",
     "domain": "running",
     "adapt": "calibrate.adapt",
+    "average": "passes.average",
     "configure": "passes.configure",
     "convert_sync": "passes.convert_sync",
     "export": "passes.export",

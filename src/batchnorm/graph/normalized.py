@@ -24,7 +24,7 @@ def obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if any(isinstance(each, nn.UninitializedParameter) for each in module._parameters.values()):
         return "is lazy: run a batch through the model first"
     if parametrize.is_parametrized(module):
         return "has parametrizations (weight_norm, spectral_norm, ...): remove them first"

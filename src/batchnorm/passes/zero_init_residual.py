@@ -22,8 +22,8 @@ def zero_init_residual(model: Model, *inputs: Any, **keywords: Any) -> tuple[Mod
     For a new network, before it is trained: deep ones are easier to train then, above all with large batches (Goyal et
     al. 2017, section 5.1). It is the option of that name of torchvision's ResNets and `zero_init_last` of timm's, for
     any network: the branches are found by running it on example inputs, on a copy, in evaluation mode. A shortcut that
-    has a normalization of its own keeps its γ; so does a layer with ReLU behind it, through which no gradient would come
-    at zero.
+    has a normalization of its own keeps its γ; so does a layer with ReLU behind it, through which no gradient would
+    come at zero.
 
     Args:
         model: any module with batch normalization of torch, timm or ours.
