@@ -157,6 +157,16 @@ def passes():
     assert report.count("downgraded") == 2 and type(model[0][2]) is nn.ReLU
 
 
+def bridges():
+    """Layers of other libraries."""
+    layer = bn.BatchNorm2d(4, eps=1e-3)
+    layer(x)
+    for library in bn.bridges.LIBRARIES:
+        values, settings = bn.bridges.write(library, layer)
+        settings.pop("scale", None)
+        close(bn.bridges.read(library, values, **settings)(x), layer.eval()(x))
+
+
 def process():
     """The settings of the process."""
     chosen = bn.kernels.active()
@@ -172,6 +182,7 @@ def process():
 values()
 layers()
 passes()
+bridges()
 process()
 unused = set(dir(batchnorm)) - bn.names
 assert not unused, f"public names that are not used here: {sorted(unused)}"

@@ -19,7 +19,7 @@ LADDER = (
     ("functional",),
     ("running", "statistics"),
     ("layers",),
-    ("graph", "lazy_layers"),
+    ("bridges", "graph", "lazy_layers"),
     ("calibrate",),
     ("passes",),
     ("data", "models"),

@@ -147,6 +147,15 @@ def test_the_page_of_folded_networks_is_what_its_rows_say():
         assert sum(row["folded"] for row in some) >= share * calls
 
 
+def test_the_table_of_other_libraries_is_what_was_recorded():
+    script = runpy.run_path(str(ROOT / "docs/bridges.py"))
+    page = (ROOT / "docs/bridges.md").read_text()
+    for library in script["SETTINGS"]:
+        version, *errors = script["errors"](library)
+        assert f"| {library} | {version} |" in page
+        assert max(errors) < 1e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnasnet0_5", "timm/lcnet_035"])
 def test_a_row_of_it_repeats(name):

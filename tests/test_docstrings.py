@@ -17,6 +17,9 @@ from batchnorm.statistics import Statistics
 LAYERS = (bn.BatchNorm, bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d)
 
 
+MODULES = {"kernels": ("active", "instruction_set", "use"), "bridges": ("read", "write")}
+
+
 def methods(cls):
     """The public methods that a class defines; what torch's layers and `Statistics` say of theirs holds for ours."""
     if cls in LAYERS:
@@ -32,8 +35,8 @@ def methods(cls):
 def documented():
     """All that a user calls, by its name."""
     found = {name: getattr(bn, name) for name in dir(bn) if name != "__version__"}
-    kernels = found["kernels"]
-    found |= {f"kernels.{name}": getattr(kernels, name) for name in ("active", "instruction_set", "use")}
+    for module, names in MODULES.items():
+        found |= {f"{module}.{name}": getattr(found[module], name) for name in names}
     found |= {each.__name__: each for each in (Adaptation, LayerReport, Report)}  # what passes return
     for name, each in list(found.items()):
         if inspect.isclass(each):
@@ -42,7 +45,7 @@ def documented():
 
 
 DOCUMENTED = documented()
-CALLED = {name: each for name, each in DOCUMENTED.items() if name not in ("kernels", "Adaptation")}
+CALLED = {name: each for name, each in DOCUMENTED.items() if name not in (*MODULES, "Adaptation")}
 
 
 def doc(each):

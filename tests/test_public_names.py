@@ -10,7 +10,7 @@ from tests.kernels.processes import said
 from tests.mutations.mutation import Mutation
 
 NAMES = (
-    {"Affine", "Moments", "__version__", "batch_norm", "kernels", "keep_memory", "return_memory"}
+    {"Affine", "Moments", "__version__", "batch_norm", "bridges", "kernels", "keep_memory", "return_memory"}
     | {"BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
     | {"LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"}
     | {"Ghost", "Population", "Ramp", "Renorm", "Sync", "domain"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from batchnorm import bridges as bridges
     from batchnorm import kernels as kernels
     from batchnorm.calibrate.adapt import adapt as adapt
     from batchnorm.calibrate.states import merge_states as merge_states
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 # Names are imported when first used: `batchnorm --help` and `batchnorm report` must not wait for torch.
 _HOME = {
+    "bridges": "bridges",
     "kernels": "kernels",
     "Moments": "moments",
     "Affine": "moments",
