@@ -52,9 +52,10 @@ backward pass, all in float64 ([Sync](statistics.md)). MB are 10⁶ bytes that a
 `DistributedDataParallel(model, broadcast_buffers=False)` saves the broadcasts. A network in
 evaluation mode exchanges nothing.
 
-**Population statistics take one all_reduce**, in `batchnorm train` at each evaluation. Every
-rank computes the moments of its own batches (algorithm 2 of the paper), and for their mean over the ranks each receives
-at most {population} MB (BN-Inception) or {resnet_population} MB (ResNet-50).
+**Population statistics take one all_gather**, in `batchnorm train` at each evaluation. Every
+rank computes the moments of its own batches (algorithm 2 of the paper), and to merge them each receives {population} MB
+(BN-Inception) or {resnet_population} MB (ResNet-50) from every other rank. With Sync a batch is that of all ranks, and its
+moments are merged batch by batch instead.
 
 ## When to synchronise
 
@@ -164,9 +165,9 @@ def crossing(model: nn.Module) -> int:
     return next(p for p in count(2) if traffic.received_bytes(sync, p) > traffic.received_bytes(gradients, p))
 
 
-def at_most(collectives: list[Collective]) -> str:
-    """MB that a rank receives of so many all_reduces, where ranks are many."""
-    return megabytes(sum(2 * each.bytes for each in collectives))
+def gathered(collectives: list[Collective]) -> str:
+    """MB that a rank receives of so many all_gathers from each other rank."""
+    return megabytes(sum(each.bytes for each in collectives))
 
 
 def measured() -> str:
@@ -188,8 +189,8 @@ def page() -> str:
         gradients=len(traffic.gradients(one)),
         crossing=crossing(one),
         resnet_crossing=crossing(other),
-        population=at_most(traffic.population(one)),
-        resnet_population=at_most(traffic.population(other)),
+        population=gathered(traffic.population(one)),
+        resnet_population=gathered(traffic.population(other)),
         measured=measured(),
     )
 

@@ -1,7 +1,10 @@
 """Layers of other libraries, read into ours and written back: the same function, in their names and conventions.
 
-    layer = bridges.read("keras", {"gamma": g, "beta": b, "moving_mean": m, "moving_variance": v})
-    values, settings = bridges.write("keras", layer)
+    >>> import torch, batchnorm as bn
+    >>> layer = bn.bridges.read("keras", {"moving_mean": torch.zeros(4), "moving_variance": torch.ones(4)})
+    >>> values, settings = bn.bridges.write("flax", layer)
+    >>> settings
+    {'momentum': 0.99, 'epsilon': 0.001}
 
     library      weight, bias          statistics                    momentum m  eps    and
     keras        gamma, beta           moving_mean, moving_variance  old·m       1e-3

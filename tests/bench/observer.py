@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import batchnorm as bn
 from batchnorm.bench.rounds import Sample
-from batchnorm.calibrate.inference_copy import inference_copy
 from batchnorm.models.inception import BNInception
+from batchnorm.passes.estimate import inference_copy
 
 BYTES = {"float": 4, "double": 8, "long int": 8}
 

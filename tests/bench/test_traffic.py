@@ -70,7 +70,7 @@ def test_single_activations_have_moments_of_their_own():
         ("all_reduce", 8 * 6),
         ("all_reduce", 8 * 122),
     ]
-    assert traffic.population(model) == [("all_reduce", 8 * 2 * 62)]
+    assert traffic.population(model) == [("all_gather", 8 * (2 * 3 + 6 * 62))]
 
 
 def test_buckets_are_closed_by_what_fills_them():

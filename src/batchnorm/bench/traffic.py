@@ -69,9 +69,9 @@ def buffers(model: nn.Module) -> list[Collective]:
 
 
 def population(model: nn.Module) -> list[Collective]:
-    """The all_reduce of population statistics, see calibrate/inference_copy.py."""
-    values = sum(2 * _channels(layer) for layer in layers_of(model).values())
-    return [Collective("all_reduce", values * torch.float64.itemsize)]
+    """The all_gather of population statistics, see passes/estimate.py."""
+    values = sum(3 + 6 * _channels(layer) for layer in layers_of(model).values())
+    return [Collective("all_gather", values * torch.float64.itemsize)]
 
 
 def _channels(layer: _BatchNorm) -> int:

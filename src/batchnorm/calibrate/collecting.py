@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,10 @@ from batchnorm.statistics.population import thawed
 from batchnorm.statistics.sync import Sync
 
 Running = tuple[Tensor, Tensor]
+
+
+class NotFinite(RuntimeError):
+    """What comes to a layer has a mean or variance that is inf or nan."""
 
 
 class SavedStatistics:
@@ -40,9 +44,13 @@ class SavedStatistics:
 
 
 class Collector:
-    """Collects the moments of a layer's inputs."""
+    """Collects the moments of a layer's inputs.
 
-    def __init__(self) -> None:
+    over_ranks: makes of a batch's moments those of the batch over all ranks, by which a layer with Sync normalises.
+    """
+
+    def __init__(self, over_ranks: Callable[[Moments], Moments] | None = None) -> None:
+        self._over_ranks = over_ranks
         self.moments: Moments | None = None
         self.samples = self.batches = self._samples_of_batch = 0
         self._of_batch: Moments | None = None
@@ -56,6 +64,8 @@ class Collector:
         """Add the batch, its samples once even if the layer was called several times; return its moments, if any."""
         moments = self._of_batch
         if moments is not None:
+            if self._over_ranks is not None:
+                moments = self._over_ranks(moments)
             self.moments = moments if self.moments is None else self.moments.merge(moments)
         self.samples += self._samples_of_batch
         self.batches += self._samples_of_batch > 0
@@ -130,7 +140,7 @@ def population_of(name: str, layer: nn.modules.batchnorm._BatchNorm, collector: 
         )
     mean, variance = moments.mean, moments.variance(unbiased=True)
     if not bool((mean + variance).to(layer.running_mean.dtype).isfinite().all()):
-        raise RuntimeError(
+        raise NotFinite(
             f"layer {name!r}: the moments of what it saw are not finite; is there inf or nan in the batches?"
         )
     return mean, variance

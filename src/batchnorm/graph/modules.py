@@ -43,6 +43,11 @@ def normalizes(module: nn.Module) -> bool:
     return is_normalization(module) or has_statistics(module)
 
 
+def keeps_statistics(model: nn.Module) -> bool:
+    """Whether any layer of `model` keeps running statistics."""
+    return any(map(has_statistics, model.modules()))
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks, None) for hooks in _HOOKS)
 

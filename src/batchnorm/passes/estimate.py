@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm.calibrate.batches import Forward, run_batches
-from batchnorm.calibrate.collecting import Collector, SavedStatistics, collecting, population_of, running
+from batchnorm.calibrate.collecting import (
+    Collector,
+    NotFinite,
+    SavedStatistics,
+    collecting,
+    population_of,
+    running,
+    sync_of,
+)
 from batchnorm.graph.modules import layers_of, normalizes
 from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments
@@ -20,6 +30,7 @@ from batchnorm.passes.report import LayerReport, Report
 from batchnorm.statistics.population import Population
 
 Estimator = Literal["paper", "pooled"]
+Model = TypeVar("Model", bound=nn.Module)
 _Layer = nn.modules.batchnorm._BatchNorm
 _LEAST = 4  # batches, of which a standard error says something
 
@@ -137,6 +148,18 @@ def population(
     return PopulationReport(tuple(reports), run.batches_seen, errors)
 
 
+def inference_copy(model: Model, batches: Iterable[Any], forward: Forward | None = None) -> Model:
+    """A copy of `model` in evaluation mode, with the population statistics over `batches` (algorithm 2, lines 8 to 11).
+
+    Of a network that has diverged, whose statistics are not finite, the moving averages stay.
+    """
+    model = copy.deepcopy(model).eval()
+    if _layers(model, frozen=False)[0]:
+        with suppress(NotFinite):
+            population(model, batches, forward=forward)
+    return model
+
+
 @dataclass(frozen=True)
 class _Measured:
     mean: Tensor
@@ -192,7 +215,7 @@ class _Run:
 
     def together(self, layers: dict[str, _Layer], title: str = "") -> dict[str, _Measured]:
         """Measure all of these at once, and write what was found."""
-        collectors = {layer: Collector() for layer in layers.values()}
+        collectors = {layer: Collector(_over_ranks(name, layer)) for name, layer in layers.items()}
         averages: dict[_Layer, _Average] = {}
         self.batches_seen = 0
 
@@ -219,11 +242,7 @@ class _Run:
         finally:
             if self.stream is not None:
                 self.stream.write("\n")
-        found = {}
-        for name, layer in layers.items():
-            measured = self._merged(name, layer, collectors[layer], averages.get(layer))
-            if measured is not None:
-                found[name] = measured
+        found = self._merged(layers, collectors, averages)
         for name, measured in found.items():
             _write(layers[name], measured)
         return found
@@ -252,18 +271,30 @@ class _Run:
         return called | {name: layer for name, layer in layers.items() if name not in called}
 
     def _merged(
-        self, name: str, layer: _Layer, collector: Collector, average: _Average | None
-    ) -> _Measured | None:
-        """The statistics of a layer over all ranks; None if no rank has seen samples."""
-        channels = running(layer)[0].numel()
-        moments = collector.moments or Moments(0, *torch.zeros(2, channels, dtype=torch.float64))
-        average = average or _Average(channels)
-        ranks = self._gathered(moments, average, collector)
-        samples, batches = (int(each) for each in ranks[:, :2].sum(0))
-        if not samples:
-            return None
+        self,
+        layers: dict[str, _Layer],
+        collectors: dict[_Layer, Collector],
+        averages: dict[_Layer, _Average],
+    ) -> dict[str, _Measured]:
+        """The statistics of the layers over all ranks, but of those that saw no samples on any."""
+        rows = []
+        for layer in layers.values():
+            channels = running(layer)[0].numel()
+            average = averages.get(layer, _Average(channels))
+            rows.append(_row(collectors[layer], average, channels, tells=_is_first(layer)))
+        gathered = self._gathered(torch.cat(rows)).split([len(row) for row in rows], dim=1)
+        found = {}
+        for (name, layer), ranks in zip(layers.items(), gathered, strict=True):
+            samples, batches = (int(each) for each in ranks[:, :2].sum(0))
+            if samples:
+                found[name] = self._measured(name, layer, collectors[layer], ranks, samples, batches)
+        return found
+
+    def _measured(
+        self, name: str, layer: _Layer, collector: Collector, ranks: Tensor, samples: int, batches: int
+    ) -> _Measured:
         counts, means, squares, weights, of_means, of_variances = (
-            ranks[:, 2:-1].unflatten(1, (6, channels)).unbind(1)
+            ranks[:, 2:-1].unflatten(1, (6, -1)).unbind(1)
         )
         collector.moments = Moments(counts, means, squares).total()
         mean, variance = population_of(name, layer, collector)
@@ -275,25 +306,14 @@ class _Run:
         error = float(errors.square().sum().sqrt() / len(errors)) if len(errors) else float("nan")
         return _Measured(mean, variance, samples, batches, error)
 
-    def _gathered(self, moments: Moments, average: _Average, collector: Collector) -> Tensor:
-        """A row for each rank: samples, batches, count, mean, m2; weight, mean of means, of variances; error."""
-        mean = moments.mean.double().cpu()
-        count = torch.as_tensor(moments.count, dtype=torch.float64).cpu().expand_as(mean)
-        parts = [
-            torch.tensor([float(collector.samples), float(collector.batches)], dtype=torch.float64),
-            count,
-            mean,
-            moments.m2.double().cpu(),
-            torch.full_like(mean, average.weight),
-            *average.means,
-            torch.tensor([average.error], dtype=torch.float64),
-        ]
-        own = torch.cat([part.flatten() for part in parts])
+    def _gathered(self, own: Tensor) -> Tensor:
+        """A row for each rank."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.group) == 1:
             return own[None]
-        device = moments.mean.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
-        rows = [torch.empty_like(own, device=device) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(rows, own.to(device), group=self.group)
+        if dist.get_backend(self.group) == "nccl":
+            own = own.cuda()
+        rows = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(rows, own, group=self.group)
         return torch.stack(rows).cpu()
 
     def _show(self, title: str, samples: int, averages: Iterable[_Average]) -> None:
@@ -305,6 +325,39 @@ class _Run:
             f"\rpopulation: {title}{self.batches_seen:,} batches, {samples:,} samples{exactly}  "
         )
         self.stream.flush()
+
+
+def _over_ranks(name: str, layer: _Layer) -> Callable[[Moments], Moments] | None:
+    """With Sync a batch is that of all ranks."""
+    sync = sync_of(layer)
+    return None if sync is None else lambda moments: sync.merged(moments, name)
+
+
+def _is_first(layer: _Layer) -> bool:
+    """Whether this rank is the one that tells of a layer with Sync what all have; without it each does."""
+    sync = sync_of(layer)
+    if sync is None or not (dist.is_available() and dist.is_initialized()):
+        return True
+    return dist.get_rank(sync.process_group) == 0
+
+
+def _row(collector: Collector, average: _Average, channels: int, tells: bool) -> Tensor:
+    """What a rank tells of a layer: samples, batches; count, mean, m2; weight, mean of means, of variances; error."""
+    zeros = torch.zeros(2, channels, dtype=torch.float64)
+    moments = (collector.moments if tells else None) or Moments(0, *zeros)
+    average = average if tells else _Average(channels)
+    mean = moments.mean.double().cpu()
+    batches = float(collector.batches if tells else 0)
+    parts = [
+        torch.tensor([float(collector.samples), batches], dtype=torch.float64),
+        torch.as_tensor(moments.count, dtype=torch.float64).cpu().expand_as(mean),
+        mean,
+        moments.m2.double().cpu(),
+        torch.full_like(mean, average.weight),
+        *average.means,
+        torch.tensor([average.error], dtype=torch.float64),
+    ]
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _until(batches: Iterable[Any], enough: Callable[[], bool]) -> Iterator[Any]:

@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from batchnorm.calibrate.inference_copy import inference_copy
 from batchnorm.data.digits import Digits
 from batchnorm.models.mlp import MLP, Nonlinearity
+from batchnorm.passes.estimate import inference_copy
 from batchnorm.records import Evaluation, Result
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.optimizer import MOMENTS

@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from batchnorm.calibrate.inference_copy import has_norms
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import multi_crop, single_crop
 from batchnorm.data.processes import Processes
 from batchnorm.data.source import Source, Unreadable
+from batchnorm.graph.modules import keeps_statistics
 from batchnorm.training import checkpoint, toml
 from batchnorm.training.checkpoint import CheckpointError
 from batchnorm.training.config import Config
@@ -73,7 +73,7 @@ class SavedNetwork:
     @property
     def has_norms(self) -> bool:
         """Whether it has BN, so that the choice of statistics matters."""
-        return has_norms(self.network)
+        return keeps_statistics(self.network)
 
     def predictions(
         self, source: Source, crops: Crops, corrupt: Corrupt, on_part: Callable[[int], None], loaders: int = 0

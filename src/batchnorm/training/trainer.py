@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from batchnorm.calibrate.inference_copy import average_over_processes, has_norms, inference_copy
 from batchnorm.calibrate.over_processes import mean_over_processes
+from batchnorm.calibrate.states import reduce_statistics
 from batchnorm.data.catalogue import load
 from batchnorm.data.corrupt import Corrupt
 from batchnorm.data.crops import single_crop
@@ -34,8 +34,10 @@ from batchnorm.data.loader import Batch, Loader, SequentialLoader
 from batchnorm.data.order import Order
 from batchnorm.data.source import Source
 from batchnorm.data.subset import Subset
+from batchnorm.graph.modules import keeps_statistics
 from batchnorm.memory import keep_memory
 from batchnorm.passes.convert_sync import convert_sync
+from batchnorm.passes.estimate import inference_copy
 from batchnorm.passes.virtual_batch import virtual_batch
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import weights
@@ -353,9 +355,9 @@ class Trainer:
         """The result: that of the last evaluation, and the accuracy with the moving averages."""
         if self.result is None:
             last, moving = self.evaluations[-1], None
-            if has_norms(self.network):
+            if keeps_statistics(self.network):
                 network = copy.deepcopy(self.network).eval()
-                average_over_processes(network)
+                reduce_statistics(network)
                 moving = yield from self._evaluate_accuracy(network)
             self.result = Result(
                 job=self.job,
