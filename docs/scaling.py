@@ -54,8 +54,8 @@ evaluation mode exchanges nothing.
 
 **Population statistics take one all_gather**, in `batchnorm train` at each evaluation. Every
 rank computes the moments of its own batches (algorithm 2 of the paper), and to merge them each receives {population} MB
-(BN-Inception) or {resnet_population} MB (ResNet-50) from every other rank. With Sync a batch is that of all ranks, and its
-moments are merged batch by batch instead.
+(BN-Inception) or {resnet_population} MB (ResNet-50) from every other rank. With Sync a batch is that of all ranks, and
+its moments are merged batch by batch instead.
 
 ## When to synchronise
 

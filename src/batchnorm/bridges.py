@@ -1,11 +1,5 @@
 """Layers of other libraries, read into ours and written back: the same function, in their names and conventions.
 
-    >>> import torch, batchnorm as bn
-    >>> layer = bn.bridges.read("keras", {"moving_mean": torch.zeros(4), "moving_variance": torch.ones(4)})
-    >>> values, settings = bn.bridges.write("flax", layer)
-    >>> settings
-    {'momentum': 0.99, 'epsilon': 0.001}
-
     library      weight, bias          statistics                    momentum m  eps    and
     keras        gamma, beta           moving_mean, moving_variance  old·m       1e-3
     flax         params: scale, bias   batch_stats: mean, var        old·m       1e-5
@@ -18,6 +12,13 @@
 
 In evaluation the layers agree to rounding. Trained further, ours averages unbiased variances as torch's does, where
 Keras, flax, TF-slim and MXNet average biased ones, smaller by a factor of (n - 1)/n.
+
+Example:
+    >>> import torch, batchnorm as bn
+    >>> layer = bn.bridges.read("keras", {"moving_mean": torch.zeros(4), "moving_variance": torch.ones(4)})
+    >>> values, settings = bn.bridges.write("flax", layer)
+    >>> settings
+    {'momentum': 0.99, 'epsilon': 0.001}
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm.cli import named_model
-from batchnorm.cli.named_model import DtypeOption, InputOption, ModelArgument, SetOption, WeightsOption
-from batchnorm.cli.terminal import Failure, as_failure, one_of, show
+from batchnorm.cli import named_model, state_file
+from batchnorm.cli.layers_table import show_layers, warn_of_random_weights
+from batchnorm.cli.named_model import (
+    DtypeOption,
+    InputOption,
+    JsonOption,
+    ModelArgument,
+    SetOption,
+    WeightsOption,
+)
+from batchnorm.cli.state_file import OutOption
+from batchnorm.cli.terminal import as_failure, one_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from batchnorm.passes.fold.folded import FoldReport
 
 FOLD_EPILOG = (
@@ -32,19 +38,13 @@ EXPORT_EPILOG = (
     "batchnorm export torchvision:resnet18 --weights resnet18.pth --out net.onnx\n\n"
     "batchnorm export timm:levit_128s --out net.pt2 --fixed          for batches of one size"
 )
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _FORMATS = ("onnx", "pt2", "safetensors")
 
 
 def fold(
     model: ModelArgument,
     weights: WeightsOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write the folded weights: FILE.safetensors, or FILE.pt.", show_default=False
-        ),
-    ] = None,
+    out: OutOption = None,
     settings: SetOption = None,
     inputs: InputOption = None,
     dtype: DtypeOption = "float32",
@@ -60,28 +60,20 @@ def fold(
 
     from batchnorm.passes.fold import fold as fold_model
 
-    if out is not None and out.suffix not in (".safetensors", ".pt", ".pth"):
-        raise Failure(f"--out {out}: the name must end in .safetensors, .pt or .pth")
-    if out is not None and not out.parent.is_dir():
-        raise Failure(f"--out {out}: there is no folder {out.parent}: make it first")
+    state_file.check(out)
     console = Console(stderr=True)
     named = named_model.find(model, weights, settings or (), inputs or (), dtype)
     with console.status("folding"), as_failure(ValueError, RuntimeError):
         folded, report = fold_model(named.model, *named.inputs)
     if out is not None:
-        from batchnorm.atomic_file import replacing
-        from batchnorm.passes.export import as_safetensors
-
-        with as_failure(OSError), replacing(out) as file:
-            make = as_safetensors if out.suffix == ".safetensors" else _by_torch
-            file.write_bytes(make(folded.state_dict()))
+        state_file.write(folded.state_dict(), out)
     if as_json:
         typer.echo(json.dumps(_numbers(report, named.has_weights) | {"file": out and str(out)}))
         return
-    _show(Console(), report)
-    _warn_of_random_weights(console, named.has_weights)
+    show_layers(Console(), report, "into, or why not")
+    warn_of_random_weights(console, named.has_weights)
     if out is not None:
-        typer.echo(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
+        typer.echo(state_file.size(out))
 
 
 def export(
@@ -125,49 +117,12 @@ def export(
         numbers = _numbers(report.folded, named.has_weights) | about | {"error": report.error}
         typer.echo(json.dumps(numbers))
         return
-    _show(Console(), report.folded)
-    _warn_of_random_weights(console, named.has_weights)
+    show_layers(Console(), report.folded, "into, or why not")
+    warn_of_random_weights(console, named.has_weights)
     typer.echo(str(report).splitlines()[-1])
-
-
-def _show(console: Console, report: FoldReport) -> None:
-    """A table of the layers, and what the network was and is."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("layer", "outcome", "into, or why not"):
-        table.add_column(column, overflow="fold")
-    styles = {"folded": "green", "affine": "yellow", "left alone": "red"}
-    for layer in report.layers:
-        text = "; ".join(filter(None, (layer.what.removeprefix("into "), layer.why)))
-        table.add_row(
-            layer.name or "(the model)", f"[{styles[layer.outcome]}]{layer.outcome}[/]", _plain(text)
-        )
-    if report.layers:
-        console.print(table)
-    show(console, report.summary)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _warn_of_random_weights(console: Console, has_weights: bool) -> None:
-    if not has_weights:
-        show(console, "The weights are random: give those of a trained network, --weights FILE.", "yellow")
 
 
 def _numbers(report: FoldReport, has_weights: bool) -> dict[str, Any]:
     numbers = asdict(report)
     numbers["fold_error"] = numbers.pop("error")
     return numbers | {"random_weights": not has_weights}
-
-
-def _by_torch(state: dict[str, Any]) -> bytes:
-    import torch
-
-    content = io.BytesIO()  # to a full disk torch.save would raise RuntimeError instead of OSError
-    torch.save(state, content)
-    return content.getvalue()

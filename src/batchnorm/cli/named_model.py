@@ -16,6 +16,7 @@ import typer
 from batchnorm.cli.terminal import Failure, as_failure
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 ModelArgument = Annotated[
@@ -53,6 +54,7 @@ InputOption = Annotated[
         show_default="a batch of one image of the network's size",
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DtypeOption = Annotated[
     str,
     typer.Option("--dtype", metavar="float32|float64|bfloat16|float16", help="Of the weights and inputs."),
@@ -63,11 +65,22 @@ _SIZES = (224, 299, 256, 384, 112, 64, 32)
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A network, example inputs of it, and whether its weights are random."""
+    """A network, example inputs of it, and whether it has weights that are not random.
+
+    size: the side of its images, None if it is not known.
+    channels: of its images.
+    mean, std: what is subtracted of pixels between 0 and 1, and by what they are divided then.
+    dtype: of its inputs.
+    """
 
     model: nn.Module
     inputs: tuple[Any, ...]
     has_weights: bool
+    size: int | None
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype
 
 
 def find(
@@ -82,10 +95,8 @@ def find(
         raise Failure(f"--dtype {dtype}: choose float32, float64, bfloat16 or float16")
     options = _settings(settings)
     trained = Path(name).exists()
-    if trained:
-        model, size, channels = _trained(Path(name), options, weights)
-    else:
-        model, size, channels = _made(name, options)
+    made = _trained(Path(name), options, weights) if trained else _made(name, options)
+    model, size, channels = made.model, made.size, made.channels
     if weights is not None:
         from batchnorm.training.weights import load
 
@@ -93,10 +104,26 @@ def find(
             load(model, weights, None, "--weights")
     model = model.to(getattr(torch, dtype)).eval()
     inputs = tuple(_images(each, dtype) for each in shapes) or _examples(name, model, size, channels, dtype)
-    return NamedModel(model, inputs, trained or weights is not None)
+    if size is None and hasattr(inputs[0], "dim") and inputs[0].dim() == 4:
+        size = inputs[0].shape[-1]
+    if hasattr(inputs[0], "dim") and inputs[0].dim() == 4:
+        channels = inputs[0].shape[1]
+    has_weights = trained or weights is not None
+    return NamedModel(model, inputs, has_weights, size, channels, made.mean, made.std, getattr(torch, dtype))
 
 
-def _trained(path: Path, options: dict[str, Any], weights: Path | None) -> tuple[nn.Module, int | None, int]:
+@dataclass(frozen=True)
+class _Made:
+    """A network, and what is known of its images; without a mean they are in [-1, 1]."""
+
+    model: nn.Module
+    size: int | None = None
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+
+def _trained(path: Path, options: dict[str, Any], weights: Path | None) -> _Made:
     from batchnorm.training import evaluation
     from batchnorm.training.network import NetworkError
 
@@ -104,11 +131,11 @@ def _trained(path: Path, options: dict[str, Any], weights: Path | None) -> tuple
         raise Failure(f"{path} is a trained network, with its weights: leave out --set and --weights")
     with as_failure(NetworkError, OSError):
         saved = evaluation.load_network(evaluation.network_file(path, "best.pt"))
-    return saved.network.cpu(), saved.config.data.image_size, saved.channels
+    return _Made(saved.network.cpu(), saved.config.data.image_size, saved.channels)
 
 
-def _made(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, int]:
-    """(the network with random weights, the side of its images or None if that is not known, their channels)."""
+def _made(name: str, options: dict[str, Any]) -> _Made:
+    """The network with random weights."""
     from torch import nn
 
     home, colon, own = name.partition(":")
@@ -131,10 +158,10 @@ def _made(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, in
             raise Failure(f"{name} cannot be made: {_line(error)} ({type(error).__name__})") from None
     if not isinstance(model, nn.Module):
         raise Failure(f"{name} makes a {type(model).__name__}, not a torch.nn.Module")
-    return model, None, 3
+    return _Made(model)
 
 
-def _torchvision_s(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, int]:
+def _torchvision_s(name: str, options: dict[str, Any]) -> _Made:
     from torchvision import models
 
     if name not in models.list_models():
@@ -147,17 +174,22 @@ def _torchvision_s(name: str, options: dict[str, Any]) -> tuple[nn.Module, int |
     best = list(models.get_model_weights(name))
     transform = best[0].transforms() if best else None
     size = getattr(transform, "crop_size", None)
-    return model, size[0] if isinstance(size, list) else size, 3
+    mean, std = (tuple(getattr(transform, each, None) or (0.5,)) for each in ("mean", "std"))
+    return _Made(model, size[0] if isinstance(size, list) else size, 3, mean, std)
 
 
-def _timm_s(name: str, options: dict[str, Any]) -> tuple[nn.Module, int | None, int]:
+def _timm_s(name: str, options: dict[str, Any]) -> _Made:
     import timm
 
     if not timm.is_model(name):
         raise Failure(f"timm has no {name}{_near(name, timm.list_models())}")
     model: Any = timm.create_model(name, pretrained=False, **options)
     channels, size, *_ = model.default_cfg.get("input_size", (3, 224, 224))
-    return model, size, options.get("in_chans", channels)
+    channels = options.get("in_chans", channels)
+    mean, std = (tuple(model.default_cfg.get(each, (0.5,))) for each in ("mean", "std"))
+    if len(mean) not in (1, channels):
+        mean, std = (0.5,), (0.5,)
+    return _Made(model, size, channels, mean, std)
 
 
 def _of_user(home: str, own: str) -> Any:

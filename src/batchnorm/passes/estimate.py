@@ -102,7 +102,7 @@ def population(
     Returns: a PopulationReport.
 
     Raises:
-        ValueError: an unknown estimator; no samples; a layer that saw one value per channel; `sequential` with an
+        ValueError: an unknown estimator; no layers; no samples; a layer that saw one value per channel; `sequential` with an
             iterator.
         RuntimeError: names a layer whose statistics are not finite.
 
@@ -124,6 +124,11 @@ def population(
             "sequential=True passes over the batches once for each layer: give a list or a loader, not an iterator"
         )
     layers, why = _layers(model, frozen)
+    if not layers:
+        raise ValueError(
+            "the model has no layer whose statistics could be measured"
+            + "".join(f"; {name or 'it'} {reason}" for name, reason in list(why.items())[:3])
+        )
     run = _Run(model, batches, estimator, forward, tolerance, group, sys.stderr if progress else None)
     saved = [SavedStatistics(layer) for layer in layers.values()]
     try:

@@ -59,7 +59,7 @@ def insert(
         inputs: of its forward, for example: a batch to train on.
         where: which of them: names of modules, with all in them, or patterns ("features.*"); classes; or a function of
             name and module. A module that is named in full is taken though it makes an output, say.
-        dropout: "drop", "keep", or the probability that it gets.
+        dropout: of the whole model, if anything is inserted: "drop", "keep", or the probability that it gets.
         identity: batches, as for `bn.population`, of a pre-trained model's data. γ and β are then those with which the
             model computes what it did: √(variance + eps) and mean of what each layer sees. Without it γ = 1, β = 0.
         forward: called with model and batch of `identity`, where that is not how the model is called.

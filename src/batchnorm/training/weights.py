@@ -35,7 +35,7 @@ def load(network: nn.Module, path: Path, classes: int | None, key: str = "model.
     Raises: NetworkError, before anything changes, for a file that is broken or of another network.
     """
     own = network.state_dict()
-    found = _of_network(_state_dict(path, key), own)
+    found = _of_network(read_state(path, key), own)
     heads = [name for name in own if name in found and _is_other_head(found[name], own[name], classes)]
     whole = all(name in heads for name in own if _is_beside(name, own[name], heads, classes))
     others = {found[name].size(0) for name in heads}
@@ -86,7 +86,8 @@ def _is_other_head(found: Tensor, own: Tensor, classes: int | None) -> bool:
     )
 
 
-def _state_dict(path: Path, key: str) -> dict[str, Tensor]:
+def read_state(path: Path, key: str) -> dict[str, Tensor]:
+    """The state_dict in a file, as data; `key` is what the user has given the path to. Raises: NetworkError."""
     state = _read(path, key)
     for _ in range(_DEPTH):
         place = next((each for each in _PLACES if isinstance(state, Mapping) and each in state), None)
