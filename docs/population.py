@@ -70,7 +70,7 @@ def exact(model, x):
 
 
 def errors(model, expected):
-    """By layer the errors of mean and variance: in standard deviations, and relative; root mean square over channels."""
+    """Of each layer: of the mean in standard deviations, of the variance relative; root mean square over channels."""
     found = []
     for name, (mean, variance) in expected.items():
         layer = model.get_submodule(name)
@@ -112,7 +112,9 @@ def over_ranks(rank, ranks, store, out):
     model = network()
     x, _ = images("sorted by class")
     part = len(x) // (ranks + 1)
-    own = x[: 2 * part] if rank == 0 else x[(rank + 1) * part : (rank + 2) * part if rank < ranks - 1 else None]
+    own = (
+        x[: 2 * part] if rank == 0 else x[(rank + 1) * part : (rank + 2) * part if rank < ranks - 1 else None]
+    )
     batches = own.split(BATCH)
     expected = exact(model, x)
     found = {}

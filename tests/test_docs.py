@@ -147,6 +147,17 @@ def test_the_page_of_folded_networks_is_what_its_rows_say():
         assert sum(row["folded"] for row in some) >= share * calls
 
 
+def test_tables_are_those_of_the_rows_that_were_measured():
+    population = runpy.run_path(str(ROOT / "docs/population.py"))
+    page = (ROOT / "docs/population.md").read_text()
+    assert population["table"]([1]) in page and population["table"]([2, 3]) in page
+    of_all_data = [row for row in population["rows"]() if "sequential" in row["method"]]
+    assert len(of_all_data) == 4
+    assert all(error < 1e-6 for row in of_all_data for layer in row["errors"] for error in layer)
+    pruning = runpy.run_path(str(ROOT / "docs/pruning.py"))
+    assert pruning["table"]() in (ROOT / "docs/pruning.md").read_text()
+
+
 def test_the_table_of_other_libraries_is_what_was_recorded():
     script = runpy.run_path(str(ROOT / "docs/bridges.py"))
     page = (ROOT / "docs/bridges.md").read_text()

@@ -77,3 +77,12 @@ def test_networks_of_timm(name):
         if "norm" in path.rpartition(".")[0].rpartition(".")[2]
     }
     assert small <= found["normalization"]
+
+
+def test_the_scales_can_be_a_group_of_their_own():
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.BatchNorm1d(4, affine=False)
+    )
+    groups = {each["name"]: each for each in bn.param_groups(model, 1e-4, scales=1e-3)}
+    assert {id(p) for p in groups["scales"]["params"]} == {id(model[1].weight), id(model[2].weight)}
+    assert groups["scales"]["weight_decay"] == 1e-3 and len(groups["normalization"]["params"]) == 2

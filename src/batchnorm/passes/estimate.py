@@ -102,8 +102,8 @@ def population(
     Returns: a PopulationReport.
 
     Raises:
-        ValueError: an unknown estimator; no layers; no samples; a layer that saw one value per channel; `sequential` with an
-            iterator.
+        ValueError: an unknown estimator; no layers; no samples; a layer that saw one value per channel; `sequential`
+            with an iterator.
         RuntimeError: names a layer whose statistics are not finite.
 
     Example:

@@ -14,7 +14,13 @@ _NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, *, normalization: float = 0.0, biases: float = 0.0, **options: Any
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    normalization: float = 0.0,
+    biases: float = 0.0,
+    scales: float | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """The parameters of `model` in groups for an optimizer: normalization, biases, and all others.
 
@@ -28,9 +34,11 @@ def param_groups(
         normalization: the decay of weights and biases of normalization layers of any library: batch, layer, group,
             instance, RMS.
         biases: that of the `bias` of other modules.
+        scales: that of γ, the `weight` of normalization layers, as a group of its own, to be made sparse for pruning
+            say; None: γ is in the group of normalization.
         options: of every group, as lr=0.1.
 
-    Returns: up to three groups, dictionaries with "params", "weight_decay", "name" and the options; for the optimizers
+    Returns: up to four groups, dictionaries with "params", "weight_decay", "name" and the options; for the optimizers
         of torch and timm.
 
     Raises:
@@ -45,12 +53,16 @@ def param_groups(
         >>> optimizer = torch.optim.SGD(groups, lr=0.1)
     """
     decays = {"weights": weight_decay, "normalization": normalization, "biases": biases}
+    if scales is not None:
+        decays["scales"] = scales
     groups: dict[nn.Parameter, tuple[str, str]] = {}  # the group, and the path
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad:
                 continue
             group = "normalization" if is_norm(module) else "biases" if name == "bias" else "weights"
+            if group == "normalization" and name == "weight" and scales is not None:
+                group = "scales"
             place = f"{path}.{name}".lstrip(".")
             before, first = groups.setdefault(parameter, (group, place))
             if before != group and decays[before] != decays[group]:
