@@ -213,6 +213,30 @@ def test_fold_and_export_commands_run(here, forking, command, tmp_path, monkeypa
         assert (tmp_path / words[words.index("--out") + 1]).stat().st_size > 1000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [line for line in commands("batchnorm") if line.split()[1] in ("insert", "population", "merge")],
+)
+def test_insert_population_and_merge_commands_run(here, command, tmp_path):
+    words = shlex.split(command)[1:]
+    if words[0] == "merge":
+        files = [each.partition(":")[0] for each in words[1 : words.index("--out")]]
+        from safetensors.torch import save_file
+
+        for number, file in enumerate(files):
+            save_file(
+                {"running_mean": torch.full((2,), float(number)), "running_var": torch.ones(2)},
+                tmp_path / file,
+            )
+    done = here(*words, cwd=tmp_path)
+    assert done.code == 0, done.error
+    if "--out" in words:
+        assert (tmp_path / words[words.index("--out") + 1]).stat().st_size > 100
+    else:
+        assert "inserted" in done.out
+
+
 def test_the_table_of_keys_is_that_of_the_configuration():
     rows = re.findall(
         r"^\| `(\w+\.\w+)` \| (.*?) \| (.*) \|$", (ROOT / "docs" / "training.md").read_text(), re.M
