@@ -300,6 +300,9 @@ def test_where():
     assert names("classifier") == ["classifier.1", "classifier.4"]
     assert names(["features.3", "classifier.*"]) == ["features.3", "classifier.1", "classifier.4"]
     assert names(nn.Linear) == ["classifier.1", "classifier.4"]
+    assert names("features.1") == ["features.0"]  # by the nonlinearity
+    assert len(names(nn.ReLU)) == 7
+    assert names(lambda module: getattr(module, "stride", None) == (4, 4)) == ["features.0"]
     assert names(lambda name, module: getattr(module, "stride", None) == (4, 4)) == ["features.0"]
     assert names(["classifier.6"]) == [
         "classifier.6"

@@ -10,7 +10,7 @@ the convolution that is found, where residual networks have their normalization.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -72,6 +72,7 @@ class Place:
     value: it, as it was seen.
     why: why it is none; "" if it is one.
     forced: whether one who names it may have it all the same.
+    nonlinearity: the path of the module of the first nonlinearity that follows, None where a function is called.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Place:
     value: Value | None = None
     why: str = ""
     forced: bool = False
+    nonlinearity: str | None = None
 
 
 def places(seen: Observation) -> list[Place]:
@@ -119,7 +121,7 @@ class _Places:
     def found(self) -> list[Place]:
         by_path: dict[str, Place] = {}
         for linear in self._linear:
-            place = self._place(linear)
+            place = replace(self._place(linear), nonlinearity=self._follower(linear))
             known = by_path.get(place.path)
             if known is None or (known.why == "" and place.why):
                 by_path[place.path] = place
@@ -143,6 +145,11 @@ class _Places:
         if linear not in self._before:
             return self._attached(linear, Place(home, why="no nonlinearity follows", forced=True))
         return self._attached(linear, Place(home))
+
+    def _follower(self, linear: Operation) -> str | None:
+        follower = self._before.get(linear)
+        call = follower.call if follower is not None else None
+        return call.path if call is not None and not call.module._modules else None
 
     def _attached(self, linear: Operation, place: Place) -> Place:
         """The place with the module at which it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
@@ -24,7 +25,7 @@ from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
 
 Model = TypeVar("Model", bound=nn.Module)
-Where = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool] | None
+Where = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[..., bool] | None
 
 _RANKS = {3: layers.BatchNorm1d, 4: layers.BatchNorm2d, 5: layers.BatchNorm3d}
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -57,8 +58,9 @@ def insert(
     Args:
         model: any module, before it is wrapped in DistributedDataParallel and before its optimizer is made.
         inputs: of its forward, for example: a batch to train on.
-        where: which of them: names of modules, with all in them, or patterns ("features.*"); classes; or a function of
-            name and module. A module that is named in full is taken though it makes an output, say.
+        where: which of them, by what is normalised or by the nonlinearity behind it: names of modules, with all in
+            them, or patterns ("features.*"); classes, Conv2d or ReLU; or a function of name and module, or of the
+            module alone. A module that is named in full is taken though it makes an output, say.
         dropout: of the whole model, if anything is inserted: "drop", "keep", or the probability that it gets.
         identity: batches, as for `bn.population`, of a pre-trained model's data. γ and β are then those with which the
             model computes what it did: √(variance + eps) and mean of what each layer sees. Without it γ = 1, β = 0.
@@ -92,7 +94,7 @@ def insert(
     taken: dict[str, Place] = {}
     why: dict[str, str] = {}
     for path, place in found.items():
-        reason = _reason(path, place, modules.get(path, model), chosen)
+        reason = _reason(path, place, modules, chosen)
         if reason:
             why[path] = reason
         else:
@@ -138,7 +140,7 @@ class _Choice:
         if isinstance(where, (str, type)):
             where = [where]
         if not isinstance(where, Iterable):
-            return cls((), (), where)
+            return cls((), (), _of_name_and_module(where))
         names, kinds = [], []
         for each in where:
             if isinstance(each, str):
@@ -164,7 +166,8 @@ class _Choice:
     def check(self, taken: dict[str, Place], found: dict[str, Place], why: dict[str, str]) -> None:
         """Raise ValueError for a name of nothing, or of what cannot have a layer."""
         for name in self.names:
-            if not any(self._matches(name, path) for path in found):
+            followers = [place.nonlinearity for place in found.values() if place.nonlinearity]
+            if not any(self._matches(name, path) for path in (*found, *followers)):
                 raise ValueError(
                     f"where={name!r} is no module with a linear operation that was called; these are: "
                     f"{', '.join(found) or 'none'}"
@@ -173,9 +176,22 @@ class _Choice:
                 raise ValueError(f"{name} cannot have a layer: it {why[name]}")
 
 
-def _reason(path: str, place: Place, module: nn.Module, chosen: _Choice) -> str | None:
+def _of_name_and_module(predicate: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
+    try:
+        arguments = inspect.signature(predicate).parameters.values()
+    except (TypeError, ValueError):  # of something in C
+        return predicate
+    if sum(each.default is each.empty for each in arguments) == 1:
+        return lambda name, module: predicate(module)
+    return predicate
+
+
+def _reason(path: str, place: Place, modules: dict[str, nn.Module], chosen: _Choice) -> str | None:
     """Why there is to be no layer, or None."""
-    if not chosen.takes(path, module):
+    module = modules.get(path, modules[""])
+    follower = place.nonlinearity
+    taken = chosen.takes(path, module) or (follower in modules and chosen.takes(follower, modules[follower]))
+    if not taken:
         return place.why or "where= leaves it out"
     if place.why and not (place.forced and place.value is not None and chosen.names_in_full(path)):
         return place.why
