@@ -154,6 +154,9 @@ def test_tables_are_those_of_the_rows_that_were_measured():
     of_all_data = [row for row in population["rows"]() if "sequential" in row["method"]]
     assert len(of_all_data) == 4
     assert all(error < 1e-6 for row in of_all_data for layer in row["errors"] for error in layer)
+    inserting = runpy.run_path(str(ROOT / "docs/inserting.py"))
+    assert inserting["page"]() == (ROOT / "docs/inserting.md").read_text()
+    assert len(inserting["rows"]()) == 10
     pruning = runpy.run_path(str(ROOT / "docs/pruning.py"))
     assert pruning["table"]() in (ROOT / "docs/pruning.md").read_text()
 

@@ -174,6 +174,31 @@ def test_no_gradients_and_evaluation_mode():
     assert restored.n_averaged == 1
 
 
+def test_complex_parameters_are_averaged():
+    net = nn.Module()
+    net.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    ours, theirs = average(net, 0.5), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for value in (0, 2 + 2j):
+        net.w.data.fill_(value)
+        ours.update_parameters(net)
+        theirs.update_parameters(net)
+    torch.testing.assert_close(ours.module.w, theirs.module.w)
+
+
+def test_an_average_may_be_cast_and_loaded():
+    net = nn.Linear(2, 2).bfloat16()
+    nn.init.ones_(net.weight)
+    ours = average(net, 0.999).to(torch.bfloat16)
+    for value in (1.0, 2.0):
+        nn.init.constant_(net.weight, value)
+        for _ in range(300):
+            ours.update_parameters(net)
+    assert abs(ours.module.weight.float().mean() - (2 - 0.999**300)) < 0.02
+    ours.module.load_state_dict({"weight": torch.full((2, 2), 5.0), "bias": torch.zeros(2)})
+    ours.update_parameters(net)
+    assert ours.module.weight.float().mean() > 4.9
+
+
 MUTATIONS = [
     Mutation(
         "average: variances are averaged alone",

@@ -147,8 +147,8 @@ def test_what_is_left_alone_is_named():
     assert inserted(report) == ["mlp"]
     why = {row.name: row.why for row in report.layers if row.outcome == "left alone"}
     assert why == {
-        "embed": "no nonlinearity follows",
-        "plain": "no nonlinearity follows",
+        "embed": "no nonlinearity that is known follows",
+        "plain": "no nonlinearity that is known follows",
         "lstm": "is recurrent (LSTM)",
         "cell": "is recurrent (GRUCell)",
         "attention": "MultiheadAttention",
@@ -454,6 +454,253 @@ def test_models_that_are_refused():
     assert "a batch to train on" in raised.value.__notes__[0]
 
 
+def test_the_fast_path_of_a_transformer_s_layer_still_works():
+    x = torch.randn(4, 5, 16)
+    model, report = insert(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), x)
+    assert inserted(report) == [] and "fast path" in report["linear1"].why
+    with torch.no_grad():
+        model.eval()(x)
+
+
+class OwnDropout(nn.Dropout):
+    def forward(self, x):
+        return x * (1 - self.p)
+
+
+def test_identity_keeps_what_is_no_identity_in_evaluation():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.LocalResponseNorm(5, alpha=1e-2, k=2.0), OwnDropout(0.3),
+        nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3),
+    ).eval()  # fmt: skip
+    before = model(X)
+    model, report = insert(model, X, identity=[X])
+    torch.testing.assert_close(model.eval()(X), before, rtol=1e-4, atol=1e-5)
+    assert "identity= keeps" in report["2"].why and "a forward of its own" in report["3"].why
+
+
+class ReadsBias(nn.Module):
+    """Forwards that use a convolution's bias elsewhere, or in another way."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv = {"scaled": Scaled, "equalized": Equalized, "padded": Padded, "without": Without}.get(
+            kind, nn.Conv2d
+        )(3, 8, 3)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "functional too":
+            return self.head(y.relu()), F.conv2d(x, self.conv.weight, self.conv.bias)
+        if self.kind == "read":
+            y = y + self.conv.bias.view(1, -1, 1, 1)
+        return self.head(y.relu())
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+class Equalized(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight * 0.5, self.bias * 0.1)
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return F.pad(super().forward(x), (1, 1, 1, 1))
+
+
+class Without(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("kind", ["functional too", "read", "scaled", "equalized", "padded", "without"])
+def test_a_bias_that_does_anything_else_stays(kind):
+    torch.manual_seed(0)
+    model = ReadsBias(kind)
+    before = model(X)
+    model, report = insert(model, X, identity=[X])
+    assert inserted(report) == ["conv"] and model.conv.bias is not None
+    for mode in (False, True):
+        torch.testing.assert_close(model.train(mode)(X), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "single"),
+    [
+        (nn.Sequential(nn.Conv1d(3, 7, 3), nn.ReLU(), nn.Conv1d(7, 2, 3)), (4, 3, 9), (3, 9)),
+        (nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.Conv2d(7, 2, 3)), (4, 3, 9, 9), (3, 9, 9)),
+        (nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 2)), (4, 3), (3,)),
+    ],
+)
+def test_an_input_without_a_batch_is_taken_as_before(model, batch, single):
+    x, one = torch.randn(batch), torch.randn(single)
+    before = model(one)
+    model, _ = insert(copy.deepcopy(model), x, identity=[x])
+    torch.testing.assert_close(model.eval()(one), before, rtol=1e-4, atol=1e-5)
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x):
+        return F.linear(x, self.weight).transpose(1, 2)
+
+
+class InAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Conv2d(3, 8, 3)]
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(nn.ReLU()(self.layers[0](x)))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight), None
+
+
+class TakesAPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair, self.head = Pair(), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.pair(x)[0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "path"),
+    [
+        (nn.Sequential(Turned(), nn.Sequential(nn.Conv1d(8, 2, 1))), torch.randn(4, 8, 3), "0"),
+        (InAList(), X, ""),
+        (TakesAPair(), X, "pair"),
+    ],
+)
+def test_what_has_no_place_for_a_layer_is_left_alone(model, x, path):
+    before = model(x)
+    model, report = insert(model, x)
+    assert inserted(report) == [] and any(row.outcome == "left alone" for row in report.layers)
+    torch.testing.assert_close(model(x), before)
+
+
+class Gated(nn.Module):
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+        self.conv, self.down, self.up = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return self.head(x * self.gate(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True))))))
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        torch.sigmoid,
+        lambda t: F.relu6(t + 3) / 6,
+        lambda t: t.clamp(0, 1),
+        lambda t: 1 + torch.tanh(t),
+        lambda t: 1 / (1 + torch.exp(-t)),
+    ],
+)
+def test_weights_of_channels_are_left_alone_whatever_makes_them(gate):
+    model, report = insert(Gated(gate), X)
+    assert inserted(report) == ["conv"]
+    assert "attention" in report["up"].why and "attention" in report["down"].why
+    model(X)
+
+
+class AttentionUNet(nn.Module):
+    """Its name is no reason; it returns an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        found = Result()
+        found.mask = torch.sigmoid(self.head(F.relu(self.conv(x)))).clamp(1e-4, 1 - 1e-4)
+        return found
+
+
+class Result:
+    pass
+
+
+def test_outputs_in_an_object_are_outputs():
+    _, report = insert(AttentionUNet(), X)
+    assert inserted(report) == ["conv"] and report["head"].why == "makes an output of the model"
+
+
+class Generator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Tanh())
+
+    def forward(self, number):
+        return self.net(torch.randn(number, 4))
+
+
+def test_a_model_that_begins_with_noise():
+    _, report = insert(Generator(), 16)
+    assert inserted(report) == ["net.0"]
+
+
+class ReadsP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.drop, self.head = nn.Linear(16, 16), nn.Dropout(0.1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        y = F.relu(self.fc(x))
+        return self.head(
+            F.scaled_dot_product_attention(y, y, y, dropout_p=self.drop.p if self.training else 0.0)
+        )
+
+
+def test_a_forward_may_read_the_probability_of_a_dropout_that_went():
+    model, _ = insert(ReadsP(), torch.randn(4, 5, 16))
+    model.train()(torch.randn(4, 5, 16))
+
+
+def test_parts_that_only_training_calls_are_left_alone_with_identity():
+    model = models.googlenet(num_classes=5, init_weights=False).eval()
+    _, report = insert(model, torch.randn(2, 3, 64, 64), identity=[torch.randn(2, 3, 64, 64)])
+    assert inserted(report) == [] and "not called in evaluation" in report["aux1.fc1"].why
+
+
+def test_it_works_in_inference_mode_and_with_one_batch():
+    with torch.inference_mode():
+        model, _ = insert(Functional(), X, identity=X)
+    model.train()(X).sum().backward()
+
+
+def test_lazy_layers_are_named():
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match="1 is lazy: run a batch"):
+        insert(lazy, X)
+    with pytest.raises(ValueError, match="where takes names"):
+        insert(Functional(), X, where=5)
+    with pytest.raises(ValueError, match="where=Conv3d takes none"):
+        insert(Functional(), X, where=nn.Conv3d)
+
+
 MUTATIONS = [
     Mutation(
         "insert: the bias stays in the running mean",
@@ -479,7 +726,7 @@ MUTATIONS = [
     Mutation(
         "insert: features are normalised over each position apart",
         "graph/normalized.py",
-        "    if dim == 1 or x.dim() == 2:",
+        "    if x.dim() == 2:",
         "    if True:",
         "a layer would take positions for channels",
     ),

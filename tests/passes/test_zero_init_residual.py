@@ -56,6 +56,7 @@ class Block(nn.Module):
         self.kind = kind
         self.conv1, self.conv2, self.short = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
         self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(3) for _ in range(3))
+        self.zero = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -70,6 +71,10 @@ class Block(nn.Module):
                 return x + F.relu(y)
             case "no branch":
                 return self.bn3(x) + self.bn1(x)
+            case "by 0":
+                return x + y * self.zero
+            case "squared":
+                return x + y * y
             case "shared":
                 return x + self.bn2(self.conv2(F.relu(self.bn2(self.conv1(x)))))
 
@@ -83,6 +88,8 @@ class Block(nn.Module):
         ("behind relu", set()),
         ("no branch", set()),
         ("shared", set()),
+        ("by 0", set()),
+        ("squared", set()),
     ],
 )
 def test_forwards_of_one_s_own(kind, expected):
@@ -107,6 +114,14 @@ def test_frozen_and_non_affine_layers_are_left_alone_and_named():
     with pytest.raises(RuntimeError):
         bn.zero_init_residual(model, X[:, :2])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_weight_that_is_another_layer_s_too_is_left_alone():
+    model: Any = Block("plain")
+    model.bn2.weight = model.bn1.weight
+    model, report = bn.zero_init_residual(model, X)
+    assert report.count("zeroed") == 0 and "another layer's" in report["bn2"].why
+    assert bool((model.bn1.weight == 1).all())
 
 
 MUTATIONS = [

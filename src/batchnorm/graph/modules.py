@@ -48,6 +48,15 @@ def keeps_statistics(model: nn.Module) -> bool:
     return any(map(has_statistics, model.modules()))
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise ValueError, with its path, for a layer that does not know its size yet."""
+    uninitialized = (nn.UninitializedParameter, nn.UninitializedBuffer)
+    for path, module in model.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(isinstance(each, uninitialized) for each in own):
+            raise ValueError(f"{path or 'the model'} is lazy: run a batch through the model first")
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks, None) for hooks in _HOOKS)
 

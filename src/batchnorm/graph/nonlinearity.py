@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from batchnorm.graph.observation import BATCH_NORM, LAYOUT, REREAD, ModuleCall, Observation, Operation, Value
@@ -26,8 +27,9 @@ def _aten(names: str) -> frozenset[str]:
 NONLINEAR = _aten(
     "relu leaky_relu relu6 elu selu celu gelu silu mish hardswish hardtanh hardsigmoid sigmoid tanh _prelu_kernel "
     "prelu rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clamp_min log_sigmoid_forward glu "
-    "sin erf"
+    "sin cos atan erf abs maximum minimum where masked_fill"
 )
+_BOUNDS = _aten("clamp")  # of an image's range, say, behind a nonlinearity
 _NORMS = BATCH_NORM | _aten("native_group_norm native_layer_norm _fused_rms_norm rms_norm")
 _PRODUCTS = {
     "aten.convolution": 0,
@@ -38,12 +40,13 @@ _PRODUCTS = {
     "aten.baddbmm": 1,
 }
 _MOVES = _aten("permute transpose t view reshape _unsafe_view _reshape_alias unsqueeze squeeze select unbind")
+_TURNS = _aten("permute transpose t")
 _SCALES = _aten("mul div")
 _PASSED = (
     LAYOUT
     | SUMS
     | _aten(
-        "cat stack roll flip index index_select constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
+        "cat stack roll flip sum repeat gather scatter scatter_add index_add index index_select constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
         "replication_pad1d replication_pad2d replication_pad3d native_dropout mean avg_pool1d avg_pool2d avg_pool3d "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d max_pool2d_with_indices max_pool3d_with_indices "
         "adaptive_max_pool2d adaptive_max_pool3d amax upsample_nearest1d upsample_nearest2d upsample_nearest3d "
@@ -59,6 +62,10 @@ _MAKES_NEW = _aten(
 )
 _DROPS = (nn.modules.dropout._DropoutNd, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_SOFTMAX = _aten("_softmax _safe_softmax") | {
+    f"aten.{name}" for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math")
+}
+_RANDOM = frozenset({"aten.randn", "aten.normal", "aten.randint"})  # noise that a generator begins with
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +79,7 @@ class Place:
     value: it, as it was seen.
     why: why it is none; "" if it is one.
     forced: whether one who names it may have it all the same.
+    bias: the name of the parameter whose only use is to be added to it as it is; None if there is none.
     nonlinearity: the path of the module of the first nonlinearity that follows, None where a function is called.
     """
 
@@ -81,6 +89,7 @@ class Place:
     value: Value | None = None
     why: str = ""
     forced: bool = False
+    bias: str | None = None
     nonlinearity: str | None = None
 
 
@@ -98,6 +107,8 @@ class _Places:
     def __init__(self, seen: Observation) -> None:
         self._seen = seen
         self._data = _dependent(seen)
+        read = {value for operation in seen.operations for value in operation.reads}
+        self._learned = _reached(seen, {each for each in read if each.kind == "parameter"})
         self._linear = [each for each in seen.operations if self._is_linear(each)]
         self._products = set(self._linear)
         self._normed = {value: path for path, value in self._normalized()}
@@ -107,6 +118,7 @@ class _Places:
             if isinstance(call.module, _DROPS) and call.given
             for value in call.returns
         }
+        self._modules = set(seen.model.modules())
         self._numbers: dict[nn.Module, int] = {}
         for call in seen.calls:
             self._numbers[call.module] = self._numbers.get(call.module, 0) + 1
@@ -114,9 +126,16 @@ class _Places:
         self._heads = self._ends()
         self._before: dict[Operation, Operation] = {}  # the first nonlinearity after each
         for operation in seen.operations:
-            if operation.name in NONLINEAR and any(each in self._data for each in operation.reads):
+            if self._is_nonlinear(operation):
                 for linear in self._behind(operation):
                     self._before.setdefault(linear, operation)
+
+    def _is_nonlinear(self, operation: Operation) -> bool:
+        data = [each for each in operation.reads if each in self._data]
+        if operation.name in NONLINEAR:
+            return bool(data)
+        # x · (x > 0), by hand
+        return operation.name in _SCALES and len(data) > 1 and any(each.dtype is torch.bool for each in data)
 
     def found(self) -> list[Place]:
         by_path: dict[str, Place] = {}
@@ -132,7 +151,10 @@ class _Places:
         for call in _callers(linear.call):
             if isinstance(call.module, _RECURRENT):
                 return Place(call.path, why=f"is recurrent ({type(call.module).__name__})")
-            if isinstance(call.module, nn.MultiheadAttention) or "Attention" in type(call.module).__name__:
+            if isinstance(call.module, nn.TransformerEncoderLayer):
+                why = "whose fast path reads its weight and does not call it"
+                return Place(home, why=f"is part of {call.path or 'the model'}, a {type(call.module).__name__}, {why}")
+            if _is_attention(call):
                 part = "" if call.path == home else f"is part of {call.path}, "
                 return Place(home, why=f"{part}{type(call.module).__name__}", forced=True)
         norm = self._norm_after(linear)
@@ -143,8 +165,20 @@ class _Places:
         if linear in self._heads:
             return self._attached(linear, Place(home, why="makes an output of the model", forced=True))
         if linear not in self._before:
-            return self._attached(linear, Place(home, why="no nonlinearity follows", forced=True))
+            return self._attached(linear, Place(home, why="no nonlinearity that is known follows", forced=True))
         return self._attached(linear, Place(home))
+
+    def _bias(self, linear: Operation, made: Value) -> str | None:
+        """The bias that is added to `made` as it is, and read by nobody else."""
+        bias = _bias_of(linear)
+        if bias is None or bias.kind != "parameter" or bias.users != [linear]:
+            return None
+        while made.producer is not linear:
+            operation = made.producer
+            if operation is None or operation.name not in LAYOUT or len(operation.reads) != 1:
+                return None
+            made = operation.reads[0]
+        return bias.name
 
     def _follower(self, linear: Operation) -> str | None:
         follower = self._before.get(linear)
@@ -154,24 +188,29 @@ class _Places:
     def _attached(self, linear: Operation, place: Place) -> Place:
         """The place with the module at which it is."""
         call = linear.call
-        if call is not None and len(call.returns) == 1:
-            dim = self._dim(call.returns[0], linear, call)
+        if call is not None and call.returns_tensor and call.module in self._modules:
+            value = call.returns[0]
+            dim = self._dim(value, linear, call)
             if dim is not None:
-                return self._once(
-                    call, Place(call.path, False, dim, call.returns[0], place.why, place.forced)
-                )
+                found = replace(place, path=call.path, dim=dim, value=value, bias=self._bias(linear, value))
+                return self._once(call, found)
         follower = self._before.get(linear)
         activation = follower.call if follower is not None else None
-        if activation is not None and not activation.module._modules and len(activation.given) == 1:
+        if activation is not None and self._takes_one(activation):
             dim = self._dim(activation.given[0], linear, None)
             if dim is not None:
-                found = Place(activation.path, True, dim, activation.given[0], place.why, place.forced)
+                found = replace(place, path=activation.path, of_input=True, dim=dim, value=activation.given[0])
                 return self._once(activation, found)
         return Place(
             place.path,
             why=place.why
             or f"its forward calls {linear.name.removeprefix('aten.')} itself, and no module returns what it makes",
         )
+
+    def _takes_one(self, call: ModuleCall) -> bool:
+        """Whether it is the call of a module of the model without children, with one tensor."""
+        own = call.module in self._modules and not call.module._modules
+        return own and call.takes_tensor and len(call.given) == 1
 
     def _once(self, call: ModuleCall, place: Place) -> Place:
         number = self._numbers[call.module]
@@ -192,14 +231,13 @@ class _Places:
             before = [each for each in operation.reads if each in self._data]
             if len(before) != 1:
                 return None
-            if (
-                call is not None
-                and len([each for each in before[0].users if each in set(call.operations)]) > 1
-            ):
+            if _is_read_twice(before[0], call):
+                return None
+            if operation.name in _TURNS and linear.name != "aten.convolution":
                 return None
             moved |= operation.name in _MOVES
             made = before[0]
-        if call is not None and len([each for each in made.users if each in set(call.operations)]) > 1:
+        if _is_read_twice(made, call):
             return None
         if linear.name == "aten.convolution":
             same = len(value.shape) == len(made.shape) and value.shape[1] == made.shape[1]
@@ -229,8 +267,11 @@ class _Places:
                 waiting += weighed if len(weighed) < len(made.reads) else []
 
     def _passes(self, operation: Operation) -> bool:
-        data = sum(each in self._data for each in operation.reads)
-        return operation.name in _PASSED or (operation.name in _SCALES and data == 1)
+        if operation.name in _PASSED:
+            return True
+        # by a number, a parameter, or a matrix that nobody has learned, as of a graph
+        of_one = operation.name in _SCALES or (operation.name in _PRODUCTS and operation not in self._products)
+        return of_one and sum(each in self._data for each in operation.reads) == 1
 
     def _norm_after(self, linear: Operation) -> str | None:
         """The path of a normalization layer that reads what the operation makes, and nothing else in it does."""
@@ -253,7 +294,7 @@ class _Places:
             for user in value.users:
                 if user.name in _NORMS:
                     found = found or (user.call.path if user.call else "") or user.name
-                elif user.name in NONLINEAR and linear in set(self._behind(user)):
+                elif self._is_nonlinear(user) and linear in set(self._behind(user)):
                     return None
                 elif self._passes(user) and user.name not in SUMS:
                     waiting += user.results
@@ -268,40 +309,37 @@ class _Places:
                 yield operation.call.path if operation.call else operation.name, operation.results[0]
 
     def _is_linear(self, operation: Operation) -> bool:
-        """Whether it multiplies what comes from the inputs by what does not."""
+        """Whether it multiplies what comes from the inputs by what comes from parameters."""
         first = _PRODUCTS.get(operation.name)
         if first is None:
             return False
         factors = operation.arguments[first : first + 2]
-        return sum(each in self._data for each in factors) == 1
+        others = [each for each in factors if each not in self._data]
+        return len(others) == 1 and others[0] in self._learned
 
     def _weighing(self) -> set[Operation]:
         """The operations whose results only weigh others: one weight for a whole channel, position or row."""
-        found = {each for each in self._seen.operations if self._weighs(each)}
+        found: set[Operation] = set()
         for operation in reversed(self._seen.operations):
-            users = [user for value in operation.results for user in value.users]
+            uses = [(value, user) for value in operation.results for user in value.users]
             returned = any(value.is_output for value in operation.results)
-            if users and not returned and all(user in found for user in users):
+            if uses and not returned and all(u in found or self._weighs(v, u, operation) for v, u in uses):
                 found.add(operation)
         return found
 
-    def _weighs(self, operation: Operation) -> bool:
-        is_softmax = operation.name in ("aten._softmax", "aten._safe_softmax")
-        if not is_softmax and operation.name not in ("aten.sigmoid", "aten.hardsigmoid", "aten.sigmoid_"):
+    def _weighs(self, value: Value, user: Operation, made: Operation) -> bool:
+        """Whether an operation multiplies something larger by this value, or anything by a softmax."""
+        others = [each for each in user.reads if each in self._data and each is not value]
+        if not others or value not in self._data:
             return False
-        waiting, number = list(operation.results), operation.results[0].shape.numel()
-        while waiting:
-            value = waiting.pop()
-            for user in value.users:
-                others = [each for each in user.reads if each in self._data and each is not value]
-                if user.name in LAYOUT or (self._passes(user) and not others):
-                    waiting += user.results
-                elif others and user.name in ("aten.mul", "aten.mul_"):
-                    if any(each.shape.numel() > number for each in others):
-                        return True
-                elif others and is_softmax:
-                    return True
-        return False
+        if user.name in _SCALES:
+            return max(_own_size(each) for each in others) > _own_size(value) or self._is_softmax(made)
+        return user.name in _PRODUCTS and self._is_softmax(made)
+
+    def _is_softmax(self, operation: Operation | None) -> bool:
+        while operation is not None and operation.name in LAYOUT | {"aten.native_dropout", "aten._to_copy"}:
+            operation = operation.reads[0].producer
+        return operation is not None and operation.name in _SOFTMAX
 
     def _ends(self) -> set[Operation]:
         """The linear operations whose outputs the model returns, with one nonlinearity or none in between."""
@@ -317,24 +355,61 @@ class _Places:
             if made in self._products:
                 found.add(made)
                 continue
-            passed += made.name in NONLINEAR
+            bounds = made.name in _BOUNDS and None not in (made.argument("min"), made.argument("max"))
+            passed += self._is_nonlinear(made) and not bounds
             if passed <= 1:
                 waiting += [(each, passed) for each in made.reads if each in self._data]
         return found
 
 
 def _dependent(seen: Observation) -> set[Value]:
-    """The values that depend on the inputs."""
-    found = set(seen.inputs)
+    """The values that depend on the inputs, or on noise that the model begins with."""
+    noise = {value for each in seen.operations if each.name in _RANDOM for value in each.results}
+    return _reached(seen, {*seen.inputs, *noise})
+
+
+def _reached(seen: Observation, values: set[Value]) -> set[Value]:
+    """These values, and all that are made from them."""
+    found = set(values)
     for operation in seen.operations:
         if operation.name not in _MAKES_NEW and any(each in found for each in operation.reads):
             found.update(operation.results)
     return found
 
 
+def _is_read_twice(value: Value, call: ModuleCall | None) -> bool:
+    """Whether several operations of a call read a value."""
+    return call is not None and sum(each in call.operations for each in value.users) > 1
+
+
+def _own_size(value: Value) -> int:
+    """The number of elements that a value has before it is expanded."""
+    while (made := value.producer) is not None and made.name in ("aten.expand", "aten.repeat"):
+        value = made.reads[0]
+    return value.shape.numel()
+
+
+def _bias_of(linear: Operation) -> Value | None:
+    place = {"aten.convolution": 2, "aten.linear": 2, "aten.addmm": 0}.get(linear.name)
+    if place is None or place >= len(linear.arguments) or linear.keywords:
+        return None
+    found = linear.arguments[place]
+    return found if isinstance(found, Value) else None
+
+
+def _is_attention(call: ModuleCall) -> bool:
+    """By its class, or by a name with a softmax inside; a whole network may have the name too."""
+    if isinstance(call.module, nn.MultiheadAttention):
+        return True
+    named = "Attention" in type(call.module).__name__ or "Attn" in type(call.module).__name__
+    return named and call.caller is not None and any(each.name in _SOFTMAX for each in call.operations)
+
+
 def _is_norm(module: nn.Module) -> bool:
     """Whether it normalises, whatever its class: LayerNorm2d, GroupNormAct, FrozenBatchNorm2d."""
     name = type(module).__name__
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):  # of normalised weights
+        return False
     return "Norm" in name and not isinstance(module, _DROPS) and not module._modules.keys() - {"act", "drop"}
 
 

@@ -24,8 +24,6 @@ def obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit"
-    if any(isinstance(each, nn.UninitializedParameter) for each in module._parameters.values()):
-        return "is lazy: run a batch through the model first"
     if parametrize.is_parametrized(module):
         return "has parametrizations (weight_norm, spectral_norm, ...): remove them first"
     if module._forward_hooks or module._backward_hooks:
@@ -41,38 +39,46 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def normalize(module: nn.Module, layer: nn.Module, of_input: bool, dim: int) -> None:
-    """Put `layer` into `module`, which has no `obstacle`: over its output or input, whose channels are in `dim`."""
+def normalize(module: nn.Module, layer: nn.Module, of_input: bool, dim: int, rank: int) -> None:
+    """Put `layer` into `module`, which has no `obstacle`: over its output or input.
+
+    dim: in which its channels are, 1 or -1.
+    rank: how many dimensions it has; one less without a dimension of the batch.
+    """
     module.add_module(NORM, layer)
     kind: Any = type(module)
-    module.__class__ = _subclass(kind, of_input, dim)
+    module.__class__ = _subclass(kind, of_input, dim, rank if dim == 1 else 0)
 
 
-def _apply(layer: Any, x: Tensor, dim: int) -> Tensor:
+def _apply(layer: Any, x: Any, dim: int, rank: int) -> Any:
     """The layer over a tensor whose channels are in dimension 1 or -1."""
-    if dim == 1 or x.dim() == 2:
-        return layer(x)  # type: ignore[no-any-return]
-    return layer(x.flatten(0, -2)).view(x.shape)  # type: ignore[no-any-return]
+    if dim == 1:
+        if isinstance(x, Tensor) and x.dim() == rank - 1:  # a proxy of torch.fx stands for a batch
+            return layer(x.unsqueeze(0)).squeeze(0)
+        return layer(x)
+    if x.dim() == 2:
+        return layer(x)
+    return layer(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 @functools.cache  # modules of one class have one class afterwards, too
-def _subclass(base: Any, of_input: bool, dim: int) -> type[nn.Module]:
+def _subclass(base: Any, of_input: bool, dim: int, rank: int) -> type[nn.Module]:
     old = base.forward
 
     @functools.wraps(old)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not of_input:
-            return _apply(self.norm, old(self, *args, **kwargs), dim)
+            return _apply(self.norm, old(self, *args, **kwargs), dim, rank)
         if args:
-            return old(self, _apply(self.norm, args[0], dim), *args[1:], **kwargs)
+            return old(self, _apply(self.norm, args[0], dim, rank), *args[1:], **kwargs)
         (name, x), *others = kwargs.items()
-        return old(self, **{name: _apply(self.norm, x, dim)}, **dict(others))
+        return old(self, **{name: _apply(self.norm, x, dim, rank)}, **dict(others))
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
         constructor, (kind, *rest), *state = reduced
         assert constructor is copyreg.__newobj__ and kind is type(self)  # type: ignore[attr-defined]
-        return _reconstruct, (base, of_input, dim, *rest), *state
+        return _reconstruct, (base, of_input, dim, rank, *rest), *state
 
     names = {
         "forward": forward,
@@ -84,6 +90,6 @@ def _subclass(base: Any, of_input: bool, dim: int) -> type[nn.Module]:
     return type(base.__name__, (base,), names)
 
 
-def _reconstruct(base: Any, of_input: bool, dim: int, *arguments: Any) -> nn.Module:
-    kind = _subclass(base, of_input, dim)
+def _reconstruct(base: Any, of_input: bool, dim: int, rank: int, *arguments: Any) -> nn.Module:
+    kind = _subclass(base, of_input, dim, rank)
     return kind.__new__(kind, *arguments)

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -102,6 +103,8 @@ class ModuleCall:
     given: the values among its positional arguments.
     operations: those within it, also within the calls of its children.
     returns: the values that it returned.
+    takes_tensor: whether its first positional argument is a tensor.
+    returns_tensor: whether what it returned is a tensor, and not something with tensors in it.
     """
 
     module: nn.Module
@@ -111,6 +114,8 @@ class ModuleCall:
     given: list[Value]
     operations: list[Operation] = field(default_factory=list)
     returns: list[Value] = field(default_factory=list)
+    takes_tensor: bool = False
+    returns_tensor: bool = False
 
     @property
     def reads(self) -> list[Value]:
@@ -192,7 +197,7 @@ class _Observer(TorchDispatchMode):
         for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in named:
                 self._add(tensor, Value(kind, name, tensor.shape, tensor.dtype))  # type: ignore[arg-type]
-        for tensor in _tensors(inputs):
+        for tensor in tensors_of(inputs):
             if id(tensor) not in self._values:
                 value = self._add(tensor, Value("input", "", tensor.shape, tensor.dtype))
                 self.seen.inputs.append(value)
@@ -224,6 +229,7 @@ class _Observer(TorchDispatchMode):
                 path = f"{caller.path if caller else ''}.<{type(module).__name__}>"
             given = [self._read(tensor) for tensor in _tensors(arguments)]
             call = ModuleCall(module, path, self._numbers[module], caller, given)
+            call.takes_tensor = bool(arguments) and isinstance(arguments[0], Tensor)
             self._numbers[module] += 1
             self._stack.append(call)
             self.seen.calls.append(call)
@@ -232,6 +238,7 @@ class _Observer(TorchDispatchMode):
             call = self._stack.pop()
             assert call.module is module
             call.returns = [self._read(tensor) for tensor in _tensors(returned)]
+            call.returns_tensor = isinstance(returned, Tensor)
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
@@ -241,7 +248,7 @@ class _Observer(TorchDispatchMode):
                 handle.remove()
 
     def finish(self, returned: Any) -> Observation:
-        self.seen.outputs = [self._read(tensor) for tensor in _tensors(returned)]
+        self.seen.outputs = [self._read(tensor) for tensor in tensors_of(returned)]
         for value in self.seen.outputs:
             value.is_output = True
         self._let_go()
@@ -297,6 +304,26 @@ class _Observer(TorchDispatchMode):
 
 def _tensors(values: Any) -> list[Tensor]:
     return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in what a model is given or returns: in containers, and in the attributes of objects."""
+    found, seen = [], set()
+    waiting = [values]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif id(each) not in seen:
+            seen.add(id(each))
+            leaves = tree_leaves(each)
+            if leaves != [each]:
+                waiting += reversed(leaves)
+            elif isinstance(each, Mapping):
+                waiting += reversed(list(each.values()))
+            elif hasattr(each, "__dict__") and not isinstance(each, type | nn.Module | FunctionType):
+                waiting += reversed(list(vars(each).values()))
+    return found
 
 
 def _memory(tensor: Tensor) -> int:

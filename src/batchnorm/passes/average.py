@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from batchnorm.graph.modules import has_statistics
+from batchnorm.graph.modules import has_statistics, refuse_lazy
 from batchnorm.passes.estimate import PopulationReport, population
 
 Statistics = Literal["copied", "averaged", "measured"]
@@ -70,18 +70,14 @@ class Average(nn.Module):
         if isinstance(decay, int | float) and not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
         inner = _inner(model)
-        for path, module in inner.named_modules():
-            if any(isinstance(each, nn.UninitializedParameter) for each in module._parameters.values()):
-                raise ValueError(f"{path} is lazy: run a batch through the model before it is averaged")
+        refuse_lazy(inner)
         self.module = copy.deepcopy(inner).requires_grad_(False)
         self.decay, self.statistics = decay, statistics
         device = next((each.device for each in self.module.parameters()), None)
         self.register_buffer("n_averaged", torch.tensor(0, device=device))
         self.register_buffer("is_measured", torch.tensor(True, device=device))
         self.exact = nn.Module()  # float32 averages of parameters of less
-        for name, parameter in self.module.named_parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                self.exact.register_buffer(_key(name), parameter.detach().float())
+        self._keep_exact()
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +117,7 @@ class Average(nn.Module):
                     f"{name} has shape {tuple(new[name].shape)}, and its average {tuple(tensor.shape)}"
                 )
         share = self._share()
+        self._keep_exact()
         statistics = self._average_statistics(inner, share) if self.statistics == "averaged" else set()
         parameters = dict(self.module.named_parameters())
         averaged: list[tuple[Tensor, Tensor]] = []
@@ -129,7 +126,7 @@ class Average(nn.Module):
                 continue
             value = new[name].detach().to(tensor.device)
             exact = self.exact._buffers.get(_key(name))
-            if share == 1 or name not in parameters or not tensor.is_floating_point():
+            if share == 1 or name not in parameters or not (tensor.is_floating_point() or tensor.is_complex()):
                 tensor.copy_(value)
                 if exact is not None:
                     exact.copy_(value)
@@ -166,6 +163,15 @@ class Average(nn.Module):
     def extra_repr(self) -> str:
         return f"decay={self.decay}, statistics={self.statistics!r}"
 
+    def _keep_exact(self) -> None:
+        """Have a float32 average of each parameter of less precision, also where one was cast or loaded since."""
+        for name, parameter in self.module.named_parameters():
+            exact = self.exact._buffers.get(_key(name))
+            if parameter.dtype not in (torch.float16, torch.bfloat16):
+                self.exact._buffers.pop(_key(name), None)
+            elif exact is None or exact.dtype != torch.float32 or not torch.equal(exact.to(parameter), parameter):
+                self.exact.register_buffer(_key(name), parameter.detach().float())
+
     def _share(self) -> float:
         """How much of the new values goes into the average."""
         number = int(self.n_averaged)
@@ -196,8 +202,10 @@ class Average(nn.Module):
         return found
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _inner(model: Any) -> nn.Module:
     """The model that is wrapped."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"average takes a torch.nn.Module, not {type(model).__name__}")
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module

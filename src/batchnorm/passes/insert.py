@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from batchnorm import layers
 from batchnorm.calibrate.batches import Forward, run_batches
 from batchnorm.calibrate.collecting import Collector
+from batchnorm.graph.modules import is_compiled, refuse_lazy
 from batchnorm.graph.nonlinearity import Place, places, recurrent
 from batchnorm.graph.normalized import normalize, obstacle
-from batchnorm.graph.observation import observe
+from batchnorm.graph.observation import as_it_was, observe
 from batchnorm.layers import _BatchNorm
 from batchnorm.passes.fold.proof import copy_of, detached
 from batchnorm.passes.report import LayerReport, Report
@@ -85,6 +87,20 @@ def insert(
         >>> sorted(name for name, _ in model[0].named_parameters())
         ['norm.bias', 'norm.weight', 'weight']
     """
+    with torch.inference_mode(False):
+        return _insert(model, inputs, keywords, where, dropout, identity, forward, options or {})
+
+
+def _insert(
+    model: Model,
+    inputs: tuple[Any, ...],
+    keywords: dict[str, Any],
+    where: Where,
+    dropout: str | float,
+    identity: Iterable[Any] | None,
+    forward: Forward | None,
+    options: dict[str, Any],
+) -> tuple[Model, Report]:
     _check_model(model)
     if dropout not in ("drop", "keep") and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
         raise ValueError(f'dropout must be "drop", "keep" or a probability below 1, got {dropout!r}')
@@ -100,18 +116,23 @@ def insert(
         else:
             taken[path] = place
     chosen.check(taken, found, why)
-    made = {path: _layer(place, modules[path], options or {}) for path, place in taken.items()}
+    made = {path: _layer(place, modules[path], options) for path, place in taken.items()}
     if identity is not None:
-        _measure(model, made, taken, identity, forward)
+        batches = [identity] if isinstance(identity, Tensor) else identity
+        for path in _measure(model, made, taken, batches, forward):
+            del made[path], taken[path]
+            why[path] = "is not called in evaluation, where the batches of identity= are measured"
     rows: dict[str, LayerReport] = {}
     with unchanged_on_failure(model):
         for path, layer in made.items():
             gone = _remove_bias(model, path, layer, taken[path], identity is not None)
-            normalize(modules[path], layer, taken[path].of_input, taken[path].dim)
+            place = taken[path]
+            assert place.value is not None
+            normalize(modules[path], layer, place.of_input, place.dim, len(place.value.shape))
             what = f"{type(layer).__name__}({layer.num_features}){', its bias went' if gone else ''}"
             rows[path] = LayerReport(path, "inserted", what)
         if made:
-            rows |= _regularization(model, dropout)
+            rows |= _regularization(model, dropout, identity is not None)
     for path, reason in why.items():
         rows[path] = LayerReport(path, "left alone", why=reason)
     for path, reason in dropping.items() if made else ():
@@ -140,6 +161,8 @@ class _Choice:
         if isinstance(where, (str, type)):
             where = [where]
         if not isinstance(where, Iterable):
+            if not callable(where):
+                raise ValueError(f"where takes names, classes or a function of name and module, got {where!r}")
             return cls((), (), _of_name_and_module(where))
         names, kinds = [], []
         for each in where:
@@ -174,6 +197,9 @@ class _Choice:
                 )
             if name in why:
                 raise ValueError(f"{name} cannot have a layer: it {why[name]}")
+        if self.kinds and not taken and not self.names:
+            kinds = ", ".join(kind.__name__ for kind in self.kinds)
+            raise ValueError(f"where={kinds} takes none of: {', '.join(found) or 'none'}")
 
 
 def _of_name_and_module(predicate: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
@@ -193,6 +219,8 @@ def _reason(path: str, place: Place, modules: dict[str, nn.Module], chosen: _Cho
     taken = chosen.takes(path, module) or (follower in modules and chosen.takes(follower, modules[follower]))
     if not taken:
         return place.why or "where= leaves it out"
+    if path not in modules:
+        return place.why or "is no module of the model: a forward makes it, or has it in a list"
     if place.why and not (place.forced and place.value is not None and chosen.names_in_full(path)):
         return place.why
     why = obstacle(module)
@@ -210,6 +238,9 @@ def _reason(path: str, place: Place, modules: dict[str, nn.Module], chosen: _Cho
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"insert takes a torch.nn.Module, not {type(model).__name__}")
+    refuse_lazy(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is compiled by torch.jit: insert before it is scripted or traced")
     for path, module in model.named_modules():
         name = type(module).__name__
         if (
@@ -221,6 +252,8 @@ def _check_model(model: object) -> None:
                 f"{path or 'the model'} is wrapped in {name}, which would not synchronise new parameters: insert into "
                 "the module itself, then wrap it"
             )
+        if is_compiled(module):
+            raise ValueError(f"{path or 'the model'} is compiled: insert into the module itself, its _orig_mod")
 
 
 def _observed(
@@ -230,6 +263,7 @@ def _observed(
     given, named = detached((inputs, keywords))
     found: dict[str, Place] = {}
     functions = _Functions(model)
+    biases: dict[str, set[str | None]] = {}
     for training in (True, False):
         running = copy_of(model).train(training)
         functions.model = running
@@ -244,10 +278,14 @@ def _observed(
             )
             raise
         for place in places(seen):
+            biases.setdefault(place.path, set()).add(place.bias)
             known = found.get(place.path)
             if known is None or (not known.why and place.why):
                 found[place.path] = place
         seen.forget()
+    for path, place in found.items():  # one that is read elsewhere in the other mode stays
+        if len(biases[path]) > 1:
+            found[path] = replace(place, bias=None)
     dropping = {
         path: f"calls {' and '.join(names)} in its forward, which stays: take it out there"
         for path, names in functions.found.items()
@@ -292,7 +330,8 @@ def _layer(place: Place, module: nn.Module, options: dict[str, Any]) -> _BatchNo
     kind = layers.BatchNorm1d if place.dim == -1 else _RANKS.get(len(value.shape), layers.BatchNorm1d)
     own = next((each for each in module.parameters() if each.is_floating_point()), None)
     dtype = value.dtype if own is None else own.dtype
-    layer = kind(value.shape[place.dim], device=None if own is None else own.device, dtype=dtype, **options)
+    options = {"device": None if own is None else own.device, "dtype": dtype} | options
+    layer = kind(value.shape[place.dim], **options)
     return layer.train(module.training)
 
 
@@ -302,8 +341,11 @@ def _measure(
     taken: dict[str, Place],
     batches: Iterable[Any],
     forward: Forward | None,
-) -> None:
-    """Give the layers the statistics of what each will see, and the γ and β that undo its normalization."""
+) -> list[str]:
+    """Give the layers the statistics of what each will see, and the γ and β that undo its normalization.
+
+    Returns: the paths of those that were never called.
+    """
     collectors = {path: Collector() for path in made}
     modules = dict(model.named_modules())
     hooks = []
@@ -331,14 +373,18 @@ def _measure(
                         lambda _, args, returned, path=path: add(path, returned)
                     )
                 )
-        run_batches(model, batches, [], forward, end_batch)
+        with as_it_was(model):
+            run_batches(model, batches, [], forward, end_batch)
     finally:
         for hook in hooks:
             hook.remove()
+    never = [path for path in made if collectors[path].moments is None]
+    if made and len(never) == len(made):
+        raise ValueError("there were no batches in identity=, or they never came to a layer")
     for path, layer in made.items():
         moments = collectors[path].moments
         if moments is None:
-            raise ValueError(f"the batches of identity= never came to {path}")
+            continue
         if not layer.affine or layer.running_mean is None or layer.running_var is None:
             raise ValueError("identity= needs layers with weight, bias and running statistics: see options=")
         variance = moments.variance()
@@ -350,53 +396,62 @@ def _measure(
             layer.weight.copy_((layer.running_var.double() + layer.eps).sqrt())
             layer.bias.copy_(layer.running_mean)
         layer.set_num_batches_tracked(collectors[path].batches)
+    return never
 
 
 def _remove_bias(model: nn.Module, path: str, layer: _BatchNorm, place: Place, measured: bool) -> bool:
-    """Remove the bias of a module whose output is normalised, if nobody else has it; return whether it went."""
+    """Remove the bias of a module whose output is normalised, if only that adds it; return whether it went."""
     module = model.get_submodule(path)
     bias = module._parameters.get("bias")
-    if bias is None or place.of_input or bias.shape != (layer.num_features,) or not _adds_bias(module):
+    if bias is None or place.bias != f"{path}.bias".removeprefix(".") or bias.shape != (layer.num_features,):
+        return False
+    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):  # others may not know that it can be None
         return False
     holders = [each for each in model.modules() if any(own is bias for own in each._parameters.values())]
     if len(holders) > 1:
         return False
     if measured and layer.running_mean is not None:
-        layer.running_mean.copy_(
-            (layer.running_mean.double() - bias.detach().double()).to(layer.running_mean)
-        )
+        layer.running_mean.copy_((layer.running_mean.double() - bias.detach().double()).to(layer.running_mean))
     module.register_parameter("bias", None)
     return True
 
 
-def _adds_bias(module: nn.Module) -> bool:
-    """Whether its bias is a term of its output, and may be None."""
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+def _regularization(model: nn.Module, dropout: str | float, keeps: bool) -> dict[str, LayerReport]:
+    """Remove or weaken dropout, and remove local response normalization, but for what attention and recurrence have.
 
-
-def _regularization(model: nn.Module, dropout: str | float) -> dict[str, LayerReport]:
-    """Remove or weaken dropout, and remove local response normalization, but for what attention and recurrence have."""
+    keeps: whether the model must compute what it did, so that what is no identity in evaluation stays.
+    """
     rows: dict[str, LayerReport] = {}
     apart = [
         path
         for path, module in model.named_modules()
         if "Attention" in type(module).__name__ or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
     ]
+    gone: set[nn.Module] = set()
     for path, module in model.named_modules():
         kind = type(module).__name__
         if any(path.startswith(f"{each}.") for each in apart if each):
             continue
         if isinstance(module, _DROPOUT) and module.p and dropout != "keep":
-            if dropout == "drop":
+            if not type(module).__module__.startswith("torch.nn."):
+                rows[path] = LayerReport(path, "left alone", why=f"{kind} has a forward of its own")
+            elif dropout == "drop":
                 rows[path] = LayerReport(path, "removed", kind)
-            else:
+                gone.add(module)
+            elif module.p > float(dropout):
                 rows[path] = LayerReport(path, "weakened", kind, f"{module.p:g} to {float(dropout):g}")
                 module.p = float(dropout)
+        elif isinstance(module, _RESPONSE) and keeps:
+            why = f"{kind} stays: identity= keeps what the model computes"
+            rows[path] = LayerReport(path, "left alone", why=why)
         elif isinstance(module, _RESPONSE):
             rows[path] = LayerReport(path, "removed", kind)
-    gone = {model.get_submodule(path) for path, row in rows.items() if row.outcome == "removed"}
+            gone.add(module)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in gone:
-                parent._modules[name] = nn.Identity().train(child.training)
+                identity = nn.Identity().train(child.training)
+                if isinstance(child, _DROPOUT):
+                    identity.p = 0.0  # type: ignore[assignment]  # which a forward may read
+                parent._modules[name] = identity
     return rows

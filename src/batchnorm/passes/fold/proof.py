@@ -6,14 +6,13 @@ import contextlib
 import copy
 import math
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from batchnorm.graph.observation import as_it_was
+from batchnorm.graph.observation import as_it_was, tensors_of
 
 _REPEATED = 1e-6  # of the largest output: what two runs of a model may differ by
 
@@ -99,24 +98,6 @@ def outputs(model: nn.Module, inputs: Any, keywords: Any) -> list[Tensor]:
         torch.manual_seed(0)
         returned = model(*copy.deepcopy(inputs), **copy.deepcopy(keywords))
     return [each.detach() for each in tensors_of(returned)]
-
-
-def tensors_of(returned: Any) -> list[Tensor]:
-    """The tensors in what a model returns: in containers, and in the attributes of objects."""
-    found, seen = [], set()
-    waiting = [returned]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, Tensor):
-            found.append(each)
-        elif id(each) not in seen:
-            seen.add(id(each))
-            leaves = tree_leaves(each)
-            if leaves != [each]:
-                waiting += reversed(leaves)
-            elif hasattr(each, "__dict__") and not isinstance(each, type | nn.Module | FunctionType):
-                waiting += reversed(list(vars(each).values()))
-    return found
 
 
 def random_like(given: Any) -> Any:
