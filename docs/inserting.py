@@ -50,9 +50,9 @@ behind an average over all positions. GoogLeNet's own layers are taken out first
 noisy digit are ink (binary cross entropy), the encoder–decoder to make the digit again from 32 numbers (squared error);
 all others classify.
 
-What stays: the last layer, which is not normalised, sets a limit to the rate, at 1.5 and 9 for the encoder–decoder's; in
-batches of 16 the moments of VGG's last maps of one pixel are noisy; and 200 steps are few for AlexNet, SqueezeNet and VGG, which
-as they are hardly leave the constant output at any rate.
+What stays: the last layer, which is not normalised, sets a limit to the rate, at 1.5 and 9 for the encoder–decoder's;
+in batches of 16 the moments of VGG's last maps of one pixel are noisy; and 200 steps are few for AlexNet, SqueezeNet
+and VGG, which as they are hardly leave the constant output at any rate.
 """
 
 

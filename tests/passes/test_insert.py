@@ -495,7 +495,8 @@ class ReadsBias(nn.Module):
         if self.kind == "functional too":
             return self.head(y.relu()), F.conv2d(x, self.conv.weight, self.conv.bias)
         if self.kind == "read":
-            y = y + self.conv.bias.view(1, -1, 1, 1)
+            bias: Any = self.conv.bias
+            y = y + bias.view(1, -1, 1, 1)
         return self.head(y.relu())
 
 
@@ -506,7 +507,8 @@ class Scaled(nn.Conv2d):
 
 class Equalized(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(x, self.weight * 0.5, self.bias * 0.1)
+        bias: Any = self.bias
+        return F.conv2d(x, self.weight * 0.5, bias * 0.1)
 
 
 class Padded(nn.Conv2d):
@@ -640,7 +642,7 @@ class AttentionUNet(nn.Module):
 
 
 class Result:
-    pass
+    mask: torch.Tensor
 
 
 def test_outputs_in_an_object_are_outputs():
@@ -686,8 +688,9 @@ def test_parts_that_only_training_calls_are_left_alone_with_identity():
 
 
 def test_it_works_in_inference_mode_and_with_one_batch():
+    model = Functional()
     with torch.inference_mode():
-        model, _ = insert(Functional(), X, identity=X)
+        model, _ = insert(model, X, identity=X)
     model.train()(X).sum().backward()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from batchnorm.passes.export import write_onnx
 from batchnorm.passes.fold import fold
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+_PAUSE = 0.03  # seconds
 
 
 def cases(options: Options) -> list[Case]:
@@ -58,8 +60,12 @@ def _network(name: str, batch: int, options: Options) -> Iterator[Comparison]:
         sample = time_calls("evaluation", call, comparison.calls)
 
         def after_a_call() -> Sample:
-            call()  # not timed: the threads of the candidate before still wait in loops, on the same cores
-            return sample()
+            # not timed: the threads of the candidate before still wait in loops, on the same cores
+            until = time.perf_counter() + _PAUSE
+            while True:
+                call()
+                if time.perf_counter() > until:
+                    return sample()
 
         comparison.candidates[candidate] = after_a_call
 

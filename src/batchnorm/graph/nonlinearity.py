@@ -46,12 +46,13 @@ _PASSED = (
     LAYOUT
     | SUMS
     | _aten(
-        "cat stack roll flip sum repeat gather scatter scatter_add index_add index index_select constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
-        "replication_pad1d replication_pad2d replication_pad3d native_dropout mean avg_pool1d avg_pool2d avg_pool3d "
-        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d max_pool2d_with_indices max_pool3d_with_indices "
-        "adaptive_max_pool2d adaptive_max_pool3d amax upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-        "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
-        "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle _to_copy copy neg"
+        "cat stack roll flip sum repeat gather scatter scatter_add index_add index index_select constant_pad_nd "
+        "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+        "native_dropout mean amax avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d "
+        "_adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d "
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+        "upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa pixel_shuffle pixel_unshuffle channel_shuffle "
+        "native_channel_shuffle _to_copy copy neg"
     )
     | {REREAD}
 )
@@ -63,7 +64,8 @@ _MAKES_NEW = _aten(
 _DROPS = (nn.modules.dropout._DropoutNd, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _SOFTMAX = _aten("_softmax _safe_softmax") | {
-    f"aten.{name}" for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math")
+    f"aten.{name}"
+    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math")
 }
 _RANDOM = frozenset({"aten.randn", "aten.normal", "aten.randint"})  # noise that a generator begins with
 
@@ -153,7 +155,9 @@ class _Places:
                 return Place(call.path, why=f"is recurrent ({type(call.module).__name__})")
             if isinstance(call.module, nn.TransformerEncoderLayer):
                 why = "whose fast path reads its weight and does not call it"
-                return Place(home, why=f"is part of {call.path or 'the model'}, a {type(call.module).__name__}, {why}")
+                return Place(
+                    home, why=f"is part of {call.path or 'the model'}, a {type(call.module).__name__}, {why}"
+                )
             if _is_attention(call):
                 part = "" if call.path == home else f"is part of {call.path}, "
                 return Place(home, why=f"{part}{type(call.module).__name__}", forced=True)
@@ -165,7 +169,9 @@ class _Places:
         if linear in self._heads:
             return self._attached(linear, Place(home, why="makes an output of the model", forced=True))
         if linear not in self._before:
-            return self._attached(linear, Place(home, why="no nonlinearity that is known follows", forced=True))
+            return self._attached(
+                linear, Place(home, why="no nonlinearity that is known follows", forced=True)
+            )
         return self._attached(linear, Place(home))
 
     def _bias(self, linear: Operation, made: Value) -> str | None:
@@ -199,7 +205,9 @@ class _Places:
         if activation is not None and self._takes_one(activation):
             dim = self._dim(activation.given[0], linear, None)
             if dim is not None:
-                found = replace(place, path=activation.path, of_input=True, dim=dim, value=activation.given[0])
+                found = replace(
+                    place, path=activation.path, of_input=True, dim=dim, value=activation.given[0]
+                )
                 return self._once(activation, found)
         return Place(
             place.path,
@@ -270,7 +278,9 @@ class _Places:
         if operation.name in _PASSED:
             return True
         # by a number, a parameter, or a matrix that nobody has learned, as of a graph
-        of_one = operation.name in _SCALES or (operation.name in _PRODUCTS and operation not in self._products)
+        of_one = operation.name in _SCALES or (
+            operation.name in _PRODUCTS and operation not in self._products
+        )
         return of_one and sum(each in self._data for each in operation.reads) == 1
 
     def _norm_after(self, linear: Operation) -> str | None:

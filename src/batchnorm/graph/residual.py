@@ -13,7 +13,9 @@ from batchnorm.graph.nonlinearity import NONLINEAR
 from batchnorm.graph.observation import BATCH_NORM, LAYOUT, ModuleCall, Observation, Operation, Value
 
 _ADDS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_"})
-_BENDS = NONLINEAR | {f"aten.{name}" for name in ("max_pool2d_with_indices", "_softmax", "square", "pow", "exp")}
+_BENDS = NONLINEAR | {
+    f"aten.{name}" for name in ("max_pool2d_with_indices", "_softmax", "square", "pow", "exp")
+}
 # of zeros they make zeros, and hand a gradient on
 _KEEP_ZERO = LAYOUT | frozenset(
     {"aten.mul", "aten.mul_", "aten.div", "aten.div_", "aten.native_dropout", "aten.avg_pool2d", "aten.mean"}

@@ -126,7 +126,11 @@ class Average(nn.Module):
                 continue
             value = new[name].detach().to(tensor.device)
             exact = self.exact._buffers.get(_key(name))
-            if share == 1 or name not in parameters or not (tensor.is_floating_point() or tensor.is_complex()):
+            if (
+                share == 1
+                or name not in parameters
+                or not (tensor.is_floating_point() or tensor.is_complex())
+            ):
                 tensor.copy_(value)
                 if exact is not None:
                     exact.copy_(value)
@@ -169,7 +173,11 @@ class Average(nn.Module):
             exact = self.exact._buffers.get(_key(name))
             if parameter.dtype not in (torch.float16, torch.bfloat16):
                 self.exact._buffers.pop(_key(name), None)
-            elif exact is None or exact.dtype != torch.float32 or not torch.equal(exact.to(parameter), parameter):
+            elif (
+                exact is None
+                or exact.dtype != torch.float32
+                or not torch.equal(exact.to(parameter), parameter)
+            ):
                 self.exact.register_buffer(_key(name), parameter.detach().float())
 
     def _share(self) -> float:
@@ -206,13 +214,14 @@ def _inner(model: Any) -> nn.Module:
     """The model that is wrapped."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"average takes a torch.nn.Module, not {type(model).__name__}")
+    inner: nn.Module = model
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = inner.module
+        elif isinstance(inner, torch._dynamo.OptimizedModule):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

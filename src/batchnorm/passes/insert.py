@@ -73,8 +73,9 @@ def insert(
     Returns: `model` itself, and a Report: "inserted", "removed" or "weakened", or "left alone" and why.
 
     Raises:
+        TypeError: `model` is not a torch.nn.Module.
         ValueError: nothing of that name; a module named in full that cannot have a layer; a model in
-            DistributedDataParallel or compiled; no batches in `identity`. Nothing has been changed then.
+            DistributedDataParallel, compiled or lazy; no batches in `identity`. Nothing has been changed then.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -162,7 +163,9 @@ class _Choice:
             where = [where]
         if not isinstance(where, Iterable):
             if not callable(where):
-                raise ValueError(f"where takes names, classes or a function of name and module, got {where!r}")
+                raise ValueError(
+                    f"where takes names, classes or a function of name and module, got {where!r}"
+                )
             return cls((), (), _of_name_and_module(where))
         names, kinds = [], []
         for each in where:
@@ -253,7 +256,9 @@ def _check_model(model: object) -> None:
                 "the module itself, then wrap it"
             )
         if is_compiled(module):
-            raise ValueError(f"{path or 'the model'} is compiled: insert into the module itself, its _orig_mod")
+            raise ValueError(
+                f"{path or 'the model'} is compiled: insert into the module itself, its _orig_mod"
+            )
 
 
 def _observed(
@@ -349,8 +354,11 @@ def _measure(
     collectors = {path: Collector() for path in made}
     modules = dict(model.named_modules())
     hooks = []
+    seen = 0
 
     def end_batch() -> None:
+        nonlocal seen
+        seen += 1
         for collector in collectors.values():
             collector.end_batch()
 
@@ -378,9 +386,9 @@ def _measure(
     finally:
         for hook in hooks:
             hook.remove()
+    if not seen:
+        raise ValueError("there were no batches in identity=")
     never = [path for path in made if collectors[path].moments is None]
-    if made and len(never) == len(made):
-        raise ValueError("there were no batches in identity=, or they never came to a layer")
     for path, layer in made.items():
         moments = collectors[path].moments
         if moments is None:
@@ -405,13 +413,17 @@ def _remove_bias(model: nn.Module, path: str, layer: _BatchNorm, place: Place, m
     bias = module._parameters.get("bias")
     if bias is None or place.bias != f"{path}.bias".removeprefix(".") or bias.shape != (layer.num_features,):
         return False
-    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):  # others may not know that it can be None
+    if not isinstance(
+        module, (nn.Linear, nn.modules.conv._ConvNd)
+    ):  # others may not know that it can be None
         return False
     holders = [each for each in model.modules() if any(own is bias for own in each._parameters.values())]
     if len(holders) > 1:
         return False
     if measured and layer.running_mean is not None:
-        layer.running_mean.copy_((layer.running_mean.double() - bias.detach().double()).to(layer.running_mean))
+        layer.running_mean.copy_(
+            (layer.running_mean.double() - bias.detach().double()).to(layer.running_mean)
+        )
     module.register_parameter("bias", None)
     return True
 

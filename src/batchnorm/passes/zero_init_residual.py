@@ -22,8 +22,8 @@ def zero_init_residual(model: Model, *inputs: Any, **keywords: Any) -> tuple[Mod
     For a new network, before it is trained: deep ones are easier to train then, above all with large batches (Goyal et
     al. 2017, section 5.1). It is the option of that name of torchvision's ResNets and `zero_init_last` of timm's, for
     any network: the branches are found by running it on example inputs, on a copy, in evaluation mode. A shortcut that
-    has a normalization of its own keeps its γ; so does a layer whose γ would get no gradient at zero, which is tried: one
-    with ReLU behind it, or a factor that is 0 itself.
+    has a normalization of its own keeps its γ; so does a layer whose γ would get no gradient at zero, which is tried:
+    one with ReLU behind it, or a factor that is 0 itself.
 
     Args:
         model: any module with batch normalization of torch, timm or ours.
@@ -31,6 +31,10 @@ def zero_init_residual(model: Model, *inputs: Any, **keywords: Any) -> tuple[Mod
         keywords: further inputs, by name.
 
     Returns: `model` itself, and a Report: "zeroed", or "left alone" and why.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: it has lazy layers. What its forward raises is passed on; then nothing has been changed.
 
     Example:
         >>> import torch, torchvision, batchnorm as bn
@@ -61,11 +65,13 @@ def zero_init_residual(model: Model, *inputs: Any, **keywords: Any) -> tuple[Mod
             why[path] = "has no weight of its own (affine=False, or frozen)"
         elif not weight.requires_grad:
             why[path] = "is frozen: its weight requires no gradient, and would stay 0"
+        elif sum(weight is each for one in running.modules() for each in one._parameters.values()) > 1:
+            why[path] = "has a weight that is another layer's too"
         else:
             found[path] = weight
     for path in _without_gradient(running, given, named, found):
         del found[path]
-        why[path] = "would get no gradient at 0: something behind it is 0 then too, or its weight is another layer's"
+        why[path] = "would get no gradient at 0, as something behind it is 0 then too"
     with torch.no_grad():
         for path in found:
             cast(Tensor, model.get_submodule(path).weight).zero_()
