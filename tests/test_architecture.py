@@ -22,7 +22,7 @@ LADDER = (
     ("bridges", "graph", "lazy_layers"),
     ("calibrate",),
     ("passes",),
-    ("data", "models"),
+    ("data", "diagnostics", "models"),
     ("training",),
     ("bench", "experiments"),
     ("cli",),

@@ -707,14 +707,14 @@ def test_lazy_layers_are_named():
 MUTATIONS = [
     Mutation(
         "insert: the bias stays in the running mean",
-        "passes/insert.py",
+        "passes/insert/inserted.py",
         "    if measured and layer.running_mean is not None:",
         "    if False:",
         "evaluation would be off by the bias",
     ),
     Mutation(
         "insert: γ forgets eps",
-        "passes/insert.py",
+        "passes/insert/identity.py",
         "(layer.running_var.double() + layer.eps).sqrt()",
         "layer.running_var.double().sqrt()",
         "outputs would change by eps / 2σ²",

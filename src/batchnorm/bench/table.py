@@ -29,8 +29,8 @@ BASELINES = {"torch": "torch", "compile": "torch.compile"}
 
 FOLDED = (
     "folded is bn.fold's network, packed the one with pack=True; fx torch.fx's fuse; ORT ONNX Runtime of what "
-    "bn.export wrote, torch's of what torch.onnx.export did. Before each call that is timed come 30 ms of calls that are "
-    "not."
+    "bn.export wrote, torch's of what torch.onnx.export did. Before each call that is timed come 30 ms of calls that "
+    "are not."
 )
 
 NOTE = (

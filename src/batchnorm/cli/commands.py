@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import deployment, evaluate, insert, merge, population, predict, train
+from batchnorm.cli import deployment, evaluate, insert, merge, population_statistics, predict, train
 from batchnorm.cli.lazy import lazy_app
 from batchnorm.cli.terminal import Failure
 
@@ -52,7 +52,9 @@ app.add_typer(
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("predict", epilog=predict.EPILOG, no_args_is_help=True)(predict.predict)
 app.command("insert", epilog=insert.EPILOG, no_args_is_help=True)(insert.insert)
-app.command("population", epilog=population.EPILOG, no_args_is_help=True)(population.population)
+app.command("population", epilog=population_statistics.EPILOG, no_args_is_help=True)(
+    population_statistics.population
+)
 app.command("merge", epilog=merge.EPILOG, no_args_is_help=True)(merge.merge)
 app.command("fold", epilog=deployment.FOLD_EPILOG, no_args_is_help=True)(deployment.fold)
 app.command("export", epilog=deployment.EXPORT_EPILOG, no_args_is_help=True)(deployment.export)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from batchnorm.cli import named_model, state_file
-from batchnorm.cli.images import Batches
+from batchnorm.cli.image_batches import Batches
 from batchnorm.cli.layers_table import show_layers
 from batchnorm.cli.named_model import (
     DtypeOption,

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import fnmatch
-import inspect
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from batchnorm import layers
-from batchnorm.calibrate.batches import Forward, run_batches
-from batchnorm.calibrate.collecting import Collector
+from batchnorm.calibrate.batches import Forward
 from batchnorm.graph.modules import is_compiled, refuse_lazy
 from batchnorm.graph.nonlinearity import Place, places, recurrent
 from batchnorm.graph.normalized import normalize, obstacle
-from batchnorm.graph.observation import as_it_was, observe
+from batchnorm.graph.observation import observe
 from batchnorm.layers import _BatchNorm
 from batchnorm.passes.fold.proof import copy_of, detached
+from batchnorm.passes.insert.dropout import regularization
+from batchnorm.passes.insert.functional_calls import FunctionalCalls
+from batchnorm.passes.insert.identity import measure
+from batchnorm.passes.insert.where import Choice, Where
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
 
 Model = TypeVar("Model", bound=nn.Module)
-Where = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[..., bool] | None
 
 _RANKS = {3: layers.BatchNorm1d, 4: layers.BatchNorm2d, 5: layers.BatchNorm3d}
-_DROPOUT = nn.modules.dropout._DropoutNd
-_RESPONSE = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 def insert(
@@ -107,7 +102,7 @@ def _insert(
         raise ValueError(f'dropout must be "drop", "keep" or a probability below 1, got {dropout!r}')
     found, dropping = _observed(model, inputs, keywords)
     modules = dict(model.named_modules())
-    chosen = _Choice.of(where)
+    chosen = Choice.of(where)
     taken: dict[str, Place] = {}
     why: dict[str, str] = {}
     for path, place in found.items():
@@ -120,7 +115,7 @@ def _insert(
     made = {path: _layer(place, modules[path], options) for path, place in taken.items()}
     if identity is not None:
         batches = [identity] if isinstance(identity, Tensor) else identity
-        for path in _measure(model, made, taken, batches, forward):
+        for path in measure(model, made, taken, batches, forward):
             del made[path], taken[path]
             why[path] = "is not called in evaluation, where the batches of identity= are measured"
     rows: dict[str, LayerReport] = {}
@@ -133,7 +128,7 @@ def _insert(
             what = f"{type(layer).__name__}({layer.num_features}){', its bias went' if gone else ''}"
             rows[path] = LayerReport(path, "inserted", what)
         if made:
-            rows |= _regularization(model, dropout, identity is not None)
+            rows |= regularization(model, dropout, identity is not None)
     for path, reason in why.items():
         rows[path] = LayerReport(path, "left alone", why=reason)
     for path, reason in dropping.items() if made else ():
@@ -144,78 +139,7 @@ def _insert(
     return model, Report(tuple(sorted(rows.values(), key=lambda row: order.get(row.name, len(order)))))
 
 
-class _Choice:
-    """Which places `where` takes."""
-
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        kinds: tuple[type, ...],
-        predicate: Callable[[str, nn.Module], bool] | None,
-    ) -> None:
-        self.names, self.kinds, self.predicate = names, kinds, predicate
-
-    @classmethod
-    def of(cls, where: Where) -> _Choice:
-        if where is None:
-            return cls((), (), lambda name, module: True)
-        if isinstance(where, (str, type)):
-            where = [where]
-        if not isinstance(where, Iterable):
-            if not callable(where):
-                raise ValueError(
-                    f"where takes names, classes or a function of name and module, got {where!r}"
-                )
-            return cls((), (), _of_name_and_module(where))
-        names, kinds = [], []
-        for each in where:
-            if isinstance(each, str):
-                names.append(each)
-            elif isinstance(each, type):
-                kinds.append(each)
-            else:
-                raise ValueError(f"where takes names, classes or a function of name and module, got {each!r}")
-        return cls(tuple(names), tuple(kinds), None)
-
-    def takes(self, path: str, module: nn.Module) -> bool:
-        if self.predicate is not None:
-            return bool(self.predicate(path, module))
-        return isinstance(module, self.kinds) or any(self._matches(name, path) for name in self.names)
-
-    def names_in_full(self, path: str) -> bool:
-        return path in self.names
-
-    @staticmethod
-    def _matches(name: str, path: str) -> bool:
-        return path == name or path.startswith(f"{name}.") or fnmatch.fnmatchcase(path, name) or not name
-
-    def check(self, taken: dict[str, Place], found: dict[str, Place], why: dict[str, str]) -> None:
-        """Raise ValueError for a name of nothing, or of what cannot have a layer."""
-        for name in self.names:
-            followers = [place.nonlinearity for place in found.values() if place.nonlinearity]
-            if not any(self._matches(name, path) for path in (*found, *followers)):
-                raise ValueError(
-                    f"where={name!r} is no module with a linear operation that was called; these are: "
-                    f"{', '.join(found) or 'none'}"
-                )
-            if name in why:
-                raise ValueError(f"{name} cannot have a layer: it {why[name]}")
-        if self.kinds and not taken and not self.names:
-            kinds = ", ".join(kind.__name__ for kind in self.kinds)
-            raise ValueError(f"where={kinds} takes none of: {', '.join(found) or 'none'}")
-
-
-def _of_name_and_module(predicate: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
-    try:
-        arguments = inspect.signature(predicate).parameters.values()
-    except (TypeError, ValueError):  # of something in C
-        return predicate
-    if sum(each.default is each.empty for each in arguments) == 1:
-        return lambda name, module: predicate(module)
-    return predicate
-
-
-def _reason(path: str, place: Place, modules: dict[str, nn.Module], chosen: _Choice) -> str | None:
+def _reason(path: str, place: Place, modules: dict[str, nn.Module], chosen: Choice) -> str | None:
     """Why there is to be no layer, or None."""
     module = modules.get(path, modules[""])
     follower = place.nonlinearity
@@ -267,7 +191,7 @@ def _observed(
     """The places by path, of both modes; and what is dropped in a forward by a function, which stays."""
     given, named = detached((inputs, keywords))
     found: dict[str, Place] = {}
-    functions = _Functions(model)
+    functions = FunctionalCalls(model)
     biases: dict[str, set[str | None]] = {}
     for training in (True, False):
         running = copy_of(model).train(training)
@@ -298,36 +222,6 @@ def _observed(
     return found, dropping
 
 
-class _Functions(TorchFunctionMode):
-    """Sees calls of torch.nn.functional.dropout and the like from forwards, which no module stands for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.found: dict[
-            str, dict[str, None]
-        ] = {}  # names of functions, by the path of the module that calls them
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if getattr(F, name, None) is function and ("dropout" in name or name == "local_response_norm"):
-            self._add(name, args, kwargs or {})
-        return function(*args, **(kwargs or {}))
-
-    def _add(self, name: str, args: Any, kwargs: Any) -> None:
-        given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
-        if "dropout" in name and (not given.get("training", True) or not given.get("p", 0.5)):
-            return
-        frame = sys._getframe(2)
-        while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
-            frame = cast(Any, frame.f_back)
-        module = None if frame is None else frame.f_locals["self"]
-        if isinstance(module, (_DROPOUT, *_RESPONSE)):
-            return
-        path = next((path for path, each in self.model.named_modules() if each is module), "")
-        self.found.setdefault(path, {})[name] = None
-
-
 def _layer(place: Place, module: nn.Module, options: dict[str, Any]) -> _BatchNorm:
     """The layer for a place, with γ = 1 and β = 0."""
     value = place.value
@@ -338,73 +232,6 @@ def _layer(place: Place, module: nn.Module, options: dict[str, Any]) -> _BatchNo
     options = {"device": None if own is None else own.device, "dtype": dtype} | options
     layer = kind(value.shape[place.dim], **options)
     return layer.train(module.training)
-
-
-def _measure(
-    model: nn.Module,
-    made: dict[str, _BatchNorm],
-    taken: dict[str, Place],
-    batches: Iterable[Any],
-    forward: Forward | None,
-) -> list[str]:
-    """Give the layers the statistics of what each will see, and the γ and β that undo its normalization.
-
-    Returns: the paths of those that were never called.
-    """
-    collectors = {path: Collector() for path in made}
-    modules = dict(model.named_modules())
-    hooks = []
-    seen = 0
-
-    def end_batch() -> None:
-        nonlocal seen
-        seen += 1
-        for collector in collectors.values():
-            collector.end_batch()
-
-    def add(path: str, value: Tensor) -> None:
-        x = value.detach()
-        collectors[path].add(x.flatten(0, -2) if taken[path].dim == -1 else x, None)
-
-    try:
-        for path in made:
-            if taken[path].of_input:
-                hooks.append(
-                    modules[path].register_forward_pre_hook(
-                        lambda _, args, kwargs, path=path: add(path, (*args, *kwargs.values())[0]),
-                        with_kwargs=True,
-                    )
-                )
-            else:
-                hooks.append(
-                    modules[path].register_forward_hook(
-                        lambda _, args, returned, path=path: add(path, returned)
-                    )
-                )
-        with as_it_was(model):
-            run_batches(model, batches, [], forward, end_batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not seen:
-        raise ValueError("there were no batches in identity=")
-    never = [path for path in made if collectors[path].moments is None]
-    for path, layer in made.items():
-        moments = collectors[path].moments
-        if moments is None:
-            continue
-        if not layer.affine or layer.running_mean is None or layer.running_var is None:
-            raise ValueError("identity= needs layers with weight, bias and running statistics: see options=")
-        variance = moments.variance()
-        if not bool((moments.mean + variance).isfinite().all()):
-            raise ValueError(f"what comes to {path} is not finite in the batches of identity=")
-        with torch.no_grad():
-            layer.running_mean.copy_(moments.mean)
-            layer.running_var.copy_(variance)
-            layer.weight.copy_((layer.running_var.double() + layer.eps).sqrt())
-            layer.bias.copy_(layer.running_mean)
-        layer.set_num_batches_tracked(collectors[path].batches)
-    return never
 
 
 def _remove_bias(model: nn.Module, path: str, layer: _BatchNorm, place: Place, measured: bool) -> bool:
@@ -426,44 +253,3 @@ def _remove_bias(model: nn.Module, path: str, layer: _BatchNorm, place: Place, m
         )
     module.register_parameter("bias", None)
     return True
-
-
-def _regularization(model: nn.Module, dropout: str | float, keeps: bool) -> dict[str, LayerReport]:
-    """Remove or weaken dropout, and remove local response normalization, but for what attention and recurrence have.
-
-    keeps: whether the model must compute what it did, so that what is no identity in evaluation stays.
-    """
-    rows: dict[str, LayerReport] = {}
-    apart = [
-        path
-        for path, module in model.named_modules()
-        if "Attention" in type(module).__name__ or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-    ]
-    gone: set[nn.Module] = set()
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if any(path.startswith(f"{each}.") for each in apart if each):
-            continue
-        if isinstance(module, _DROPOUT) and module.p and dropout != "keep":
-            if not type(module).__module__.startswith("torch.nn."):
-                rows[path] = LayerReport(path, "left alone", why=f"{kind} has a forward of its own")
-            elif dropout == "drop":
-                rows[path] = LayerReport(path, "removed", kind)
-                gone.add(module)
-            elif module.p > float(dropout):
-                rows[path] = LayerReport(path, "weakened", kind, f"{module.p:g} to {float(dropout):g}")
-                module.p = float(dropout)
-        elif isinstance(module, _RESPONSE) and keeps:
-            why = f"{kind} stays: identity= keeps what the model computes"
-            rows[path] = LayerReport(path, "left alone", why=why)
-        elif isinstance(module, _RESPONSE):
-            rows[path] = LayerReport(path, "removed", kind)
-            gone.add(module)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in gone:
-                identity = nn.Identity().train(child.training)
-                if isinstance(child, _DROPOUT):
-                    identity.p = 0.0  # type: ignore[assignment]  # which a forward may read
-                parent._modules[name] = identity
-    return rows

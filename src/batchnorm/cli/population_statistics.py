@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from batchnorm.cli import named_model, state_file
-from batchnorm.cli.images import (
+from batchnorm.cli.image_batches import (
     Batches,
     BatchSizeOption,
     DataOption,
