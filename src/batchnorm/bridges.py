@@ -196,7 +196,11 @@ def write(library: str, layer: nn.Module) -> tuple[dict[str, Any], dict[str, Any
     }
     settings: dict[str, Any] = {}
     if known.momentum is not None:
-        momentum = 1.0 if layer.momentum is None else layer.momentum
+        momentum = layer.momentum
+        if momentum is None:
+            raise ValueError(
+                f"momentum=None is an average of all batches, which {library} does not have: set a number"
+            )
         settings[known.calls_momentum] = round(1 - momentum, 12) if known.keeps else momentum
     settings[known.calls_eps] = layer.eps
     if library == "inplace_abn":

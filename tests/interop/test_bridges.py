@@ -192,6 +192,8 @@ def test_what_cannot_be_written_is_refused():
         bridges.write("inplace_abn", negative)
     with pytest.raises(ValueError, match="running statistics"):
         bridges.write("keras", nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="average of all batches"):
+        bridges.write("keras", nn.BatchNorm2d(3, momentum=None))
     with pytest.raises(ValueError, match="not Linear"):
         bridges.write("keras", nn.Linear(3, 3))
 

@@ -199,6 +199,15 @@ def test_an_average_may_be_cast_and_loaded():
     assert ours.module.weight.float().mean() > 4.9
 
 
+def test_frozen_layers_need_no_measuring():
+    net, _ = bn.freeze(bn.upgrade(model())[0])
+    ours = average(net, 0.9, statistics="measured")
+    net[1].running_mean.fill_(3.0)
+    ours.update_parameters(net)
+    ours(torch.randn(2, 3, 6, 6))
+    assert bool((ours.module[1].running_mean == 3).all())
+
+
 MUTATIONS = [
     Mutation(
         "average: variances are averaged alone",

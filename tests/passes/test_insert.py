@@ -704,6 +704,44 @@ def test_lazy_layers_are_named():
         insert(Functional(), X, where=nn.Conv3d)
 
 
+def test_a_nonlinearity_that_is_named_in_full():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+    _, report = insert(copy.deepcopy(net), torch.randn(8, 4), where="1")
+    assert inserted(report) == ["0"]
+    net[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="0 cannot have a layer: it has hooks"):
+        insert(net, torch.randn(8, 4), where="1")
+
+
+def test_one_sample_is_no_identity():
+    with pytest.raises(ValueError, match="saw one value per channel in identity="):
+        insert(
+            nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
+            torch.randn(8, 4),
+            identity=torch.randn(1, 4),
+        )
+
+
+def test_identity_by_samples_without_a_batch():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3)).eval()
+    images = [X[0], X[1]]
+    before = [net(each) for each in images]
+    whole = F.conv2d(X[:2], net[0].weight)  # type: ignore[arg-type]
+    model, _ = insert(net, X, identity=images)
+    for each, expected in zip(images, before, strict=True):
+        torch.testing.assert_close(model.eval()(each), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[0].norm.running_mean, whole.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_dropout_of_attention_stays_and_is_named():
+    x = torch.randn(4, 5, 16)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, report = insert(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), encoder, nn.Linear(16, 2)), x)
+    assert inserted(report) == ["0"] and isinstance(model[2].dropout, nn.Dropout)
+    assert report["2.dropout"].why == "is part of 2"
+
+
 MUTATIONS = [
     Mutation(
         "insert: the bias stays in the running mean",

@@ -86,3 +86,16 @@ def test_the_scales_can_be_a_group_of_their_own():
     groups = {each["name"]: each for each in bn.param_groups(model, 1e-4, scales=1e-3)}
     assert {id(p) for p in groups["scales"]["params"]} == {id(model[1].weight), id(model[2].weight)}
     assert groups["scales"]["weight_decay"] == 1e-3 and len(groups["normalization"]["params"]) == 2
+
+
+def test_biases_of_recurrent_layers_and_attention_and_norms_with_an_activation():
+    import timm
+
+    norm = timm.layers.FilterResponseNormAct2d(4)  # type: ignore[attr-defined]
+    model = nn.ModuleList([nn.LSTM(4, 4), nn.MultiheadAttention(4, 2), norm])
+    groups = {each["name"]: {id(p) for p in each["params"]} for each in bn.param_groups(model, 1e-4)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("bias" in names[each] for each in groups["biases"]) and len(groups["biases"]) == 4
+    assert {names[each] for each in groups["weights"]} == {
+        "0.weight_ih_l0", "0.weight_hh_l0", "1.in_proj_weight", "1.out_proj.weight",
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from batchnorm.cli import named_model, state_file
-from batchnorm.cli.image_batches import Batches
+from batchnorm.cli.image_batches import Batches, MeanOption, SizeOption, StdOption
 from batchnorm.cli.layers_table import show_layers
 from batchnorm.cli.named_model import (
     DtypeOption,
@@ -54,6 +54,9 @@ def insert(
     ] = None,
     images: Annotated[int, typer.Option(min=2, help="How many images of --data.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=2, help="Images in a batch of --data.")] = 50,
+    size: SizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     settings: SetOption = None,
     inputs: InputOption = None,
     dtype: DtypeOption = "float32",
@@ -74,9 +77,9 @@ def insert(
     console = Console(stderr=True)
     named = named_model.find(model, weights, settings or (), inputs or (), dtype)
     given = [_several(each) for each in named.inputs]
-    with as_failure(ValueError):
+    with as_failure(ValueError, RuntimeError):
         chosen: Any = dropout if dropout in ("drop", "keep") else _probability(dropout)
-        batches = None if data is None else Batches(named, data, images, batch_size, None, None, None)
+        batches = None if data is None else Batches(named, data, images, batch_size, size, mean, std)
         with console.status("running the network"):
             changed, report = insert_layers(
                 named.model, *given, where=where, dropout=chosen, identity=batches

@@ -104,7 +104,7 @@ def find(
             load(model, weights, None, "--weights")
     model = model.to(getattr(torch, dtype)).eval()
     inputs = tuple(_images(each, dtype) for each in shapes) or _examples(name, model, size, channels, dtype)
-    if size is None and hasattr(inputs[0], "dim") and inputs[0].dim() == 4:
+    if (size is None or shapes) and hasattr(inputs[0], "dim") and inputs[0].dim() == 4:
         size = inputs[0].shape[-1]
     if hasattr(inputs[0], "dim") and inputs[0].dim() == 4:
         channels = inputs[0].shape[1]
@@ -175,6 +175,8 @@ def _torchvision_s(name: str, options: dict[str, Any]) -> _Made:
     transform = best[0].transforms() if best else None
     size = getattr(transform, "crop_size", None)
     mean, std = (tuple(getattr(transform, each, None) or (0.5,)) for each in ("mean", "std"))
+    if "detection" in str(models.get_model_builder(name).__module__):
+        mean, std = (0.0,), (1.0,)  # it normalises images itself
     return _Made(model, size[0] if isinstance(size, list) else size, 3, mean, std)
 
 
@@ -185,6 +187,7 @@ def _timm_s(name: str, options: dict[str, Any]) -> _Made:
         raise Failure(f"timm has no {name}{_near(name, timm.list_models())}")
     model: Any = timm.create_model(name, pretrained=False, **options)
     channels, size, *_ = model.default_cfg.get("input_size", (3, 224, 224))
+    size = options.get("img_size", size)
     channels = options.get("in_chans", channels)
     mean, std = (tuple(model.default_cfg.get(each, (0.5,))) for each in ("mean", "std"))
     if len(mean) not in (1, channels):

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from batchnorm.kernels.call import Activation
 from batchnorm.layers import _BatchNorm
 
+_NORMS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMED = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 _MODULES: dict[str, type[nn.Module]] = {
@@ -41,6 +47,18 @@ def has_statistics(module: nn.Module) -> bool:
 def normalizes(module: nn.Module) -> bool:
     """Whether `module` normalizes, by a name or by running statistics, and so has a line in a report on all classes."""
     return is_normalization(module) or has_statistics(module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalization of any kind and library: LayerNorm2d, GroupNormAct, FrozenBatchNorm2d.
+
+    One with an activation in it is; a block with a convolution is not, nor a layer of normalised weights, nor local
+    response normalization, which has no parameters and no statistics.
+    """
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.LocalResponseNorm, nn.CrossMapLRN2d)):
+        return False
+    by_name = "Norm" in type(module).__name__ and not module._modules.keys() - {"act", "drop"}
+    return isinstance(module, _NORMS) or normalizes(module) or by_name
 
 
 def keeps_statistics(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from batchnorm.graph.modules import is_norm
 from batchnorm.graph.observation import BATCH_NORM, LAYOUT, REREAD, ModuleCall, Observation, Operation, Value
 from batchnorm.graph.sources import SUMS
 
@@ -64,8 +65,15 @@ _MAKES_NEW = _aten(
 _DROPS = (nn.modules.dropout._DropoutNd, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _SOFTMAX = _aten("_softmax _safe_softmax") | {
-    f"aten.{name}"
-    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math")
+    f"aten._scaled_dot_product_{name}"
+    for name in (
+        "flash_attention_for_cpu",
+        "attention_math",
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+    )
 }
 _RANDOM = frozenset({"aten.randn", "aten.normal", "aten.randint"})  # noise that a generator begins with
 
@@ -288,7 +296,7 @@ class _Places:
         by_input = {
             value: call.path or "the model"
             for call in self._seen.calls
-            if _is_norm(call.module)
+            if is_norm(call.module)
             for value in call.given
         }
         waiting, seen = list(linear.results), set()
@@ -312,7 +320,7 @@ class _Places:
 
     def _normalized(self) -> Iterator[tuple[str, Value]]:
         for call in self._seen.calls:
-            if _is_norm(call.module):
+            if is_norm(call.module):
                 yield from ((call.path, value) for value in call.returns)
         for operation in self._seen.operations:
             if operation.name in _NORMS and operation.results:
@@ -407,20 +415,17 @@ def _bias_of(linear: Operation) -> Value | None:
     return found if isinstance(found, Value) else None
 
 
+def is_named_attention(module: nn.Module) -> bool:
+    """Whether its class is called attention."""
+    return any(word in type(module).__name__ for word in ("Attention", "Attn"))
+
+
 def _is_attention(call: ModuleCall) -> bool:
     """By its class, or by a name with a softmax inside; a whole network may have the name too."""
     if isinstance(call.module, nn.MultiheadAttention):
         return True
-    named = "Attention" in type(call.module).__name__ or "Attn" in type(call.module).__name__
+    named = is_named_attention(call.module)
     return named and call.caller is not None and any(each.name in _SOFTMAX for each in call.operations)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether it normalises, whatever its class: LayerNorm2d, GroupNormAct, FrozenBatchNorm2d."""
-    name = type(module).__name__
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):  # of normalised weights
-        return False
-    return "Norm" in name and not isinstance(module, _DROPS) and not module._modules.keys() - {"act", "drop"}
 
 
 def _callers(call: ModuleCall | None) -> Iterator[ModuleCall]:

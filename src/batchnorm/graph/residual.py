@@ -1,7 +1,7 @@
 """Residual branches as they were seen: the normalization that a branch ends with, before it is added to its shortcut.
 
 A branch is the operand of a sum that has a nonlinearity between itself and a value that the other operand, its
-shortcut, comes from without one: F(x) beside x, or beside a projection of x.
+shortcut, comes from with none in between: F(x) beside x, or beside a projection of x.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from batchnorm.graph.observation import BATCH_NORM, LAYOUT, ModuleCall, Observat
 
 _ADDS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_"})
 _BENDS = NONLINEAR | {
-    f"aten.{name}" for name in ("max_pool2d_with_indices", "_softmax", "square", "pow", "exp")
+    f"aten.{name}{_}"
+    for name in ("max_pool2d_with_indices", "_softmax", "_safe_softmax", "square", "pow", "exp")
+    for _ in ("", "_")
 }
 # of zeros they make zeros, and hand a gradient on
 _KEEP_ZERO = LAYOUT | frozenset(
@@ -61,7 +63,7 @@ class _Ends:
         return list(calls)
 
     def _is_branch(self, branch: Value, shortcut: Value) -> bool:
-        """Whether `branch` comes through a nonlinearity from what the shortcut comes from without."""
+        """Whether `branch` comes through a nonlinearity from what the shortcut comes from with none."""
         beside = self._before(shortcut, straight=True)
         own = self._before(branch, straight=True)
         return bool(beside & (self._before(branch) - own)) and not own & (self._before(shortcut) - beside)

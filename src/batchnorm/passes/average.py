@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.graph.modules import has_statistics, refuse_lazy
-from batchnorm.passes.estimate import PopulationReport, population
+from batchnorm.passes.estimate import PopulationReport, measurable, population
 
 Statistics = Literal["copied", "averaged", "measured"]
 Decay = float | Callable[[int], float] | None
@@ -81,7 +81,7 @@ class Average(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training and not bool(self.is_measured):
+        if self.statistics == "measured" and not self.training and not bool(self.is_measured):
             raise RuntimeError(
                 'the running statistics are not yet those of the averaged weights (statistics="measured"): call '
                 "measure(batches) first"
@@ -118,11 +118,13 @@ class Average(nn.Module):
                 )
         share = self._share()
         self._keep_exact()
-        statistics = self._average_statistics(inner, share) if self.statistics == "averaged" else set()
+        statistics = (
+            self._average_statistics(inner, share) if self.statistics == "averaged" else self._measured()
+        )
         parameters = dict(self.module.named_parameters())
         averaged: list[tuple[Tensor, Tensor]] = []
         for name, tensor in own.items():
-            if name in statistics or (self.statistics == "measured" and _is_statistic(self.module, name)):
+            if name in statistics:
                 continue
             value = new[name].detach().to(tensor.device)
             exact = self.exact._buffers.get(_key(name))
@@ -142,7 +144,7 @@ class Average(nn.Module):
         if averaged:
             torch._foreach_lerp_([one for one, _ in averaged], [other for _, other in averaged], share)
         self.n_averaged += 1
-        if self.statistics == "measured" and any(map(has_statistics, self.module.modules())):
+        if statistics and self.statistics == "measured":
             self.is_measured.fill_(False)
 
     def measure(self, batches: Iterable[Any], **options: Any) -> PopulationReport:
@@ -166,6 +168,16 @@ class Average(nn.Module):
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}, statistics={self.statistics!r}"
+
+    def _measured(self) -> set[str]:
+        """The names of the statistics that `measure` will find; those of frozen layers, say, are copied."""
+        if self.statistics != "measured":
+            return set()
+        return {
+            f"{path}.{name}".removeprefix(".")
+            for path in measurable(self.module)
+            for name in ("running_mean", "running_var")
+        }
 
     def _keep_exact(self) -> None:
         """Have a float32 average of each parameter of less precision, also where one was cast or loaded since."""
@@ -226,11 +238,6 @@ def _inner(model: Any) -> nn.Module:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _is_statistic(model: nn.Module, name: str) -> bool:
-    path, _, own = name.rpartition(".")
-    return own in ("running_mean", "running_var") and has_statistics(model.get_submodule(path))
 
 
 def _key(name: str) -> str:

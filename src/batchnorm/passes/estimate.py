@@ -131,6 +131,7 @@ def population(
         )
     run = _Run(model, batches, estimator, forward, tolerance, group, sys.stderr if progress else None)
     saved = [SavedStatistics(layer) for layer in layers.values()]
+    random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         measured = run.sequence(layers) if sequential else run.together(layers)
         if not measured:
@@ -138,6 +139,9 @@ def population(
     except BaseException:
         for each in saved:
             each.restore()
+        torch.set_rng_state(random[0])
+        if random[1]:
+            torch.cuda.set_rng_state_all(random[1])
         raise
     reports = []
     for name, module in model.named_modules():
@@ -273,7 +277,10 @@ class _Run:
         finally:
             for hook in hooks:
                 hook.remove()
-        return called | {name: layer for name, layer in layers.items() if name not in called}
+        order = [*called, *(name for name in layers if name not in called)]
+        if dist.is_available() and dist.is_initialized():  # the ranks measure one layer at a time, together
+            dist.broadcast_object_list(order, group_src=0, group=self.group)
+        return {name: layers[name] for name in order}
 
     def _merged(
         self,
@@ -381,6 +388,11 @@ def _write(layer: _Layer, measured: _Measured) -> None:
         layer.take_over()
     elif layer.num_batches_tracked is not None:
         layer.num_batches_tracked.fill_(measured.batches)
+
+
+def measurable(model: nn.Module) -> list[str]:
+    """The paths of the layers that `population` measures."""
+    return list(_layers(model, frozen=False)[0])
 
 
 def _layers(model: nn.Module, frozen: bool) -> tuple[dict[str, _Layer], dict[str, str]]:

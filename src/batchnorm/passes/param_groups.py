@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from batchnorm.graph.modules import normalizes
-
-# by type; a parameter's shape or name says nothing: an embedding's may be 1-dimensional, a convolution be called "norm"
-_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+from batchnorm.graph.modules import is_norm
 
 
 def param_groups(
@@ -33,7 +29,7 @@ def param_groups(
         weight_decay: of all parameters but those of normalization layers and biases.
         normalization: the decay of weights and biases of normalization layers of any library: batch, layer, group,
             instance, RMS.
-        biases: that of the `bias` of other modules.
+        biases: that of the biases of other modules.
         scales: that of γ, the `weight` of normalization layers, as a group of its own, to be made sparse for pruning
             say; None: γ is in the group of normalization.
         options: of every group, as lr=0.1.
@@ -60,7 +56,7 @@ def param_groups(
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad:
                 continue
-            group = "normalization" if is_norm(module) else "biases" if name == "bias" else "weights"
+            group = "normalization" if is_norm(module) else "biases" if _is_bias(name) else "weights"
             if group == "normalization" and name == "weight" and scales is not None:
                 group = "scales"
             place = f"{path}.{name}".lstrip(".")
@@ -82,7 +78,6 @@ def param_groups(
     return [group for group in found if group["params"]]
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether this is a normalization layer of any kind and library."""
-    by_name = "Norm" in type(module).__name__ and not list(module.children())
-    return isinstance(module, _NORMS) or normalizes(module) or by_name
+def _is_bias(name: str) -> bool:
+    """Of torch's names: bias; bias_ih_l0 of recurrent layers, in_proj_bias and bias_k of attention."""
+    return name.startswith("bias") or name.endswith("bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from batchnorm.graph.nonlinearity import is_named_attention
 from batchnorm.passes.report import LayerReport
 
 DROPOUT = nn.modules.dropout._DropoutNd
@@ -16,15 +17,14 @@ def regularization(model: nn.Module, dropout: str | float, keeps: bool) -> dict[
     keeps: whether the model must compute what it did, so that what is no identity in evaluation stays.
     """
     rows: dict[str, LayerReport] = {}
-    apart = [
-        path
-        for path, module in model.named_modules()
-        if "Attention" in type(module).__name__ or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-    ]
+    apart = [path for path, module in model.named_modules() if path and _keeps_its_own(module)]
     gone: set[nn.Module] = set()
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if any(path.startswith(f"{each}.") for each in apart if each):
+        within = next((each for each in apart if path.startswith(f"{each}.")), None)
+        if within is not None:
+            if isinstance(module, DROPOUT) and module.p and dropout != "keep":
+                rows[path] = LayerReport(path, "left alone", why=f"is part of {within}")
             continue
         if isinstance(module, DROPOUT) and module.p and dropout != "keep":
             if not type(module).__module__.startswith("torch.nn."):
@@ -49,3 +49,10 @@ def regularization(model: nn.Module, dropout: str | float, keeps: bool) -> dict[
                     identity.p = 0.0  # type: ignore[assignment]  # which a forward may read
                 parent._modules[name] = identity
     return rows
+
+
+def _keeps_its_own(module: nn.Module) -> bool:
+    """Whether it is recurrent, attention by its name, or a layer of torch's transformer, whose fast path knows both."""
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.TransformerEncoderLayer)):
+        return True
+    return is_named_attention(module) and not any(isinstance(each, nn.Conv2d) for each in module.modules())

@@ -36,7 +36,7 @@ class FunctionalCalls(TorchFunctionMode):
         while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
             frame = cast(Any, frame.f_back)
         module = None if frame is None else frame.f_locals["self"]
-        if isinstance(module, (DROPOUT, *RESPONSE)):
+        if isinstance(module, (DROPOUT, *RESPONSE)) or type(module).__module__.startswith("torch.nn."):
             return
         path = next((path for path, each in self.model.named_modules() if each is module), "")
         self.found.setdefault(path, {})[name] = None

@@ -15,7 +15,7 @@ from batchnorm.graph.observation import as_it_was
 from batchnorm.layers import _BatchNorm
 
 
-def measure(
+def give_identity(
     model: nn.Module,
     made: dict[str, _BatchNorm],
     taken: dict[str, Place],
@@ -38,8 +38,13 @@ def measure(
             collector.end_batch()
 
     def add(path: str, value: Tensor) -> None:
-        x = value.detach()
-        collectors[path].add(x.flatten(0, -2) if taken[path].dim == -1 else x, None)
+        x, place = value.detach(), taken[path]
+        assert place.value is not None
+        if place.dim == -1:
+            x = x.reshape(-1, x.shape[-1])
+        elif x.dim() == len(place.value.shape) - 1:  # without a dimension of the batch
+            x = x.unsqueeze(0)
+        collectors[path].add(x, None)
 
     try:
         for path in made:
@@ -70,6 +75,10 @@ def measure(
             continue
         if not layer.affine or layer.running_mean is None or layer.running_var is None:
             raise ValueError("identity= needs layers with weight, bias and running statistics: see options=")
+        if bool((torch.as_tensor(moments.count) < 2).any()):
+            raise ValueError(
+                f"{path} saw one value per channel in identity=, which has no variance: give more samples"
+            )
         variance = moments.variance()
         if not bool((moments.mean + variance).isfinite().all()):
             raise ValueError(f"what comes to {path} is not finite in the batches of identity=")

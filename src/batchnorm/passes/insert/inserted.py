@@ -19,7 +19,7 @@ from batchnorm.layers import _BatchNorm
 from batchnorm.passes.fold.proof import copy_of, detached
 from batchnorm.passes.insert.dropout import regularization
 from batchnorm.passes.insert.functional_calls import FunctionalCalls
-from batchnorm.passes.insert.identity import measure
+from batchnorm.passes.insert.identity import give_identity
 from batchnorm.passes.insert.where import Choice, Where
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
@@ -98,7 +98,7 @@ def _insert(
     options: dict[str, Any],
 ) -> tuple[Model, Report]:
     _check_model(model)
-    if dropout not in ("drop", "keep") and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+    if dropout not in ("drop", "keep") and not (type(dropout) in (int, float) and 0 <= float(dropout) < 1):
         raise ValueError(f'dropout must be "drop", "keep" or a probability below 1, got {dropout!r}')
     found, dropping = _observed(model, inputs, keywords)
     modules = dict(model.named_modules())
@@ -112,10 +112,10 @@ def _insert(
         else:
             taken[path] = place
     chosen.check(taken, found, why)
-    made = {path: _layer(place, modules[path], options) for path, place in taken.items()}
+    made = {path: _layer(place, modules[path], model, options) for path, place in taken.items()}
     if identity is not None:
         batches = [identity] if isinstance(identity, Tensor) else identity
-        for path in measure(model, made, taken, batches, forward):
+        for path in give_identity(model, made, taken, batches, forward):
             del made[path], taken[path]
             why[path] = "is not called in evaluation, where the batches of identity= are measured"
     rows: dict[str, LayerReport] = {}
@@ -148,7 +148,8 @@ def _reason(path: str, place: Place, modules: dict[str, nn.Module], chosen: Choi
         return place.why or "where= leaves it out"
     if path not in modules:
         return place.why or "is no module of the model: a forward makes it, or has it in a list"
-    if place.why and not (place.forced and place.value is not None and chosen.names_in_full(path)):
+    in_full = chosen.names_in_full(path) or chosen.names_in_full(follower)
+    if place.why and not (place.forced and place.value is not None and in_full):
         return place.why
     why = obstacle(module)
     if why is not None:
@@ -222,12 +223,12 @@ def _observed(
     return found, dropping
 
 
-def _layer(place: Place, module: nn.Module, options: dict[str, Any]) -> _BatchNorm:
+def _layer(place: Place, module: nn.Module, model: nn.Module, options: dict[str, Any]) -> _BatchNorm:
     """The layer for a place, with γ = 1 and β = 0."""
     value = place.value
     assert value is not None
     kind = layers.BatchNorm1d if place.dim == -1 else _RANKS.get(len(value.shape), layers.BatchNorm1d)
-    own = next((each for each in module.parameters() if each.is_floating_point()), None)
+    own = next((p for each in (module, model) for p in each.parameters() if p.is_floating_point()), None)
     dtype = value.dtype if own is None else own.dtype
     options = {"device": None if own is None else own.device, "dtype": dtype} | options
     layer = kind(value.shape[place.dim], **options)

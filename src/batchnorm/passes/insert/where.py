@@ -51,7 +51,7 @@ class Choice:
             return bool(self.predicate(path, module))
         return isinstance(module, self.kinds) or any(self._matches(name, path) for name in self.names)
 
-    def names_in_full(self, path: str) -> bool:
+    def names_in_full(self, path: str | None) -> bool:
         return path in self.names
 
     @staticmethod
@@ -61,17 +61,21 @@ class Choice:
     def check(self, taken: dict[str, Place], found: dict[str, Place], why: dict[str, str]) -> None:
         """Raise ValueError for a name of nothing, or of what cannot have a layer."""
         for name in self.names:
-            followers = [place.nonlinearity for place in found.values() if place.nonlinearity]
-            if not any(self._matches(name, path) for path in (*found, *followers)):
+            if not any(self._matches(name, path) for path in (*found, *_followers(found))):
                 raise ValueError(
                     f"where={name!r} is no module with a linear operation that was called; these are: "
                     f"{', '.join(found) or 'none'}"
                 )
-            if name in why:
-                raise ValueError(f"{name} cannot have a layer: it {why[name]}")
+            of_name = [path for path, place in found.items() if name in (path, place.nonlinearity)]
+            if of_name and not any(self._matches(name, path) for path in (*taken, *_followers(taken))):
+                raise ValueError(f"{of_name[0]} cannot have a layer: it {why[of_name[0]]}")
         if self.kinds and not taken and not self.names:
             kinds = ", ".join(kind.__name__ for kind in self.kinds)
             raise ValueError(f"where={kinds} takes none of: {', '.join(found) or 'none'}")
+
+
+def _followers(places: dict[str, Place]) -> list[str]:
+    return [place.nonlinearity for place in places.values() if place.nonlinearity is not None]
 
 
 def _of_name_and_module(predicate: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
