@@ -242,6 +242,24 @@ def test_ranks_have_the_statistics_of_all(world, tmp_path):
     spawn(of_ranks, (world, tmp_path), world)
 
 
+def test_after_an_error_the_generator_is_as_it_was():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            x = self.norm(x + torch.randn_like(x))
+            if len(x) == 3:
+                raise RuntimeError("three")
+            return x
+
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="three"):
+        bn.population(Noisy(), [torch.zeros(8, 3), torch.zeros(3, 3)])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 MUTATIONS = [
     Mutation(
         "each batch counts the same", "passes/estimate.py",

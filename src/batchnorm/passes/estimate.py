@@ -137,11 +137,11 @@ def population(
         if not measured:
             raise ValueError("there were no samples: `batches` gave none that reached a layer")
     except BaseException:
-        for each in saved:
-            each.restore()
         torch.set_rng_state(random[0])
         if random[1]:
             torch.cuda.set_rng_state_all(random[1])
+        for each in saved:
+            each.restore()
         raise
     reports = []
     for name, module in model.named_modules():
