@@ -104,9 +104,8 @@ def find(
             load(model, weights, None, "--weights")
     model = model.to(getattr(torch, dtype)).eval()
     inputs = tuple(_images(each, dtype) for each in shapes) or _examples(name, model, size, channels, dtype)
-    if (size is None or shapes) and hasattr(inputs[0], "dim") and inputs[0].dim() == 4:
-        size = inputs[0].shape[-1]
-    if hasattr(inputs[0], "dim") and inputs[0].dim() == 4:
+    if isinstance(inputs[0], torch.Tensor) and inputs[0].dim() == 4:
+        size = size if size is not None and not shapes else inputs[0].shape[-1]
         channels = inputs[0].shape[1]
     has_weights = trained or weights is not None
     return NamedModel(model, inputs, has_weights, size, channels, made.mean, made.std, getattr(torch, dtype))

@@ -62,8 +62,9 @@ _MAKES_NEW = _aten(
     "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full "
     "new_empty_strided bernoulli"
 )
-_DROPS = (nn.modules.dropout._DropoutNd, nn.LocalResponseNorm, nn.CrossMapLRN2d)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+DROPOUT = nn.modules.dropout._DropoutNd
+RESPONSE = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _SOFTMAX = _aten("_softmax _safe_softmax") | {
     f"aten._scaled_dot_product_{name}"
     for name in (
@@ -110,7 +111,7 @@ def places(seen: Observation) -> list[Place]:
 
 def recurrent(model: nn.Module) -> dict[str, nn.Module]:
     """The recurrent cells and layers of a model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, _RECURRENT)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, RECURRENT)}
 
 
 class _Places:
@@ -125,7 +126,7 @@ class _Places:
         self._dropped = {
             value: call.given[0]
             for call in seen.calls
-            if isinstance(call.module, _DROPS) and call.given
+            if isinstance(call.module, (DROPOUT, *RESPONSE)) and call.given
             for value in call.returns
         }
         self._modules = set(seen.model.modules())
@@ -134,11 +135,17 @@ class _Places:
             self._numbers[call.module] = self._numbers.get(call.module, 0) + 1
         self._attention = self._weighing()
         self._heads = self._ends()
-        self._before: dict[Operation, Operation] = {}  # the first nonlinearity after each
+        self._before: dict[Operation, list[Operation]] = {}  # the nonlinearities that each comes to
         for operation in seen.operations:
             if self._is_nonlinear(operation):
                 for linear in self._behind(operation):
-                    self._before.setdefault(linear, operation)
+                    self._before.setdefault(linear, []).append(operation)
+        self._read_by_norm = {
+            value: call.path or "the model"
+            for call in seen.calls
+            if is_norm(call.module)
+            for value in call.given
+        }
 
     def _is_nonlinear(self, operation: Operation) -> bool:
         data = [each for each in operation.reads if each in self._data]
@@ -159,7 +166,7 @@ class _Places:
     def _place(self, linear: Operation) -> Place:
         home = linear.call.path if linear.call else ""
         for call in _callers(linear.call):
-            if isinstance(call.module, _RECURRENT):
+            if isinstance(call.module, RECURRENT):
                 return Place(call.path, why=f"is recurrent ({type(call.module).__name__})")
             if isinstance(call.module, nn.TransformerEncoderLayer):
                 why = "whose fast path reads its weight and does not call it"
@@ -195,9 +202,12 @@ class _Places:
         return bias.name
 
     def _follower(self, linear: Operation) -> str | None:
-        follower = self._before.get(linear)
-        call = follower.call if follower is not None else None
+        call = self._first_nonlinearity(linear)
         return call.path if call is not None and not call.module._modules else None
+
+    def _first_nonlinearity(self, linear: Operation) -> ModuleCall | None:
+        """The call in which the first nonlinearity after it happens."""
+        return self._before[linear][0].call if linear in self._before else None
 
     def _attached(self, linear: Operation, place: Place) -> Place:
         """The place with the module at which it is."""
@@ -208,8 +218,7 @@ class _Places:
             if dim is not None:
                 found = replace(place, path=call.path, dim=dim, value=value, bias=self._bias(linear, value))
                 return self._once(call, found)
-        follower = self._before.get(linear)
-        activation = follower.call if follower is not None else None
+        activation = self._first_nonlinearity(linear)
         if activation is not None and self._takes_one(activation):
             dim = self._dim(activation.given[0], linear, None)
             if dim is not None:
@@ -293,18 +302,13 @@ class _Places:
 
     def _norm_after(self, linear: Operation) -> str | None:
         """The path of a normalization layer that reads what the operation makes, and nothing else in it does."""
-        by_input = {
-            value: call.path or "the model"
-            for call in self._seen.calls
-            if is_norm(call.module)
-            for value in call.given
-        }
+        nonlinear = self._before.get(linear, [])
         waiting, seen = list(linear.results), set()
         found = None
         while waiting:
             value = waiting.pop()
-            if value in by_input:
-                found = by_input[value]
+            if value in self._read_by_norm:
+                found = self._read_by_norm[value]
                 continue
             if value in seen:
                 continue
@@ -312,7 +316,7 @@ class _Places:
             for user in value.users:
                 if user.name in _NORMS:
                     found = found or (user.call.path if user.call else "") or user.name
-                elif self._is_nonlinear(user) and linear in set(self._behind(user)):
+                elif user in nonlinear:
                     return None
                 elif self._passes(user) and user.name not in SUMS:
                     waiting += user.results

@@ -173,11 +173,7 @@ class Average(nn.Module):
         """The names of the statistics that `measure` will find; those of frozen layers, say, are copied."""
         if self.statistics != "measured":
             return set()
-        return {
-            f"{path}.{name}".removeprefix(".")
-            for path in measurable(self.module)
-            for name in ("running_mean", "running_var")
-        }
+        return {name for path in measurable(self.module) for name in _statistics_of(path)}
 
     def _keep_exact(self) -> None:
         """Have a float32 average of each parameter of less precision, also where one was cast or loaded since."""
@@ -218,7 +214,7 @@ class Average(nn.Module):
             spread = share * (1 - share) * (new_mean - mean).square()
             own.running_mean.copy_(mean.lerp(new_mean, share))
             own.running_var.copy_(variance.lerp(new_variance, share) + spread)
-            found |= {f"{path}.{name}".removeprefix(".") for name in ("running_mean", "running_var")}
+            found |= _statistics_of(path)
         return found
 
 
@@ -238,6 +234,11 @@ def _inner(model: Any) -> nn.Module:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _statistics_of(path: str) -> set[str]:
+    """The names of a layer's running statistics."""
+    return {f"{path}.{name}".removeprefix(".") for name in ("running_mean", "running_var")}
 
 
 def _key(name: str) -> str:

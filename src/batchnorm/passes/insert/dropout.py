@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from batchnorm.graph.nonlinearity import is_named_attention
+from batchnorm.graph.nonlinearity import DROPOUT, RECURRENT, RESPONSE, is_named_attention
 from batchnorm.passes.report import LayerReport
-
-DROPOUT = nn.modules.dropout._DropoutNd
-RESPONSE = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 def regularization(model: nn.Module, dropout: str | float, keeps: bool) -> dict[str, LayerReport]:
@@ -53,6 +50,6 @@ def regularization(model: nn.Module, dropout: str | float, keeps: bool) -> dict[
 
 def _keeps_its_own(module: nn.Module) -> bool:
     """Whether it is recurrent, attention by its name, or a layer of torch's transformer, whose fast path knows both."""
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.TransformerEncoderLayer)):
+    if isinstance(module, (*RECURRENT, nn.TransformerEncoderLayer)):
         return True
     return is_named_attention(module) and not any(isinstance(each, nn.Conv2d) for each in module.modules())

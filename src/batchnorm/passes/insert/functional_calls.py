@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from batchnorm.passes.insert.dropout import DROPOUT, RESPONSE
+from batchnorm.graph.nonlinearity import DROPOUT, RESPONSE
 
 
 class FunctionalCalls(TorchFunctionMode):
