@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from batchnorm.calibrate.states import merge_states as merge_states
     from batchnorm.calibrate.states import reduce_statistics as reduce_statistics
     from batchnorm.calibrate.states import split_state as split_state
+    from batchnorm.diagnostics.examine import examine as examine
+    from batchnorm.diagnostics.watching import watch as watch
     from batchnorm.functional import batch_norm as batch_norm
     from batchnorm.layers import BatchNorm as BatchNorm
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
@@ -93,6 +95,8 @@ _HOME = {
     "split_state": "calibrate.states",
     "paused": "passes.paused",
     "upgrade": "passes.upgrade",
+    "examine": "diagnostics.examine",
+    "watch": "diagnostics.watching",
     "downgrade": "passes.downgrade",
     "strip_bias": "passes.strip_bias",
     "virtual_batch": "passes.virtual_batch",

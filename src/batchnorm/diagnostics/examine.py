@@ -1,44 +1,151 @@
-"""`examine(model)`: what the checks find."""
+"""`examine(model, batches)`: what the checks find."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
-from batchnorm.diagnostics.check import checks
-from batchnorm.diagnostics.finding import Findings
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.calibrate.batches import Forward
+from batchnorm.diagnostics.check import Check, checks
+from batchnorm.diagnostics.finding import Finding, Findings, Fixed
+from batchnorm.diagnostics.runs import Runs
+from batchnorm.diagnostics.subject import USES, Subject, Use
+from batchnorm.graph.modules import refuse_lazy
+
+Ignored = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def examine(
     model: nn.Module,
-    *,
+    batches: Iterable[Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    forward: Forward | None = None,
+    limit: int = 8,
     select: Sequence[str] = (),
-    ignore: Sequence[str] = (),
+    ignore: Ignored = (),
+    fix: bool = False,
+    state: Mapping[str, Any] | None = None,
+    reference: nn.Module | None = None,
+    use: Use | None = None,
 ) -> Findings:
-    """Look for bugs that no error shows; nothing is changed.
+    """Look for bugs with batch normalization that no error shows, as a linter does in a text.
 
-    model: anybody's, with layers of torch's or ours.
-    optimizer: that trains it; without it, what concerns one is not looked for.
-    select: codes, or beginnings of codes ("BN2"); none: all.
-    ignore: likewise, of those that are left out.
+    Each check has a code and a page of its own (docs/checks.md). Many need the model alone: without batches what is
+    before each layer is seen in a run on a made-up input, where the model takes one. Those of data need batches of the
+    training. Model, optimizer, modes, hooks, gradients and generators of random numbers are afterwards as they were,
+    also after an error; with `fix` but for what is listed as fixed.
 
-    Raises: ValueError for a code of no check.
+    Args:
+        model: anybody's, with layers of torch's, timm's, detectron2's or ours; in DDP, compiled or scripted too.
+        batches: of its training: tensors, tuples whose first is the input, or mappings of arguments. They are moved to
+            the device of the model.
+        optimizer: that trains it.
+        forward: called with model and batch, where that is not how the model is called.
+        limit: how many of the batches are used, at most; of a list the last one too.
+        select: codes, or beginnings of codes ("BN2"), or names ("momentum"); none: all.
+        ignore: likewise, what is left out; or a mapping of patterns of paths, {"backbone.*": ["BN205"]}.
+        fix: mend what can be mended without a decision, and list it in `fixed`.
+        state: a state_dict that is to be loaded into the model.
+        reference: the model as it was trained, with which this one is compared.
+        use: what the model is for now: "training", "inference", "export", "private" (differential privacy) or
+            "federated".
+
+    Returns: Findings, the worst first; why checks were not made is in `skipped`.
+
+    Raises:
+        ValueError: a code of no check; an unknown use; a lazy layer that has no size yet.
+        TypeError: `batches` is one tensor or mapping.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8, momentum=0.99))
+        >>> findings = bn.examine(model, torch.randn(64, 4).split(16), select=["BN2"])
+        >>> [(each.code, each.severity, each.layer) for each in findings]
+        [('BN201', 'warning', '1'), ('BN206', 'info', '1')]
+        >>> bn.examine(model, select=["BN201"], fix=True).fixed[0].change
+        'momentum 0.99 → 0.01'
     """
-    known = [check.code for check in checks()]
-    for code in (*select, *ignore):
-        if not any(each.startswith(code) for each in known):
-            raise ValueError(f"there is no check {code!r}: {', '.join(known)}")
-    subject = Subject(model, optimizer)
-    order = {path: number for number, (path, _) in enumerate(model.named_modules())}
-    found = [
-        finding
-        for check in checks()
-        if (not select or check.code.startswith(tuple(select)))
-        and not check.code.startswith(tuple(ignore) or "-")
-        for finding in check.find(subject)
+    if use is not None and use not in USES:
+        raise ValueError(f"use must be one of {', '.join(USES)}, got {use!r}")
+    chosen, patterns = selected(select, ignore)
+    refuse_lazy(model)
+
+    def look() -> Subject:
+        runs = Runs(model, kept, forward, limit)
+        return Subject(model, runs, optimizer, state, reference, use, loader=batches)
+
+    first = Runs(model, batches, forward, limit)
+    kept = first.batches if batches is not None else None
+    subject = look()
+    found = found_by(chosen, subject, patterns)
+    if not fix:
+        return found
+    by_code = {check.code: check for check in checks()}
+    fixed = []
+    for finding in found:
+        change = by_code[finding.code].fix(subject, finding) if finding.severity != "info" else ""
+        if change:
+            fixed.append(Fixed(finding, change))
+    if not fixed:
+        return found
+    again = found_by(chosen, look(), patterns)
+    return Findings(list(again), again.skipped, fixed)
+
+
+def selected(select: Sequence[str], ignore: Ignored) -> tuple[list[Check], dict[str, list[Check]]]:
+    """The checks that are chosen, and those that are left out for patterns of paths. Raises: ValueError."""
+    if isinstance(select, str) or isinstance(ignore, str):
+        raise ValueError("select and ignore are lists of codes")
+    by_pattern = {pattern: _named(codes) for pattern, codes in ignore.items()} if isinstance(ignore, Mapping) else {}
+    left_out = [] if isinstance(ignore, Mapping) else _named(ignore)
+    chosen = _named(select) if select else list(checks())
+    return [check for check in chosen if check not in left_out], by_pattern
+
+
+def _named(codes: Sequence[str]) -> list[Check]:
+    known = checks()
+    found = []
+    for code in codes:
+        matching = [each for each in known if each.code.startswith(code) or each.name == code]
+        if not matching or not code:
+            raise ValueError(f"there is no check {code!r}: {', '.join(f'{each.code} {each.name}' for each in known)}")
+        found += matching
+    return list(dict.fromkeys(found))
+
+
+def found_by(chosen: Sequence[Check], subject: Subject, ignored: Mapping[str, Sequence[Check]]) -> Findings:
+    """What these checks find, without what others explain."""
+    order = {path: number for number, (path, _) in enumerate(subject.model.named_modules())}
+    found: list[Finding] = []
+    skipped: dict[str, str] = {}
+    for check in chosen:
+        why = subject.lacks(check.needs)
+        if why is None:
+            found += check.find(subject)
+        else:
+            skipped[check.code] = why
+    by_code = {check.code: check for check in checks()}
+    serious = [each for each in found if each.severity != "info"]
+
+    def is_explained(finding: Finding) -> bool:
+        check, place = by_code[finding.code], order.get(finding.layer, 0)
+        return any(
+            (each.layer == finding.layer and each.code in check.yields_to)
+            or (order.get(each.layer, 0) <= place and each.code in check.follows)
+            for each in serious
+        )
+
+    kept = [
+        each
+        for each in found
+        if not is_explained(each)
+        and not any(
+            fnmatchcase(each.layer, pattern) and by_code[each.code] in codes for pattern, codes in ignored.items()
+        )
     ]
-    return Findings(sorted(found, key=lambda each: order.get(each.layer, 0)))
+    return Findings(sorted(kept, key=lambda each: order.get(each.layer, 0)), skipped)

@@ -1,13 +1,15 @@
-"""What a check has found."""
+"""What checks have found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from html import escape
+from typing import Any, Literal, overload
 
 Severity = Literal["error", "warning", "info"]
-_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+Evidence = dict[str, float | int | str]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 
 @dataclass(frozen=True)
@@ -21,21 +23,60 @@ class Finding:
         message: what is wrong, in a sentence.
         evidence: the numbers that show it, by name.
         fix: a call, or a line to change.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8, momentum=0.99))
+        >>> finding = bn.examine(model, select=["BN201"])[0]
+        >>> finding.layer, finding.evidence
+        ('1', {'momentum': 0.99})
     """
 
     code: str
     severity: Severity
     layer: str
     message: str
-    evidence: dict[str, float | int | str] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=dict)
     fix: str = ""
 
 
-class Findings(Sequence[Finding]):
-    """Findings, the worst first, then in the order of the model; they print as a table."""
+@dataclass(frozen=True)
+class Fixed:
+    """A finding that is mended, and what was changed.
 
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        self._findings = sorted(findings, key=lambda each: _ORDER[each.severity])
+    Args:
+        finding: as it was.
+        change: "momentum 0.99 → 0.01".
+    """
+
+    finding: Finding
+    change: str
+
+
+class Findings(Sequence[Finding]):
+    """Findings, the worst first, then in the order of the model; they print as a table, in a notebook too.
+
+    Args:
+        findings: in the order of the model.
+        skipped: why checks were not made, by code.
+        fixed: what was mended; it is no longer among the findings.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> findings = bn.examine(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8, momentum=0.99)))
+        >>> len(findings.of("warning")), findings.of("error")
+        (1, [])
+    """
+
+    def __init__(
+        self,
+        findings: Sequence[Finding],
+        skipped: Mapping[str, str] | None = None,
+        fixed: Sequence[Fixed] = (),
+    ) -> None:
+        self._findings = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
+        self.skipped = dict(skipped or {})
+        self.fixed = tuple(fixed)
 
     @overload
     def __getitem__(self, index: int) -> Finding: ...
@@ -56,24 +97,66 @@ class Findings(Sequence[Finding]):
         """Those of this severity."""
         return [each for each in self if each.severity == severity]
 
+    def at(self, layer: str) -> list[Finding]:
+        """Those at the layer of this path; "" is the whole model."""
+        return [each for each in self if each.layer == layer]
+
     @property
     def summary(self) -> str:
         """How many there are of each severity, in a line."""
-        counts = [(len(self.of(severity)), severity) for severity in _ORDER]
+        counts = [(len(self.of(severity)), severity) for severity in SEVERITIES]
         found = [
             f"{number} {severity}{'s' * (number != 1 and severity != 'info')}"
             for number, severity in counts
             if number
         ]
-        return ", ".join(found) or "nothing found"
+        parts = [", ".join(found) or "nothing found"]
+        if self.fixed:
+            parts.append(f"{len(self.fixed)} fixed")
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} check{'s' * (len(self.skipped) != 1)} not made")
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         rows = [(each.code, each.severity, each.layer or "(the model)") for each in self]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-        lines = []
+        lines = [
+            f"fixed {each.finding.code} {each.finding.layer or '(the model)'}: {each.change}"
+            for each in self.fixed
+        ]
         for row, each in zip(rows, self, strict=True):
             cells = "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
             lines.append(f"{cells}  {each.message}" + (f"; {each.fix}" if each.fix else ""))
         return "\n".join([*lines, self.summary])
 
     __repr__ = __str__
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it: findings, fixed, skipped; a number that is not finite as a word."""
+        return {
+            "findings": [_as_json(each) for each in self],
+            "fixed": [_as_json(each.finding) | {"change": each.change} for each in self.fixed],
+            "skipped": self.skipped,
+        }
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("code", "severity", "layer", "finding", "fix"))
+        body = "".join(
+            "<tr>"
+            + "".join(
+                f"<td style='text-align:left'>{escape(text)}</td>"
+                for text in (each.code, each.severity, each.layer or "(the model)", each.message, each.fix)
+            )
+            + "</tr>"
+            for each in self
+        )
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if self else ""
+        return f"{table}<p>{escape(self.summary)}</p>"
+
+
+def _as_json(finding: Finding) -> dict[str, Any]:
+    evidence = {
+        name: value if not isinstance(value, float) or value - value == 0 else str(value)
+        for name, value in finding.evidence.items()
+    }
+    return {**vars(finding), "evidence": evidence}

@@ -32,7 +32,7 @@ NONLINEAR = _aten(
 )
 _BOUNDS = _aten("clamp")  # of an image's range, say, behind a nonlinearity
 _NORMS = BATCH_NORM | _aten("native_group_norm native_layer_norm _fused_rms_norm rms_norm")
-_PRODUCTS = {
+PRODUCTS = {
     "aten.convolution": 0,
     "aten.linear": 0,
     "aten.addmm": 1,
@@ -42,8 +42,8 @@ _PRODUCTS = {
 }
 _MOVES = _aten("permute transpose t view reshape _unsafe_view _reshape_alias unsqueeze squeeze select unbind")
 _TURNS = _aten("permute transpose t")
-_SCALES = _aten("mul div")
-_PASSED = (
+SCALES = _aten("mul div")
+PASSED = (
     LAYOUT
     | SUMS
     | _aten(
@@ -152,7 +152,7 @@ class _Places:
         if operation.name in NONLINEAR:
             return bool(data)
         # x · (x > 0), by hand
-        return operation.name in _SCALES and len(data) > 1 and any(each.dtype is torch.bool for each in data)
+        return operation.name in SCALES and len(data) > 1 and any(each.dtype is torch.bool for each in data)
 
     def found(self) -> list[Place]:
         by_path: dict[str, Place] = {}
@@ -191,7 +191,7 @@ class _Places:
 
     def _bias(self, linear: Operation, made: Value) -> str | None:
         """The bias that is added to `made` as it is, and read by nobody else."""
-        bias = _bias_of(linear)
+        bias = bias_of(linear)
         if bias is None or bias.kind != "parameter" or bias.users != [linear]:
             return None
         while made.producer is not linear:
@@ -251,7 +251,7 @@ class _Places:
         made, moved = value, False
         while made.producer is not linear:
             operation = made.producer
-            if operation is None or operation.name not in _PASSED | _SCALES:
+            if operation is None or operation.name not in PASSED | SCALES:
                 return None
             before = [each for each in operation.reads if each in self._data]
             if len(before) != 1:
@@ -287,16 +287,16 @@ class _Places:
                 yield made
             elif self._passes(made):
                 waiting += [each for each in made.reads if each in self._data]
-            elif made.name in _SCALES:  # by the weights of an attention, perhaps
+            elif made.name in SCALES:  # by the weights of an attention, perhaps
                 weighed = [each for each in made.reads if each.producer not in self._attention]
                 waiting += weighed if len(weighed) < len(made.reads) else []
 
     def _passes(self, operation: Operation) -> bool:
-        if operation.name in _PASSED:
+        if operation.name in PASSED:
             return True
         # by a number, a parameter, or a matrix that nobody has learned, as of a graph
-        of_one = operation.name in _SCALES or (
-            operation.name in _PRODUCTS and operation not in self._products
+        of_one = operation.name in SCALES or (
+            operation.name in PRODUCTS and operation not in self._products
         )
         return of_one and sum(each in self._data for each in operation.reads) == 1
 
@@ -332,7 +332,7 @@ class _Places:
 
     def _is_linear(self, operation: Operation) -> bool:
         """Whether it multiplies what comes from the inputs by what comes from parameters."""
-        first = _PRODUCTS.get(operation.name)
+        first = PRODUCTS.get(operation.name)
         if first is None:
             return False
         factors = operation.arguments[first : first + 2]
@@ -354,9 +354,9 @@ class _Places:
         others = [each for each in user.reads if each in self._data and each is not value]
         if not others or value not in self._data:
             return False
-        if user.name in _SCALES:
+        if user.name in SCALES:
             return max(_own_size(each) for each in others) > _own_size(value) or self._is_softmax(made)
-        return user.name in _PRODUCTS and self._is_softmax(made)
+        return user.name in PRODUCTS and self._is_softmax(made)
 
     def _is_softmax(self, operation: Operation | None) -> bool:
         while operation is not None and operation.name in LAYOUT | {"aten.native_dropout", "aten._to_copy"}:
@@ -411,7 +411,7 @@ def _own_size(value: Value) -> int:
     return value.shape.numel()
 
 
-def _bias_of(linear: Operation) -> Value | None:
+def bias_of(linear: Operation) -> Value | None:
     place = {"aten.convolution": 2, "aten.linear": 2, "aten.addmm": 0}.get(linear.name)
     if place is None or place >= len(linear.arguments) or linear.keywords:
         return None

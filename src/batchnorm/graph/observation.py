@@ -170,13 +170,18 @@ def observe(model: nn.Module, *inputs: Any, **keywords: Any) -> Observation:
         ValueError: the model is compiled. What its forward raises is passed on. In each case the model, its buffers and
             the generators of random numbers are as they were.
     """
+    return observe_run(model, lambda: model(*inputs, **keywords), (inputs, keywords))
+
+
+def observe_run(model: nn.Module, run: Callable[[], Any], given: Any) -> Observation:
+    """The same of `run()`, which calls the model somehow, with the tensors in `given`."""
     for path, module in model.named_modules():
         if is_compiled(module):
             raise ValueError(f"{path or 'the model'} is compiled: observe the module itself, its _orig_mod")
     with torch.inference_mode(False), as_it_was(model), torch.no_grad():
-        observer = _Observer(model, (inputs, keywords))
+        observer = _Observer(model, given)
         with observer.watching_modules(), observer:
-            returned = model(*inputs, **keywords)
+            returned = run()
         return observer.finish(returned)
 
 

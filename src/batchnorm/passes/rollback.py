@@ -1,9 +1,9 @@
-"""Restore a model when a pass fails."""
+"""Restore a model: when a pass fails, or after a look at it."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,30 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 
     The tensors are restored, but not their values: a pass that writes into tensors must do so last.
     """
-    before = [(module, type(module), _attributes(module)) for module in model.modules()]
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    put_back = _taken(model)
     try:
         yield
     except BaseException:
+        put_back()
+        raise
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """The same in any case: what the block does to the model is undone at its end."""
+    put_back = _taken(model)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def _taken(model: nn.Module) -> Callable[[], None]:
+    """What makes the model what it is now."""
+    before = [(module, type(module), _attributes(module)) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
         for module, kind, attributes in before:
             _restore(module, kind, attributes)
         for parameter, gradient in required:
@@ -30,7 +49,8 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad != gradient
             ):  # only if it differs: it cannot be set for lazy parameters
                 parameter.requires_grad_(gradient)
-        raise
+
+    return put_back
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -25,7 +25,7 @@ Biases = dict[
 ]  # by path: the channel to which each element comes, and its factor there
 
 
-class _Kept(Exception):
+class Kept(Exception):
     """The biases before a layer cannot go; the message says why."""
 
 
@@ -69,7 +69,7 @@ def strip_bias(model: Model, *inputs: Any, **keywords: Any) -> tuple[Model, Repo
             _check_layer(layers[path])
             for home in biases:
                 _check_home(model, home)
-        except _Kept as reason:
+        except Kept as reason:
             why[path] = str(reason)
         else:
             stripped[path] = biases
@@ -119,16 +119,16 @@ def _observed(
             continue
         try:
             tensors.check_replaced(layer, calls)
-            each = [_before(call, tensors) for call in calls]
+            each = [biases_before(call, tensors) for call in calls]
             biases, *others = ({home: places for home, (places, _, _) in one.items()} for one in each)
             readers = {operation for one in each for _, _, operation in one.values()}
             for bias in {bias for one in each for _, bias, _ in one.values()}:
                 if not readers.issuperset(bias.users):
-                    raise _Kept(f"{bias.name} is read by others too")
+                    raise Kept(f"{bias.name} is read by others too")
             if any(not _same(other, biases) for other in others):
-                raise _Kept("is called several times, after different operations")
+                raise Kept("is called several times, after different operations")
             found[path] = biases
-        except (_Kept, Left, NotLinear) as reason:
+        except (Kept, Left, NotLinear) as reason:
             why[path] = str(reason)
     seen.forget()
     return found, why
@@ -137,22 +137,25 @@ def _observed(
 _Found = dict[str, tuple[tuple[Tensor, Tensor], Value, Operation]]
 
 
-def _before(call: ModuleCall, tensors: Tensors) -> _Found:
-    """The biases before a call of a layer: by the path of their module, where they come to, and what adds which."""
+def biases_before(call: ModuleCall, tensors: Tensors) -> _Found:
+    """The biases before a call of a layer: by the path of their module, where they come to, and what adds which.
+
+    Raises: Kept if there is none, or one may be needed.
+    """
     value = (call.given or call.reads)[0]
     found: _Found = {}
     for source in own_origin(call, value, tensors).sources:
         bias = source.linear.bias
         if bias is not None:
             if bool((source.channels < 0).any()):
-                raise _Kept(f"not all outputs of {bias.name.rpartition('.')[0]} come to it")
+                raise Kept(f"not all outputs of {bias.name.rpartition('.')[0]} come to it")
             found[bias.name.rpartition(".")[0]] = (
                 (source.channels, source.factors),
                 bias,
                 source.linear.operation,
             )
     if not found:
-        raise _Kept("there is no bias before it")
+        raise Kept("there is no bias before it")
     return found
 
 
@@ -217,26 +220,26 @@ def _calls_identity(model: nn.Module, node: Any) -> bool:
 
 def _check_layer(layer: nn.Module) -> None:
     if not (type(layer).forward in TORCH_S or is_ours(layer)) or is_patched(layer):
-        raise _Kept(f"is {type(layer).__name__}, which has a forward of its own")
+        raise Kept(f"is {type(layer).__name__}, which has a forward of its own")
     if has_hooks(layer):
-        raise _Kept("has hooks, which see its input")
+        raise Kept("has hooks, which see its input")
     if getattr(layer, "debiased", False):
-        raise _Kept("is debiased: its running mean is not only a mean")
+        raise Kept("is debiased: its running mean is not only a mean")
     if is_ours(layer) and layer.running_mean is not None and layer.running_mean.dim() != 1:
-        raise _Kept("has statistics of each activation")
+        raise Kept("has statistics of each activation")
 
 
 def _check_home(model: nn.Module, path: str) -> None:
     module = model.get_submodule(path)
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     if not isinstance(module, kinds) or is_patched(module) or parametrize.is_parametrized(module):
-        raise _Kept(f"{path}, a {type(module).__name__}, may need its bias")
+        raise Kept(f"{path}, a {type(module).__name__}, may need its bias")
     if has_hooks(module):
-        raise _Kept(f"{path} has hooks, which see its output")
+        raise Kept(f"{path} has hooks, which see its output")
     bias = module._parameters.get("bias")
     holders = [each for each in model.modules() if any(own is bias for own in each._parameters.values())]
     if bias is None or len(holders) > 1:
-        raise _Kept(f"the bias of {path} is a parameter of other modules too")
+        raise Kept(f"the bias of {path} is a parameter of other modules too")
 
 
 def _moved(model: nn.Module, layer: nn.Module, biases: Biases) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
-from batchnorm.diagnostics.check import Check
+from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.diagnostics.subject import Subject, statistics
 
 
 class Drifting(Check):
@@ -25,15 +23,14 @@ class Drifting(Check):
     def find(self, subject: Subject) -> Iterator[Finding]:
         if not any(parameter.requires_grad for parameter in subject.model.parameters()):
             return
-        for path, layer in subject.tracking.items():
-            affine = [each for each in (layer.weight, layer.bias) if each is not None]
-            frozen = bool(affine) and not any(each.requires_grad for each in affine)
-            if frozen and layer.training and not subject.is_frozen(layer):
+        for path, layer in subject.learning.items():
+            affine = [*layer.parameters(recurse=False)]
+            if affine and layer.training and not any(each.requires_grad for each in affine):
                 yield self.finding(
                     path,
                     "its weight and bias are frozen, its running statistics are not",
-                    "bn.freeze(model, only=...)",
+                    f'bn.freeze(model.get_submodule("{path}")), or of the whole frozen part',
                 )
 
-    def plant(self, model: nn.Module, path: str) -> None:
-        model.get_submodule(path).requires_grad_(False)
+    def plant(self, case: Case) -> None:
+        case.layer.requires_grad_(False)

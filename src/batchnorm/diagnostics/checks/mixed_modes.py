@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
-from batchnorm.diagnostics.check import Check
+from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.diagnostics.subject import Subject, statistics
 
 
 class MixedModes(Check):
@@ -21,26 +19,30 @@ class MixedModes(Check):
         "layers end up in other modes than their model."
     )
     source = "pytorch #86590, #10856; PyTorch Lightning PR 15063"
+    yields_to = ("BN601",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        layers = {path: layer for path, layer in subject.tracking.items() if not subject.is_frozen(layer)}
+        layers = subject.learning
         training = [path for path, layer in layers.items() if layer.training]
         if not training or len(training) == len(layers):
             return
-        few = (
-            training if 2 * len(training) < len(layers) else [path for path in layers if path not in training]
-        )
-        mode, others = ("training", "evaluation") if few is training else ("evaluation", "training")
+        others = [path for path in layers if path not in training]
+        few, most = (training, others) if 2 * len(training) < len(layers) else (others, training)
+        mode, usual = ("training", "evaluation") if few is training else ("evaluation", "training")
         for path in few:
             yield self.finding(
                 path,
-                f"is in {mode} mode, most others in {others}",
-                "bn.freeze(model, only=...) lasts, .eval() does not; or model.train()",
+                f"is in {mode} mode, {len(most)} of {len(layers)} in {usual}",
+                "model.train() or model.eval(); to freeze a part for good, bn.freeze(part)",
                 mode=mode,
                 alike=len(few),
                 layers=len(layers),
             )
 
-    def plant(self, model: nn.Module, path: str) -> None:
-        layer = model.get_submodule(path)
-        layer.train(not layer.training)
+    def fix(self, subject: Subject, finding: Finding) -> str:
+        layer = subject.model.get_submodule(finding.layer)
+        layer.training = not layer.training
+        return f"{finding.evidence['mode']} mode → that of the others"
+
+    def plant(self, case: Case) -> None:
+        case.layer.train(not case.layer.training)

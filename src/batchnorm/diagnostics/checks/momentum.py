@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
-from batchnorm.diagnostics.check import Check
+from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.diagnostics.subject import Subject, statistics
 
 
 class Momentum(Check):
@@ -27,15 +25,15 @@ class Momentum(Check):
     )
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        for path, layer in subject.tracking.items():
-            momentum = layer.momentum
-            if momentum is None or subject.is_frozen(layer):
+        for path, layer in subject.learning.items():
+            momentum = getattr(layer, "momentum", None)
+            if momentum is None:
                 continue
             if momentum == 0:
                 yield self.finding(
                     path,
                     "momentum is 0: its running statistics never move",
-                    "bn.configure(model, momentum=0.1)",
+                    f'bn.configure(model, momentum=0.1, only="{path}")',
                     momentum=0,
                 )
             elif momentum >= 0.9:
@@ -43,14 +41,23 @@ class Momentum(Check):
                 yield self.finding(
                     path,
                     f"momentum is {momentum:g}, the share of the newest batch: {other:g} of Keras's convention?",
-                    f"bn.configure(model, momentum={other:g})",
+                    f'bn.configure(model, momentum={other:g}, only="{path}")',
+                    momentum=momentum,
+                )
+            elif momentum < 0:
+                yield self.finding(
+                    path,
+                    f"momentum is {momentum:g}: no average of anything",
+                    f'bn.configure(model, momentum=0.1, only="{path}")',
+                    severity="error",
                     momentum=momentum,
                 )
 
-    def fix(self, model: nn.Module, finding: Finding) -> None:
+    def fix(self, subject: Subject, finding: Finding) -> str:
         momentum = float(finding.evidence["momentum"])
-        layer = model.get_submodule(finding.layer)
-        layer.momentum = round(1 - momentum, 12) if 0 < momentum < 1 else 0.1  # type: ignore[assignment]
+        new = round(1 - momentum, 12) if 0.9 <= momentum < 1 else 0.1
+        subject.model.get_submodule(finding.layer).momentum = new  # type: ignore[assignment]
+        return f"momentum {momentum:g} → {new:g}"
 
-    def plant(self, model: nn.Module, path: str) -> None:
-        model.get_submodule(path).momentum = 0.99  # type: ignore[assignment]
+    def plant(self, case: Case) -> None:
+        case.layer.momentum = 0.99

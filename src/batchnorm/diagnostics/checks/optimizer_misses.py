@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from batchnorm.diagnostics.check import Check
+from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.subject import Subject
 
@@ -20,19 +20,12 @@ class OptimizerMisses(Check):
         "Groups that are made by a parameter's name or shape leave out what fits none, and a layer that is put in "
         "after the optimizer was made is in no group."
     )
-    source = "docs/parameters.md"
+    source = "yolov3 #469; docs/parameters.md"
+    needs = ("optimizer",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        if subject.optimizer is None:
-            return
-        trained = {id(each) for group in subject.optimizer.param_groups for each in group["params"]}
-        for path, layer in subject.layers.items():
-            named = {"weight": layer.weight, "bias": layer.bias}
-            missing = [
-                name
-                for name, each in named.items()
-                if each is not None and each.requires_grad and id(each) not in trained
-            ]
+        for path in subject.layers:
+            missing = self._missing(subject, path)
             if missing:
                 yield self.finding(
                     path,
@@ -41,7 +34,19 @@ class OptimizerMisses(Check):
                     parameters=len(missing),
                 )
 
-    def plant(self, model: nn.Module, path: str) -> None:
-        """By a new layer, which an optimizer that was made before does not have."""
-        layer = model.get_submodule(path)
-        layer.weight = nn.Parameter(layer.weight.detach().clone())  # type: ignore[operator]
+    @staticmethod
+    def _missing(subject: Subject, path: str) -> dict[str, nn.Parameter]:
+        assert subject.optimizer is not None
+        trained = {id(each) for group in subject.optimizer.param_groups for each in group["params"]}
+        own = subject.layers[path].named_parameters(recurse=False)
+        return {name: each for name, each in own if each.requires_grad and id(each) not in trained}
+
+    def fix(self, subject: Subject, finding: Finding) -> str:
+        assert subject.optimizer is not None
+        missing = self._missing(subject, finding.layer)
+        subject.optimizer.add_param_group({"params": [*missing.values()], "weight_decay": 0.0})
+        return f"{' and '.join(missing)} → a group of the optimizer, without weight decay"
+
+    def plant(self, case: Case) -> None:
+        """By a new parameter, which an optimizer that was made before does not have."""
+        case.layer.weight = nn.Parameter(case.layer.weight.detach().clone())

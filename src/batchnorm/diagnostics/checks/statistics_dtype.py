@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
-from batchnorm.diagnostics.check import Check
+from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.diagnostics.subject import Subject, statistics
+
 
 _BUFFERS = ("running_mean", "running_var")
 
@@ -28,22 +28,22 @@ class StatisticsDtype(Check):
     def find(self, subject: Subject) -> Iterator[Finding]:
         for path, layer in subject.tracking.items():
             kinds = {str(getattr(layer, name).dtype).removeprefix("torch.") for name in _BUFFERS}
-            small = kinds & {"bfloat16", "float16"}
+            small = sorted(kinds - {"float32", "float64"})
             if small:
-                kind = small.pop()
                 yield self.finding(
                     path,
-                    f"its running statistics are {kind}",
-                    "bn.upgrade(model): ours stay float32",
-                    dtype=kind,
+                    f"its running statistics are {small[0]}",
+                    "layer.running_mean.data = layer.running_mean.float(), running_var likewise; bn.upgrade(model) "
+                    "keeps them so",
+                    dtype=small[0],
                 )
 
-    def fix(self, model: nn.Module, finding: Finding) -> None:
-        layer = model.get_submodule(finding.layer)
+    def fix(self, subject: Subject, finding: Finding) -> str:
+        layer = subject.model.get_submodule(finding.layer)
         for name in _BUFFERS:
             layer._buffers[name] = getattr(layer, name).float()
+        return f"running statistics {finding.evidence['dtype']} → float32"
 
-    def plant(self, model: nn.Module, path: str) -> None:
-        layer = model.get_submodule(path)
+    def plant(self, case: Case) -> None:
         for name in _BUFFERS:
-            layer._buffers[name] = getattr(layer, name).to(torch.bfloat16)
+            case.layer._buffers[name] = getattr(case.layer, name).to(torch.bfloat16)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import nn
-
-from batchnorm.diagnostics.check import Check
+from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.diagnostics.subject import Subject, statistics
 
 
 class StatisticsValues(Check):
@@ -25,21 +22,21 @@ class StatisticsValues(Check):
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         for path, layer in subject.tracking.items():
-            mean, variance = layer.running_mean, layer.running_var
-            assert mean is not None and variance is not None
+            mean, variance = statistics(layer)
             lost = int((~(mean.isfinite() & variance.isfinite())).sum())
             negative = int((variance < 0).sum())
             again = "bn.population(model, batches)"
             if lost:
                 yield self.finding(
-                    path, f"{lost} of its channels have statistics that are not finite", again, channels=lost
+                    path, f"{plural(lost, 'channel')} of it with statistics that are not finite", again, channels=lost
                 )
             if negative:
                 yield self.finding(
-                    path, f"{negative} of its variances are negative", again, channels=negative
+                    path, f"{plural(negative, 'channel')} of it with a negative variance", again, channels=negative
                 )
 
-    def plant(self, model: nn.Module, path: str) -> None:
-        variance = model.get_submodule(path).running_var
-        assert isinstance(variance, torch.Tensor)
-        variance[0] = float("nan")
+    def fix(self, subject: Subject, finding: Finding) -> str:
+        return subject.measure_again(finding.layer)
+
+    def plant(self, case: Case) -> None:
+        case.layer.running_var[0] = float("nan")

@@ -1,0 +1,40 @@
+"""BN410: outputs in evaluation that depend on the other examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchnorm.diagnostics.check import Case, Check
+from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.subject import Subject, statistics
+
+
+class LeakingExamples(Check):
+    code = "BN410"
+    name = "leaking-examples"
+    severity = "error"
+    symptom = "A prediction changes with the batch it is made in; the score depends on the batch size."
+    why = (
+        "In evaluation a layer must use running statistics. This one normalises by the batch: track_running_stats=False, "
+        "F.batch_norm(training=True), a mode that a forward sets itself; or something else in it mixes examples."
+    )
+    source = "Wu & Johnson 2021, Rethinking batch in BatchNorm, section 6; warpem/miss-alignment #6; torchtest2"
+    needs = ("neighbours",)
+
+    def find(self, subject: Subject) -> Iterator[Finding]:
+        for leak in subject.leaks:
+            without = getattr(leak.module, "running_mean", 0) is None
+            cause = "has no running statistics" if without else "mixes the examples of a batch"
+            yield self.finding(
+                leak.path,
+                f"in evaluation {cause}: an example's output moves by {leak.change:.0%} with other neighbours",
+                "track_running_stats=True, then train or bn.population(model, batches)"
+                if without
+                else "F.batch_norm(..., training=self.training), and no mode set in a forward",
+                change=leak.change,
+            )
+
+    def plant(self, case: Case) -> None:
+        layer = case.layer
+        layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+        layer.num_batches_tracked = None

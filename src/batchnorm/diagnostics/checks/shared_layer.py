@@ -1,0 +1,56 @@
+"""BN108: one layer at two places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from batchnorm.diagnostics.check import Case, Check
+from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.subject import Subject
+
+
+class SharedLayer(Check):
+    code = "BN108"
+    name = "shared-layer"
+    severity = "warning"
+    symptom = "Good in training, where each place has its own batch's statistics; bad in evaluation."
+    why = (
+        "There is one set of running statistics, a mixture of what comes to both places, which is right for neither. "
+        "The same for one layer on two domains."
+    )
+    source = "pytorch #1738, #8985, #48929; keras #8794"
+
+    def find(self, subject: Subject) -> Iterator[Finding]:
+        places: dict[nn.Module, list[str]] = {}
+        for path, module in subject.model.named_modules(remove_duplicate=False):
+            if module in subject.learning.values():
+                places.setdefault(module, []).append(path)
+        for path, layer in subject.learning.items():
+            names = places[layer]
+            calls = self._calls(subject, layer)
+            if len(names) < 2 and calls < 2:
+                continue
+            where = " and ".join(names) if len(names) > 1 else f"one layer that is called {calls} times in a pass"
+            yield self.finding(
+                path,
+                f"{'is one layer at ' if len(names) > 1 else 'is '}{where}, with one set of running statistics",
+                'a layer for each place, or "with bn.domain(name)" around each call',
+                calls=max(calls, len(names)),
+            )
+
+    @staticmethod
+    def _calls(subject: Subject, layer: nn.Module) -> int:
+        """In the forward pass of one batch."""
+        return len(subject.structure.calls_of(layer)) if subject.lacks(["structure"]) is None else 1
+
+    def plant(self, case: Case) -> None:
+        """Through a second call, on noise."""
+        layer = case.layer
+
+        def call_again(*_: object) -> None:
+            layer(torch.randn(4, layer.num_features, 5, 5))
+
+        case.model.register_forward_hook(call_again)

@@ -1,0 +1,83 @@
+"""BN405: running statistics that are not those of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchnorm.diagnostics.check import Case, Check
+from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.subject import Missing, Subject, is_initial, statistics
+
+
+_TOLERATED = 0.25  # of an output's standard deviation: what moving averages of a training that ends well have
+
+
+class Stale(Check):
+    code = "BN405"
+    name = "stale-statistics"
+    severity = "warning"
+    symptom = "eval() far worse than train() on the same data."
+    why = (
+        "What comes to the layer has another mean or variance than its running statistics say: weights that have "
+        "changed since (a last step with a high rate, an average of models, pruning, quantization), data of another "
+        "domain or preprocessing, an average too short for the noise, a file that does not fit."
+    )
+    source = "Ioffe & Szegedy 2015, algorithm 2, line 10; pytorch #4741, #5406, #4253; Person_reID #218; GACNet #8"
+    needs = ("batches",)
+    follows = ("BN106", "BN209", "BN210", "BN406", "BN407", "BN504")
+    yields_to = ("BN108", "BN201", "BN202", "BN204", "BN206", "BN207", "BN208", "BN210", "BN213", "BN214", "BN215")
+
+    def find(self, subject: Subject) -> Iterator[Finding]:
+        measured = subject.measured
+        if measured.live:
+            return
+        first = True
+        for path, found in measured.layers.items():
+            layer = subject.learning[path]
+            if is_initial(layer):
+                continue
+            mean, variance = (each.cpu().flatten() for each in statistics(layer))
+            gaps = found.gap(mean, variance)
+            known = found.varies & gaps.isfinite()
+            if not bool(known.any()):
+                continue
+            gap = float(gaps[known].square().mean().sqrt())
+            by_chance = float(found.expected_gap()[known].square().mean().sqrt())
+            if gap > max(_TOLERATED, 4 * by_chance):
+                cause, fix = self._cause(subject, path, first)
+                yield self.finding(
+                    path,
+                    f"in evaluation its outputs are {gap:.2f} standard deviations from those in training "
+                    f"({by_chance:.2f} by chance): {cause}",
+                    fix,
+                    gap=gap,
+                    by_chance=by_chance,
+                    channels=int((gaps[known] > _TOLERATED).sum()),
+                )
+            first = False
+
+    @staticmethod
+    def _cause(subject: Subject, path: str, first: bool) -> tuple[str, str]:
+        layer = subject.learning[path]
+        again = "bn.population(model, batches)"
+        if _after_dropout(subject, path):
+            return "dropout before it makes training's variance another", f"{again}, after training without it"
+        if first:
+            return "the data have another distribution (domain, preprocessing)", f"the same preprocessing, or {again}"
+        if (layer.momentum or 0) >= 0.5:
+            return f"they are those of the last batches (momentum {layer.momentum:g})", again
+        return "the weights before it have changed since", again
+
+    def fix(self, subject: Subject, finding: Finding) -> str:
+        return subject.measure_again(finding.layer)
+
+    def plant(self, case: Case) -> None:
+        case.layer.running_mean.add_(case.layer.running_var.sqrt())
+
+
+def _after_dropout(subject: Subject, path: str) -> bool:
+    try:
+        found = subject.structure
+    except Missing:
+        return False
+    return any(found.before(call).dropped for call in found.calls_of(subject.learning[path]))
