@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import batchnorm as bn
 from batchnorm.diagnostics.check import checks
 from batchnorm.diagnostics.examine import examine
-from tests.diagnostics.networks import NETWORKS, Own, case, healthy
+from tests.diagnostics.networks import NETWORKS, case, healthy
 
 CHECKS = checks()
 SEVERAL_PROCESSES = {"BN501", "BN502"}

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import deployment, evaluate, insert, merge, population_statistics, predict, train
+from batchnorm.cli import deployment, evaluate, examine, insert, merge, population_statistics, predict, train
 from batchnorm.cli.lazy import lazy_app
 from batchnorm.cli.terminal import Failure
 
@@ -51,6 +51,8 @@ app.add_typer(
 )
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("predict", epilog=predict.EPILOG, no_args_is_help=True)(predict.predict)
+app.command("examine", epilog=examine.EPILOG, no_args_is_help=True)(examine.examine)
+app.command("explain", epilog=examine.EXPLAIN_EPILOG, no_args_is_help=True)(examine.explain)
 app.command("insert", epilog=insert.EPILOG, no_args_is_help=True)(insert.insert)
 app.command("population", epilog=population_statistics.EPILOG, no_args_is_help=True)(
     population_statistics.population
@@ -122,7 +124,7 @@ def run() -> None:
     except Failure as failure:
         typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
         typer.echo(str(failure), err=True)
-        sys.exit(1)
+        sys.exit(failure.status)
 
 
 def _recorded(command: Callable[[], object]) -> Callable[[], object]:

@@ -24,6 +24,8 @@ RUNS = Path("runs")
 class Failure(Exception):
     """An error that the user can fix; printed in one line, without a traceback."""
 
+    status = 1
+
 
 @contextmanager
 def as_failure(*expected: type[Exception]) -> Iterator[None]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from batchnorm.diagnostics.layer import batches_tracked
 from batchnorm.diagnostics.runs import Runs
+from batchnorm.graph.observation import tensors_of
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,10 @@ class Updates:
 
 def updates(runs: Runs, layers: Mapping[str, Any]) -> Updates | str:
     """Of the first batch, in training mode. Returns: what was counted, or why nothing was."""
-    if any(parameter._post_accumulate_grad_hooks for parameter in runs.model.parameters()):  # type: ignore[attr-defined]
+    if any(parameter._post_accumulate_grad_hooks for parameter in runs.model.parameters()):
         return "hooks of parameters act in a backward pass: an optimizer, perhaps"
-    counts = {path: (layer, getattr(layer, "num_batches_tracked", None)) for path, layer in layers.items()}
-    counts = {path: each for path, each in counts.items() if each[1] is not None}
-    called = {"forward": dict.fromkeys(counts, 0), "backward": dict.fromkeys(counts, 0)}
+    counting = {path: layer for path, layer in layers.items() if batches_tracked(layer) is not None}
+    called = {"forward": dict.fromkeys(counting, 0), "backward": dict.fromkeys(counting, 0)}
     phase = "forward"
 
     def hook_of(path: str) -> Any:
@@ -39,17 +38,19 @@ def updates(runs: Runs, layers: Mapping[str, Any]) -> Updates | str:
 
     try:
         with runs.unharmed():
-            before = {path: int(count) for path, (_, count) in counts.items()}
+            before = {path: int(layer.num_batches_tracked) for path, layer in counting.items()}
             runs.model.train()
-            for path, (layer, _) in counts.items():
+            for path, layer in counting.items():
                 layer.register_forward_hook(hook_of(path))  # taken away again by unharmed()
-            made = [each for each in tree_leaves(runs.call(runs.batches[0])) if isinstance(each, Tensor)]
+            made = tensors_of(runs.call(runs.batches[0]))
             losses = [each.float().mean() for each in made if each.requires_grad and each.is_floating_point()]
             if not losses:
                 return "the model returns nothing that has a gradient"
             phase = "backward"
             torch.stack([loss.cpu() for loss in losses]).sum().backward()
-            counted = {path: int(layer.num_batches_tracked) - before[path] for path, (layer, _) in counts.items()}
+            counted = {
+                path: int(layer.num_batches_tracked) - before[path] for path, layer in counting.items()
+            }
     except Exception as why:
         return f"a backward pass fails: {type(why).__name__}: {why}".splitlines()[0]
     return Updates(called["forward"], called["backward"], counted)

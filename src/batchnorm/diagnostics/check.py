@@ -8,14 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from batchnorm.diagnostics.finding import Finding, Severity
-from batchnorm.diagnostics.subject import Subject
-
-Need = Literal["structure", "batches", "neighbours", "backward", "optimizer", "state", "reference", "ranks", "steps"]
+from batchnorm.diagnostics.subject import Need, Subject
 
 
 @dataclass
@@ -93,7 +91,13 @@ class Check(ABC):
         return type(self).fix is not Check.fix
 
     def finding(
-        self, layer: str, message: str, fix: str, *, severity: Severity | None = None, **evidence: float | int | str
+        self,
+        layer: str,
+        message: str,
+        fix: str,
+        *,
+        severity: Severity | None = None,
+        **evidence: float | int | str,
     ) -> Finding:
         return Finding(self.code, severity or self.severity, layer, message, dict(evidence), fix)
 
@@ -117,5 +121,5 @@ def shown(value: float | Tensor) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """ "1 channel", "3 channels"."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
+    """A number of things: 1 channel, 3 channels, 2 batches."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('ch', 'ss')) else 's'}"

@@ -13,7 +13,7 @@ from batchnorm.calibrate.batches import Forward
 from batchnorm.diagnostics.check import Check, checks
 from batchnorm.diagnostics.finding import Finding, Findings, Fixed
 from batchnorm.diagnostics.runs import Runs
-from batchnorm.diagnostics.subject import USES, Subject, Use
+from batchnorm.diagnostics.subject import USES, Missing, Subject, Use
 from batchnorm.graph.modules import refuse_lazy
 
 Ignored = Sequence[str] | Mapping[str, Sequence[str]]
@@ -101,7 +101,9 @@ def selected(select: Sequence[str], ignore: Ignored) -> tuple[list[Check], dict[
     """The checks that are chosen, and those that are left out for patterns of paths. Raises: ValueError."""
     if isinstance(select, str) or isinstance(ignore, str):
         raise ValueError("select and ignore are lists of codes")
-    by_pattern = {pattern: _named(codes) for pattern, codes in ignore.items()} if isinstance(ignore, Mapping) else {}
+    by_pattern = (
+        {pattern: _named(codes) for pattern, codes in ignore.items()} if isinstance(ignore, Mapping) else {}
+    )
     left_out = [] if isinstance(ignore, Mapping) else _named(ignore)
     chosen = _named(select) if select else list(checks())
     return [check for check in chosen if check not in left_out], by_pattern
@@ -113,7 +115,9 @@ def _named(codes: Sequence[str]) -> list[Check]:
     for code in codes:
         matching = [each for each in known if each.code.startswith(code) or each.name == code]
         if not matching or not code:
-            raise ValueError(f"there is no check {code!r}: {', '.join(f'{each.code} {each.name}' for each in known)}")
+            raise ValueError(
+                f"there is no check {code!r}: {', '.join(f'{each.code} {each.name}' for each in known)}"
+            )
         found += matching
     return list(dict.fromkeys(found))
 
@@ -124,11 +128,11 @@ def found_by(chosen: Sequence[Check], subject: Subject, ignored: Mapping[str, Se
     found: list[Finding] = []
     skipped: dict[str, str] = {}
     for check in chosen:
-        why = subject.lacks(check.needs)
-        if why is None:
+        try:
+            subject.require(check.needs)
             found += check.find(subject)
-        else:
-            skipped[check.code] = why
+        except Missing as why:
+            skipped[check.code] = str(why)
     by_code = {check.code: check for check in checks()}
     serious = [each for each in found if each.severity != "info"]
 
@@ -145,7 +149,8 @@ def found_by(chosen: Sequence[Check], subject: Subject, ignored: Mapping[str, Se
         for each in found
         if not is_explained(each)
         and not any(
-            fnmatchcase(each.layer, pattern) and by_code[each.code] in codes for pattern, codes in ignored.items()
+            fnmatchcase(each.layer, pattern) and by_code[each.code] in codes
+            for pattern, codes in ignored.items()
         )
     ]
     return Findings(sorted(kept, key=lambda each: order.get(each.layer, 0)), skipped)

@@ -36,9 +36,9 @@ def intact(model: nn.Module) -> Iterator[None]:
                 for buffer, values in buffers:
                     if not _equal(buffer, values):
                         buffer.copy_(values)
-                for parameter, gradient, values in gradients:
-                    if gradient is not None and values is not None and not _equal(gradient, values):
-                        gradient.copy_(values)
+                for parameter, gradient, kept in gradients:
+                    if gradient is not None and kept is not None and not _equal(gradient, kept):
+                        gradient.copy_(kept)
                     parameter.grad = gradient
 
 

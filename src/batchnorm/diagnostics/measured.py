@@ -20,7 +20,6 @@ from batchnorm.calibrate.batches import run_batches
 from batchnorm.diagnostics.runs import Runs, tensors
 
 
-
 @dataclass(frozen=True)
 class Arrival:
     """What came to a layer in one call.
@@ -129,7 +128,9 @@ class LayerMeasured:
 
     def _weighted(self, values: list[Tensor]) -> Tensor:
         total = sum(each.count for each in self.arrivals)
-        return torch.stack([value * (each.count / total) for value, each in zip(values, self.arrivals, strict=True)]).sum(0)
+        return torch.stack(
+            [value * (each.count / total) for value, each in zip(values, self.arrivals, strict=True)]
+        ).sum(0)
 
 
 @dataclass
@@ -163,7 +164,11 @@ class Measured:
 def measure(runs: Runs, layers: Mapping[str, Any]) -> Measured | str:
     """Run the batches through the model. Returns: what came to each layer, or why nothing did."""
     found = Measured()
-    usable = {path: layer for path, layer in layers.items() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+    usable = {
+        path: layer for path, layer in layers.items() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    }
+    if layers and not usable:
+        return "its layers are scripted: they are not called one by one"
     found.calls = {path: [] for path in usable}
     with runs.unharmed():
         for number, batch in enumerate(runs.batches):
@@ -188,7 +193,9 @@ def _one(found: Measured, runs: Runs, layers: Mapping[str, Any], number: int, ba
         return
     found.batches += 1
     for path, calls in watch.arrivals.items():
-        found.spoiled.setdefault(path, []).extend(dict.fromkeys(each.batch for each in calls if not each.finite))
+        found.spoiled.setdefault(path, []).extend(
+            dict.fromkeys(each.batch for each in calls if not each.finite)
+        )
         finite = [each for each in calls if each.finite]
         if finite:
             found.layers.setdefault(path, LayerMeasured(float(layers[path].eps))).arrivals += finite
@@ -210,7 +217,8 @@ class _Watch:
     @contextmanager
     def watching(self, layers: Mapping[str, Any]) -> Iterator[None]:
         hooks = [
-            layer.register_forward_pre_hook(self._hook(path), with_kwargs=True) for path, layer in layers.items()
+            layer.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            for path, layer in layers.items()
         ]
         try:
             yield
@@ -245,8 +253,8 @@ def arrival(number: int, x: Tensor) -> Arrival:
     variance = spreads.mean(0).clamp(min=1e-30)
     high, low = (getattr(shifted, f"a{each}")((0, 2)).double() / variance.sqrt() for each in ("max", "min"))
     finite = bool(means.isfinite().all() and spreads.isfinite().all())
-    parts = [each.cpu() for each in (means, spreads, high, low)]
-    return Arrival(number, samples, samples * flat.shape[2], *parts, finite, padding(x))
+    means, spreads, high, low = (each.cpu() for each in (means, spreads, high, low))
+    return Arrival(number, samples, samples * flat.shape[2], means, spreads, high, low, finite, padding(x))
 
 
 def padding(x: Tensor) -> float:
@@ -289,7 +297,9 @@ def analysis_of_variance(means: list[Tensor]) -> float:
     if not bool(varies.any()):
         return 0.0
     middle = every.mean(0)
-    between = torch.stack([len(each) * (each.mean(0) - middle).square() for each in means]).sum(0) / (len(means) - 1)
+    between = torch.stack([len(each) * (each.mean(0) - middle).square() for each in means]).sum(0) / (
+        len(means) - 1
+    )
     freedom = max(len(every) - len(means), 1)
     within = torch.stack([(each - each.mean(0)).square().sum(0) for each in means]).sum(0) / freedom
-    return float((between[varies].sum() / within[varies].sum().clamp(min=1e-30)))
+    return float(between[varies].sum() / within[varies].sum().clamp(min=1e-30))

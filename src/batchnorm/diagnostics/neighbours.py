@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def _outputs(runs: Runs, batch: Any, number: int) -> list[tuple[nn.Module, Tenso
 
     def hook(module: nn.Module, arguments: Any, made: Any) -> None:
         given = arguments[0] if arguments else None
-        if all(isinstance(each, Tensor) and each.dim() and each.shape[0] == number for each in (given, made)):
+        if _has(given, number) and _has(made, number):
             found.append((module, given[0].detach().clone(), made[0].detach().clone()))
 
     with runs.unharmed(), torch.no_grad():
@@ -65,6 +65,11 @@ def _outputs(runs: Runs, batch: Any, number: int) -> list[tuple[nn.Module, Tenso
                 module.register_forward_hook(hook)  # taken away again by unharmed()
         runs.call(batch)
     return found
+
+
+def _has(value: Any, number: int) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of that many examples."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == number
 
 
 def _examples(batch: Any) -> int:

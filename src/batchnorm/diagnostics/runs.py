@@ -28,7 +28,9 @@ class Runs:
     forward: called with model and batch.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any] | None, forward: Forward | None, limit: int) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any] | None, forward: Forward | None, limit: int
+    ) -> None:
         self.whole = model
         self.model, self.prefix = unwrapped(model)
         self.forward = forward or self._on_its_device
@@ -48,6 +50,24 @@ class Runs:
         with intact(self.whole), torch.inference_mode(False), eagerly(self.model):
             yield
 
+    def called(self, layers: Mapping[str, nn.Module]) -> set[str]:
+        """The paths of the layers that are called in evaluation; of all, where that is not known."""
+        found: set[str] = set()
+
+        def hook_of(path: str) -> Any:
+            return lambda *_: found.add(path)
+
+        try:
+            example = self.example()
+            with self.unharmed(), torch.no_grad():
+                self.model.eval()
+                for path, layer in layers.items():
+                    layer.register_forward_pre_hook(hook_of(path))  # taken away again by unharmed()
+                self.call(example)
+        except Exception:
+            return set(layers)
+        return found or set(layers)
+
     def example(self) -> Any:
         """A small batch: the first two examples of the first one, or a made-up one. Raises: ValueError."""
         if self.batches:
@@ -56,7 +76,9 @@ class Runs:
 
     def _on_its_device(self, model: nn.Module, batch: Any) -> Any:
         device = next((each.device for each in model.parameters()), torch.device("cpu"))
-        return call_model(model, tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, batch))
+        return call_model(
+            model, tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, batch)
+        )
 
     def _smaller(self, batch: Any) -> Any:
         tensors = [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
@@ -84,7 +106,7 @@ class Runs:
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
     """The model that others have wrapped, and the path to it."""
-    path = []
+    path: list[str] = []
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model, name = model._orig_mod, "_orig_mod"
@@ -103,7 +125,9 @@ def _some(batches: Iterable[Any], limit: int) -> list[Any]:
     if isinstance(batches, Sequence) and len(batches) > limit:
         return [*batches[: limit - 1], batches[-1]]  # the last one may be smaller
     if isinstance(batches, Tensor | Mapping):
-        raise TypeError(f"batches must be a list or a loader of batches, got one {type(batches).__name__}: [batch]")
+        raise TypeError(
+            f"batches must be a list or a loader of batches, got one {type(batches).__name__}: [batch]"
+        )
     return list(islice(batches, limit))
 
 
@@ -155,6 +179,6 @@ def _candidates(model: nn.Module) -> Iterator[Any]:
                 yield torch.randint(module.num_embeddings, (2, *length), generator=generator).to(device)
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for dims in ((), (16,), (64, 64), (8, 16, 16)):
-                yield random(2, int(module.num_features), *dims)
+            for sizes in ((), (16,), (64, 64), (8, 16, 16)):
+                yield random(2, int(module.num_features), *sizes)
             return

@@ -11,7 +11,15 @@ from torch import nn
 from batchnorm.diagnostics.runs import Runs
 from batchnorm.graph.modules import is_norm
 from batchnorm.graph.nonlinearity import DROPOUT, NONLINEAR, PASSED, PRODUCTS, RESPONSE, SCALES
-from batchnorm.graph.observation import BATCH_NORM, LAYOUT, ModuleCall, Observation, Operation, Value, observe_run
+from batchnorm.graph.observation import (
+    BATCH_NORM,
+    LAYOUT,
+    ModuleCall,
+    Observation,
+    Operation,
+    Value,
+    observe_run,
+)
 
 _DROPOUTS = frozenset({"aten.native_dropout", "aten.bernoulli", "aten.bernoulli_"})
 _CUT_OFF = {"relu": 0.0, "hardtanh": 0.0, "hardswish": -3.0, "hardsigmoid": -3.0, "gelu": -6.0, "silu": -15.0}
@@ -153,8 +161,10 @@ class Structure:
             found.dropped[path] = Dropped(path, float(p))
 
     def cut_off(self, layer: nn.Module) -> float | None:
-        """Below what an activation lets nothing through of what the layer makes; None where it does, or none follows."""
-        own = {"relu": 0.0, "relu6": 0.0, "silu": _CUT_OFF["silu"]}.get(str(getattr(layer, "activation", None)))
+        """Below what the activation behind a layer is constant; None where it never is, or none follows."""
+        own = {"relu": 0.0, "relu6": 0.0, "silu": _CUT_OFF["silu"]}.get(
+            str(getattr(layer, "activation", None))
+        )
         if own is not None:
             return own
         made = [
@@ -165,7 +175,11 @@ class Structure:
         ]
         if not made or any(value.is_output or not value.users for value in made):
             return None
-        found = [_CUT_OFF.get(user.name.removeprefix("aten.").removesuffix("_")) for each in made for user in each.users]
+        found = [
+            _CUT_OFF.get(user.name.removeprefix("aten.").removesuffix("_"))
+            for each in made
+            for user in each.users
+        ]
         known = [each for each in found if each is not None]
         return min(known) if len(known) == len(found) else None
 

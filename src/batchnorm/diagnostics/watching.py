@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from batchnorm.diagnostics.examine import Ignored, found_by, selected
 from batchnorm.diagnostics.finding import Findings
+from batchnorm.diagnostics.layer import batches_tracked
 from batchnorm.diagnostics.measured import Arrival, LayerMeasured, Measured, analysis_of_variance, arrival
 from batchnorm.diagnostics.runs import Runs, eagerly
-from batchnorm.diagnostics.subject import Subject, batches_tracked
+from batchnorm.diagnostics.subject import Subject
 
 
 @dataclass
@@ -80,14 +82,19 @@ class Doctor:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, select: Sequence[str], ignore: Ignored, limit: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        select: Sequence[str],
+        ignore: Ignored,
+        limit: int,
     ) -> None:
         self._chosen, self._patterns = selected(select, ignore)
         self._model, self._optimizer, self._limit = model, optimizer, limit
         self._subject = Subject(model, Runs(model, None, None, limit), optimizer)
         self.steps = Steps()
         self._measured = Measured()
-        self._before: dict[str, int | None] = {}
+        self._counts: dict[str, int] = {}  # of batches, when watching began
         self._arrived: defaultdict[str, list[Arrival]] = defaultdict(list)  # in this step
         self._stack: ExitStack | None = None
         self._behind = False  # a backward pass came since the last step
@@ -107,9 +114,12 @@ class Doctor:
         self._stack.enter_context(eagerly(self._model))
         for path, layer in self._subject.layers.items():
             self.steps.layers.setdefault(path, LayerSteps())
-            before = layer.register_forward_pre_hook(lambda layer, _, path=path: self._enter(path, layer))
+            self._counts[path] = batches_tracked(layer) or 0
+            before = layer.register_forward_pre_hook(lambda *_, path=path: self._enter(path))
             after = layer.register_forward_hook(
-                lambda layer, arguments, named, made, path=path: self._leave(path, layer, arguments, named, made),
+                lambda layer, arguments, named, made, path=path: self._leave(
+                    path, layer, arguments, named, made
+                ),
                 with_kwargs=True,
             )
             self._stack.callback(before.remove)
@@ -123,12 +133,15 @@ class Doctor:
         if self._stack is not None:
             self._stack.close()
             self._stack = None
+            self._count()
             if self._behind or self._optimizer is None:
                 self._end_step(counts=self._behind and self._optimizer is None)
 
     @property
     def findings(self) -> Findings:
         """What is found by what was seen until now, and of the model and the optimizer alone."""
+        if self._stack is not None:
+            self._count()
         subject = Subject(self._model, Runs(self._model, None, None, self._limit), self._optimizer)
         subject.steps = self.steps
         if self._measured.batches:
@@ -136,50 +149,32 @@ class Doctor:
         return found_by(self._chosen, subject, self._patterns)
 
     def lightning_callback(self) -> Any:
-        """A callback of Lightning that watches what a Trainer does in training; `findings` are here afterwards.
+        """A callback of Lightning that watches the training of a Trainer; `findings` are here afterwards.
 
         Raises: ImportError where neither lightning nor pytorch_lightning is installed.
         """
-        from importlib import import_module
-
         for name in ("lightning.pytorch", "pytorch_lightning"):
-            try:
-                base = import_module(name).Callback
-            except ImportError:
-                continue
-            doctor = self
-
-            class BatchNormDoctor(base):  # type: ignore[misc, valid-type]
-                """Starts and stops a Doctor with each epoch of training."""
-
-                def on_train_epoch_start(self, *_: object) -> None:
-                    doctor.start()
-
-                def on_validation_start(self, *_: object) -> None:
-                    doctor.stop()
-
-                def on_validation_end(self, trainer: Any, *_: object) -> None:
-                    if getattr(trainer, "training", False):
-                        doctor.start()
-
-                def on_train_epoch_end(self, *_: object) -> None:
-                    doctor.stop()
-
-            return BatchNormDoctor()
+            with suppress(ImportError):
+                return _callback(import_module(name).Callback, self)
         raise ImportError("neither lightning nor pytorch_lightning is installed: pip install lightning")
 
-    def _enter(self, path: str, layer: nn.Module) -> None:
-        self._before[path] = batches_tracked(layer)
+    def _enter(self, path: str) -> None:
+        # a recomputation may end within the layer, as soon as all is there that was saved
+        self.steps.layers[path].recomputed += _in_backward()
+
+    def _count(self) -> None:
+        """Add what the layers have counted since."""
+        for path, layer in self._subject.layers.items():
+            now = batches_tracked(layer) or 0
+            self.steps.layers[path].counted += now - self._counts[path]
+            self._counts[path] = now
 
     def _leave(self, path: str, layer: nn.Module, arguments: Any, named: Any, made: Any) -> None:
         x = arguments[0] if arguments else named.get("input")
         if not isinstance(x, Tensor) or x.dim() < 2 or not x.numel():
             return
         seen = self.steps.layers[path]
-        before, after = self._before.pop(path, None), batches_tracked(layer)
-        seen.counted += 0 if before is None or after is None else after - before
-        if torch._C._current_graph_task_id() != -1:
-            seen.recomputed += 1
+        if _in_backward():
             return
         if not torch.is_grad_enabled():
             seen.without_gradient += layer.training
@@ -223,6 +218,27 @@ class Doctor:
             self._measured.live = True
         self._arrived.clear()
         self.steps.number += counts
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _callback(base: Any, doctor: Doctor) -> Any:
+    """Of Lightning's class: watches each epoch of training, and not the validations in it."""
+
+    def go_on(_: Any, trainer: Any, *__: object) -> None:
+        if trainer.training:
+            doctor.start()
+
+    methods = {
+        "on_train_epoch_start": lambda *_: doctor.start(),
+        "on_validation_start": lambda *_: doctor.stop(),
+        "on_validation_end": go_on,
+        "on_train_epoch_end": lambda *_: doctor.stop(),
+        "on_exception": lambda *_: doctor.stop(),
+    }
+    return type("BatchNormDoctor", (base,), methods)()
 
 
 _NOTHING = torch.zeros(1, 1, dtype=torch.float64)

@@ -8,7 +8,8 @@ import torch
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, batches_tracked, statistics
+from batchnorm.diagnostics.layer import batches_tracked
+from batchnorm.diagnostics.subject import Subject
 
 
 class Averaged(Check):

@@ -8,7 +8,8 @@ import torch
 
 from batchnorm.diagnostics.check import Case, Check, shown
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.layer import statistics
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.estimate import population
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
-
+from batchnorm.diagnostics.subject import Subject
 
 _BUFFERS = ("running_mean", "running_var")
 
@@ -44,7 +43,8 @@ class CheckpointKeys(Check):
                 near = _elsewhere(prefix, missing[0], state)
                 yield self.finding(
                     path,
-                    f"the checkpoint has no {', '.join(missing)} for it" + (f"; it has {near}" if near else ""),
+                    f"the checkpoint has no {', '.join(missing)} for it"
+                    + (f"; it has {near}" if near else ""),
                     "rename the keys; bn.bridges reads other libraries'; bn.population(model, batches) for statistics",
                     missing=len(missing),
                 )
@@ -58,7 +58,9 @@ class CheckpointKeys(Check):
             if wrong:
                 sizes = f"{tuple(state[prefix + wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}"
                 yield self.finding(
-                    path, f"the checkpoint's {', '.join(wrong)} have other shapes: {sizes}", "the width it was trained with"
+                    path,
+                    f"the checkpoint's {', '.join(wrong)} have other shapes: {sizes}",
+                    "the width it was trained with",
                 )
 
     def plant(self, case: Case) -> None:
@@ -72,6 +74,8 @@ class CheckpointKeys(Check):
 def _elsewhere(prefix: str, name: str, state: dict[str, Any]) -> str:
     """A key that ends as the missing one does, behind another prefix."""
     for key in state:
-        if key != prefix + name and (key.endswith("." + prefix + name) or (prefix + name).endswith("." + key)):
+        if key != prefix + name and (
+            key.endswith("." + prefix + name) or (prefix + name).endswith("." + key)
+        ):
             return key
     return ""

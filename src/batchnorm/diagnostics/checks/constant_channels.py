@@ -22,14 +22,14 @@ class ConstantChannels(Check):
         "channel that is empty. 1 / sqrt(eps), 316, multiplies the smallest change of it in evaluation."
     )
     source = "pytorch #1402; Ioffe & Szegedy 2015, algorithm 1 (eps)"
-    needs = ("batches",)
+    needs = ("measured",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         measured = subject.measured
         for path, found in measured.layers.items():
             dead = (~found.varies).nonzero().flatten().tolist()
             enough = sum(each.count for each in found.arrivals) > 8
-            if dead and enough and not measured.spoiled[path]:
+            if dead and enough:
                 yield self.finding(
                     path,
                     f"{plural(len(dead), 'channel')} of {found.mean.numel()} never vary (the first is {dead[0]})",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +43,16 @@ class BatchCounter(Check):
                 )
             elif int(count) < 0:
                 yield self.finding(
-                    path, f"num_batches_tracked is {int(count)}", "bn.population(model, batches)", count=int(count)
+                    path,
+                    f"num_batches_tracked is {int(count)}",
+                    "bn.population(model, batches)",
+                    count=int(count),
                 )
 
     def fix(self, subject: Subject, finding: Finding) -> str:
-        layer = subject.model.get_submodule(finding.layer)
+        layer: Any = subject.layers[finding.layer]
         count = max(int(finding.evidence.get("count", 0)), 0)
-        layer._buffers["num_batches_tracked"] = torch.tensor(count, device=layer.running_mean.device)  # type: ignore[union-attr]
+        layer._buffers["num_batches_tracked"] = torch.tensor(count, device=layer.running_mean.device)
         return f"num_batches_tracked → {count}"
 
     def plant(self, case: Case) -> None:

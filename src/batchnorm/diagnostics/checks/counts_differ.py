@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, batches_tracked
+from batchnorm.diagnostics.layer import batches_tracked
+from batchnorm.diagnostics.subject import Subject
 
 
 class CountsDiffer(Check):

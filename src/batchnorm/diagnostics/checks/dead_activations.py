@@ -18,11 +18,11 @@ class DeadActivations(Check):
     severity = "warning"
     symptom = "Channels that are 0 for every image, and get no gradient."
     why = (
-        "β is so far below 0 that γ·x̂ + β is negative for all that was seen, and what follows is 0 there: no gradient comes "
-        "back that could change it."
+        "β is so far below 0 that γ·x̂ + β is negative for all that was seen, and what follows is 0 there: no "
+        "gradient comes back that could change it."
     )
     source = "Maas et al. 2013; torch-audit (dead filters)"
-    needs = ("batches", "structure")
+    needs = ("measured", "structure")
     yields_to = ("BN209", "BN406")
 
     def find(self, subject: Subject) -> Iterator[Finding]:
@@ -32,9 +32,13 @@ class DeadActivations(Check):
             if cut_off is None:
                 continue
             high, low = (
-                torch.stack([getattr(each, name) for each in found.arrivals]) for name in ("highest", "lowest")
+                torch.stack([getattr(each, name) for each in found.arrivals])
+                for name in ("highest", "lowest")
             )
-            weight, bias = ([] if each is None else each.detach().double().cpu().flatten() for each in (layer.weight, layer.bias))
+            weight, bias = (
+                [] if each is None else each.detach().double().cpu().flatten()
+                for each in (layer.weight, layer.bias)
+            )
             if not len(weight) or not len(bias) or sum(each.count for each in found.arrivals) < 32:
                 continue
             top = torch.where(weight > 0, weight * high.amax(0), weight * low.amin(0)) + bias

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class Drifting(Check):

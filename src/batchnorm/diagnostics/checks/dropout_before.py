@@ -15,7 +15,9 @@ class DropoutBefore(Check):
     code = "BN102"
     name = "dropout-before"
     severity = "warning"
-    symptom = "Good in training, worse in evaluation, and better again without dropout or with fresh statistics."
+    symptom = (
+        "Good in training, worse in evaluation, and better again without dropout or with fresh statistics."
+    )
     why = (
         "Dropout makes the variance of what follows larger in training than in evaluation, by about 1 / (1 - p). The "
         "running variance is that of training, so in evaluation the layer divides by too much (variance shift)."
@@ -27,7 +29,9 @@ class DropoutBefore(Check):
         found = subject.structure
         for path, layer in subject.learning.items():
             dropped = {
-                each.path: each for call in found.calls_of(layer) for each in found.before(call).dropped.values()
+                each.path: each
+                for call in found.calls_of(layer)
+                for each in found.before(call).dropped.values()
             }
             for each in dropped.values():
                 yield self.finding(

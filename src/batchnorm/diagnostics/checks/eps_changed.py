@@ -26,17 +26,17 @@ class EpsChanged(Check):
             other = trained.get(path)
             if other is None or not hasattr(other, "eps") or not hasattr(layer, "eps"):
                 continue
-            if float(layer.eps) != float(other.eps):  # type: ignore[arg-type]
+            if float(layer.eps) != float(other.eps):
                 yield self.finding(
                     path,
                     f"eps is {layer.eps:g}, and was {other.eps:g} in training",
                     f'bn.configure(model, eps={other.eps:g}, only="{path}")',
                     eps=float(layer.eps),
-                    trained=float(other.eps),  # type: ignore[arg-type]
+                    trained=float(other.eps),
                 )
 
     def fix(self, subject: Subject, finding: Finding) -> str:
-        subject.model.get_submodule(finding.layer).eps = finding.evidence["trained"]  # type: ignore[assignment]
+        subject.layers[finding.layer].eps = finding.evidence["trained"]
         return f"eps {finding.evidence['eps']:g} → {finding.evidence['trained']:g}"
 
     def plant(self, case: Case) -> None:

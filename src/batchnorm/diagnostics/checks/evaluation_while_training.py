@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class EvaluationWhileTraining(Check):
     code = "BN305"
     name = "evaluation-while-training"
     severity = "warning"
-    symptom = "Training is as slow as without batch normalization, or diverges at its rate; statistics stand still."
+    symptom = (
+        "Training is as slow as without batch normalization, or diverges at its rate; statistics stand still."
+    )
     why = (
         "model.eval() for a validation, and no model.train() after it; or a model that was loaded in evaluation mode. "
         "The gradient then does not flow through mean and variance, and running statistics stay."

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from batchnorm.diagnostics.check import Case, Check, plural, shown
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.layer import statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class ExplodingChannels(Check):

@@ -10,8 +10,7 @@ from torch import fx
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
-
+from batchnorm.diagnostics.subject import Subject
 
 _CALLS = ("batch_norm", "_native_batch_norm_legit", "native_batch_norm", "_batch_norm_with_update")
 
@@ -32,7 +31,9 @@ class ExportInTraining(Check):
             for path, layer in subject.learning.items():
                 if layer.training:
                     yield self.finding(
-                        path, f"is in training mode, and the model is for {subject.use}", "model.eval() first; bn.export does"
+                        path,
+                        f"is in training mode, and the model is for {subject.use}",
+                        "model.eval() first; bn.export does",
                     )
         for path, module in subject.model.named_modules():
             if isinstance(module, fx.GraphModule):
@@ -41,7 +42,8 @@ class ExportInTraining(Check):
                         where = _origin(node) or node.name
                         yield self.finding(
                             where,
-                            f"its graph calls {_name(node)} in training mode" + (f" (in {path})" if path else ""),
+                            f"its graph calls {_name(node)} in training mode"
+                            + (f" (in {path})" if path else ""),
                             "model.eval() before torch.export or torch.jit.trace, or bn.export(model, path, images)",
                             node=node.name,
                         )
@@ -49,9 +51,10 @@ class ExportInTraining(Check):
                 yield from self._traced(module)
 
     def _traced(self, module: Any) -> Iterator[Finding]:
-        if not isinstance(module, torch.jit.TopLevelTracedModule):
+        if type(module).__name__ != "TopLevelTracedModule":
             return  # a scripted one has modes
-        for node in module.inlined_graph.findAllNodes("aten::batch_norm"):
+        graph: Any = module.inlined_graph
+        for node in graph.findAllNodes("aten::batch_norm"):
             mode = list(node.inputs())[5]
             if mode.node().kind() == "prim::Constant" and mode.toIValue():
                 scope = node.scopeName().rpartition("/")[2]
@@ -73,7 +76,11 @@ def _trains(node: fx.Node) -> bool:
         return False
     if _name(node) == "batch_norm":  # torch's operator, F.batch_norm or ours
         return bool(node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False))
-    return True if _name(node) == "_batch_norm_with_update" else bool(next((a for a in node.args[3:] if isinstance(a, bool)), False))
+    return (
+        True
+        if _name(node) == "_batch_norm_with_update"
+        else bool(next((a for a in node.args[3:] if isinstance(a, bool)), False))
+    )
 
 
 def _name(node: fx.Node) -> str:

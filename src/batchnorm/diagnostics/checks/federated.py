@@ -8,7 +8,7 @@ from torch import nn
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.freeze import freeze
 
 

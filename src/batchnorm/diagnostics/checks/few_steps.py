@@ -9,7 +9,8 @@ import torch
 
 from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Missing, Subject, batches_tracked, statistics
+from batchnorm.diagnostics.layer import batches_tracked, statistics
+from batchnorm.diagnostics.subject import Missing, Subject
 
 
 class FewSteps(Check):
@@ -58,7 +59,10 @@ class FewSteps(Check):
         mean, variance = statistics(layer)
         mixed = measured.gap((mean / (1 - share)), ((variance - share) / (1 - share)).clamp(min=1e-30))
         plain = measured.gap(mean, variance)
-        return bool(mixed.square().mean() < 0.5 * plain.square().mean()) and float(plain.square().mean().sqrt()) > 0.1
+        return (
+            bool(mixed.square().mean() < 0.5 * plain.square().mean())
+            and float(plain.square().mean().sqrt()) > 0.1
+        )
 
     def fix(self, subject: Subject, finding: Finding) -> str:
         return subject.measure_again(finding.layer)
@@ -67,7 +71,9 @@ class FewSteps(Check):
         layer = case.layer
         layer.reset_running_stats()
         layer.momentum = 0.01
-        others = [each for each in case.model.modules() if hasattr(each, "running_mean") and each is not layer]
+        others = [
+            each for each in case.model.modules() if hasattr(each, "running_mean") and each is not layer
+        ]
         case.model.train()
         for each in others:
             each.eval()

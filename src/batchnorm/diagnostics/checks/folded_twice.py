@@ -9,7 +9,8 @@ from torch import nn
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, is_initial, statistics
+from batchnorm.diagnostics.layer import is_initial, statistics
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.graph.nonlinearity import bias_of
 from batchnorm.passes.estimate import population
 

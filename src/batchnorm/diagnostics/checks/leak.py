@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class LeakingExamples(Check):
@@ -15,11 +15,14 @@ class LeakingExamples(Check):
     severity = "error"
     symptom = "A prediction changes with the batch it is made in; the score depends on the batch size."
     why = (
-        "In evaluation a layer must use running statistics. This one normalises by the batch: track_running_stats=False, "
-        "F.batch_norm(training=True), a mode that a forward sets itself; or something else in it mixes examples."
+        "In evaluation a layer must use running statistics. This one normalises by the batch: "
+        "track_running_stats=False, F.batch_norm(training=True), a mode that a forward sets itself; or something "
+        "else in it mixes examples."
     )
-    source = "Wu & Johnson 2021, Rethinking batch in BatchNorm, section 6; warpem/miss-alignment #6; torchtest2"
-    needs = ("neighbours",)
+    source = (
+        "Wu & Johnson 2021, Rethinking batch in BatchNorm, section 6; warpem/miss-alignment #6; torchtest2"
+    )
+    needs = ("leaks",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         for leak in subject.leaks:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, is_synchronized, statistics
+from batchnorm.diagnostics.layer import is_synchronized
+from batchnorm.diagnostics.subject import Subject
 
 
 class LocalBatch(Check):
@@ -16,7 +17,7 @@ class LocalBatch(Check):
     symptom = "With more processes and the same total batch, training gets worse."
     why = "Plain layers under DistributedDataParallel normalise by the batch of their own process, not by that of all."
     source = "pytorch DistributedDataParallel; Peng et al. 2018, MegDet"
-    needs = ("batches",)
+    needs = ("measured",)
     yields_to = ("BN401",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:

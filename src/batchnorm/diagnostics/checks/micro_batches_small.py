@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.checks.two_domains import FAR
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class SmallMicroBatches(Check):
@@ -24,7 +24,11 @@ class SmallMicroBatches(Check):
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         assert subject.steps is not None
-        steps = {path: each for path, each in subject.steps.layers.items() if path in subject.learning and each.calls}
+        steps = {
+            path: each
+            for path, each in subject.steps.layers.items()
+            if path in subject.learning and each.calls
+        }
         if not steps or any(each.usual_calls < 2 or each.ratio > FAR for each in steps.values()):
             return
         each = next(iter(steps.values()))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class MixedModes(Check):
@@ -40,7 +40,7 @@ class MixedModes(Check):
             )
 
     def fix(self, subject: Subject, finding: Finding) -> str:
-        layer = subject.model.get_submodule(finding.layer)
+        layer = subject.layers[finding.layer]
         layer.training = not layer.training
         return f"{finding.evidence['mode']} mode → that of the others"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class Momentum(Check):
@@ -56,7 +56,7 @@ class Momentum(Check):
     def fix(self, subject: Subject, finding: Finding) -> str:
         momentum = float(finding.evidence["momentum"])
         new = round(1 - momentum, 12) if 0.9 <= momentum < 1 else 0.1
-        subject.model.get_submodule(finding.layer).momentum = new  # type: ignore[assignment]
+        subject.layers[finding.layer].momentum = new
         return f"momentum {momentum:g} → {new:g}"
 
     def plant(self, case: Case) -> None:

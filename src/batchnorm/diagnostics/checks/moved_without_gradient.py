@@ -9,7 +9,7 @@ import torch
 
 from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class MovedWithoutGradient(Check):
@@ -27,12 +27,14 @@ class MovedWithoutGradient(Check):
     def find(self, subject: Subject) -> Iterator[Finding]:
         assert subject.steps is not None
         layers = {path: each for path, each in subject.steps.layers.items() if path in subject.learning}
-        moved = [path for path, each in layers.items() if each.without_gradient]
+        # what runs again with gradients, in the backward pass, is checkpointing
+        passes = {path: each.without_gradient - each.recomputed for path, each in layers.items()}
+        moved = [path for path, number in passes.items() if number > 0]
         fix = "model.eval() before it, or with bn.paused(model):"
         if moved and len(moved) == len(layers):
             yield self.finding(
                 "",
-                f"{plural(max(layers[path].without_gradient for path in moved), 'pass')} without gradients in training "
+                f"{plural(max(passes[path] for path in moved), 'pass')} without gradients in training "
                 "mode moved the running statistics of all layers",
                 fix,
                 layers=len(moved),
@@ -41,9 +43,9 @@ class MovedWithoutGradient(Check):
         for path in moved:
             yield self.finding(
                 path,
-                f"its running statistics moved in {plural(layers[path].without_gradient, 'pass')} without gradients",
+                f"its running statistics moved in {plural(passes[path], 'pass')} without gradients",
                 fix,
-                passes=layers[path].without_gradient,
+                passes=passes[path],
             )
 
     def plant(self, case: Case) -> None:

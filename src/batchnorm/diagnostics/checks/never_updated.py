@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, batches_tracked, is_initial, statistics
+from batchnorm.diagnostics.layer import batches_tracked, is_initial
+from batchnorm.diagnostics.subject import Subject
 
 
 class NeverUpdated(Check):
@@ -24,17 +25,24 @@ class NeverUpdated(Check):
     def find(self, subject: Subject) -> Iterator[Finding]:
         layers = subject.learning
         initial = [path for path, layer in layers.items() if is_initial(layer)]
-        fresh = len(initial) == len(layers) and all(not batches_tracked(layers[path]) for path in initial)
-        training = all(layers[path].training for path in initial)
-        severity = "info" if fresh and training else self.severity
-        for path in initial:
+        again = "train first, or bn.population(model, batches)"
+        fresh = len(initial) == len(layers) and all(not batches_tracked(each) for each in layers.values())
+        if initial and fresh and all(each.training for each in layers.values()):
+            yield self.finding(
+                initial[0] if len(initial) == 1 else "",
+                f"the running statistics of {plural(len(initial), 'layer')} are 0 and 1: no batch was seen yet",
+                again,
+                severity="info",
+                layers=len(initial),
+            )
+            return
+        for path in [each for each in initial if each in subject.evaluated] if initial else ():
             seen = batches_tracked(layers[path])
             counted = "" if seen is None else f", after {plural(seen, 'batch')}"
             yield self.finding(
                 path,
                 f"its running statistics are still 0 and 1{counted}",
-                "train first, or bn.population(model, batches)",
-                severity=severity,
+                again,
                 batches=-1 if seen is None else seen,
             )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class NonfiniteInput(Check):
@@ -17,7 +17,7 @@ class NonfiniteInput(Check):
     symptom = "Evaluation gives nan from some step on, although the loss is finite again."
     why = "One such value makes the batch's mean and variance nan, and torch's running statistics keep them for good."
     source = "pytorch #88474, #90342, #96798, #115500"
-    needs = ("batches",)
+    needs = ("measured",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         measured = subject.measured

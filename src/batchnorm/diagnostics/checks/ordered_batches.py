@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.measured import analysis_of_variance
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.estimate import population
-
 
 _SURE = {1: 15.1, 2: 9.2, 3: 7.0, 4: 5.9, 5: 5.1, 6: 4.6, 7: 4.3}  # P(F > that) = 1e-4, by degrees of freedom
 
@@ -24,7 +23,7 @@ class OrderedBatches(Check):
         "running ones are those of the last."
     )
     source = "pytorch #58986; docs/population.md (sorted by class)"
-    needs = ("batches",)
+    needs = ("measured",)
     yields_to = ("BN404",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
@@ -40,7 +39,7 @@ class OrderedBatches(Check):
         if ratio > _SURE.get(freedom, 4.0):
             yield self.finding(
                 "",
-                f"the means of batches differ {ratio:.1f} times as much as those of shuffled examples would (at {path})",
+                f"the means of batches differ {ratio:.1f} times as much as shuffled examples let them (at {path})",
                 "shuffle=True; to measure all the same, bn.population(model, batches, estimator='pooled')",
                 ratio=ratio,
                 batches=len(arrivals),
@@ -50,4 +49,3 @@ class OrderedBatches(Check):
         case.path = ""
         case.batches = [batch + 2.0 * number for number, batch in enumerate(case.batches)]
         population(case.model, case.batches, estimator="pooled")
-

@@ -15,17 +15,20 @@ class Padding(Check):
     code = "BN409"
     name = "padding"
     severity = "warning"
-    symptom = "Outputs depend on how long the longest sequence of the batch is; evaluation one by one is worse."
+    symptom = (
+        "Outputs depend on how long the longest sequence of the batch is; evaluation one by one is worse."
+    )
     why = (
         "Sequences or images of different sizes are filled up, and the filling is counted: it moves the mean towards "
         "itself and makes the variance smaller, by the share that it has in the batch."
     )
     source = "pytorch #70529, #25910, #30414, #81985; tensorflow #30161; deepspeech #312, #360"
-    needs = ("batches",)
+    needs = ("measured",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         shares = {
-            path: sum(each.padded * each.count for each in found.arrivals) / sum(each.count for each in found.arrivals)
+            path: sum(each.padded * each.count for each in found.arrivals)
+            / sum(each.count for each in found.arrivals)
             for path, found in subject.measured.layers.items()
         }
         padded = [path for path, share in shares.items() if share > 0.05]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class RepeatedBatches(Check):
@@ -19,7 +19,7 @@ class RepeatedBatches(Check):
         "examples come again within a few batches."
     )
     source = "pytorch #5059 (numpy seeds in workers)"
-    needs = ("batches",)
+    needs = ("measured",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         repeated = subject.measured.repeated

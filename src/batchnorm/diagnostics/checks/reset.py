@@ -7,7 +7,8 @@ from typing import Any
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, batches_tracked, is_initial, statistics
+from batchnorm.diagnostics.layer import batches_tracked, is_initial
+from batchnorm.diagnostics.subject import Subject
 
 
 class Reset(Check):
@@ -24,7 +25,7 @@ class Reset(Check):
     def find(self, subject: Subject) -> Iterator[Finding]:
         layers = subject.learning
         elsewhere = any(not is_initial(layer) for layer in layers.values())
-        for path, layer in layers.items():
+        for path, layer in subject.evaluated.items() if any(map(is_initial, layers.values())) else ():
             if is_initial(layer) and batches_tracked(layer) == 0 and (elsewhere or self._is_trained(layer)):
                 yield self.finding(
                     path,

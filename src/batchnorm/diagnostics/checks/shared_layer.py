@@ -9,7 +9,7 @@ from torch import nn
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.diagnostics.subject import Missing, Subject
 
 
 class SharedLayer(Check):
@@ -33,7 +33,9 @@ class SharedLayer(Check):
             calls = self._calls(subject, layer)
             if len(names) < 2 and calls < 2:
                 continue
-            where = " and ".join(names) if len(names) > 1 else f"one layer that is called {calls} times in a pass"
+            where = (
+                " and ".join(names) if len(names) > 1 else f"one layer that is called {calls} times in a pass"
+            )
             yield self.finding(
                 path,
                 f"{'is one layer at ' if len(names) > 1 else 'is '}{where}, with one set of running statistics",
@@ -43,8 +45,11 @@ class SharedLayer(Check):
 
     @staticmethod
     def _calls(subject: Subject, layer: nn.Module) -> int:
-        """In the forward pass of one batch."""
-        return len(subject.structure.calls_of(layer)) if subject.lacks(["structure"]) is None else 1
+        """In the forward pass of one batch, where that can be seen."""
+        try:
+            return len(subject.structure.calls_of(layer))
+        except Missing:
+            return 1
 
     def plant(self, case: Case) -> None:
         """Through a second call, on noise."""

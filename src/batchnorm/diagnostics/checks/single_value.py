@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ class SingleValue(Check):
     code = "BN401"
     name = "single-value"
     severity = "error"
-    symptom = "ValueError: Expected more than 1 value per channel when training; often at the end of an epoch."
-    why = (
-        "One value has no variance: a last batch of one example, or a branch that pools to 1 × 1 with a batch of one."
+    symptom = (
+        "ValueError: Expected more than 1 value per channel when training; often at the end of an epoch."
     )
+    why = "One value has no variance: a last batch of one example, or a branch that pools to 1 × 1 with a batch of one."
     source = "pytorch-semseg #214; fastai #1352; ISBNet #12"
-    needs = ("batches",)
+    needs = ("measured",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         measured = subject.measured
@@ -41,7 +41,7 @@ class SingleValue(Check):
             if all(each.count == each.samples for each in found.arrivals):
                 yield self.finding(
                     path,
-                    "the loader's last batch has one example, which gives it one value per channel: training fails there",
+                    "the loader's last batch has one example, which gives it one value per channel: training fails",
                     'drop_last=True, or bn.configure(model, on_single="running")',
                     examples=1,
                 )
@@ -76,8 +76,8 @@ class Pooled(nn.Module):
 def _last_batch(loader: Any) -> int | None:
     """How many examples the last batch of a DataLoader has, where that can be known without reading it."""
     size, data = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
-    if not size or getattr(loader, "drop_last", True) or not hasattr(data, "__len__"):
+    if not size or getattr(loader, "drop_last", True) or not isinstance(data, Sized):
         return None
     sampler = getattr(loader, "sampler", None)
-    number = len(sampler) if hasattr(sampler, "__len__") else len(data)
-    return number % size or size
+    number = len(sampler) if isinstance(sampler, Sized) else len(data)
+    return int(number % size or size)

@@ -9,7 +9,7 @@ from torch import nn
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.checks.single_value import SingleValue
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.estimate import population
 
 
@@ -22,8 +22,10 @@ class SmallBatch(Check):
         "The statistics of a few values are far from those of the data: their noise comes into every output, and "
         "evaluation has none of it."
     )
-    source = "Ioffe 2017 (batch renormalization); Wu & He 2018 (group normalization), figure 1; pytorch #46516"
-    needs = ("batches",)
+    source = (
+        "Ioffe 2017 (batch renormalization); Wu & He 2018 (group normalization), figure 1; pytorch #46516"
+    )
+    needs = ("measured",)
     yields_to = ("BN401", "BN502")
 
     def find(self, subject: Subject) -> Iterator[Finding]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Missing, Subject, is_initial, statistics
-
+from batchnorm.diagnostics.layer import is_initial, statistics
+from batchnorm.diagnostics.subject import Missing, Subject
 
 _TOLERATED = 0.25  # of an output's standard deviation: what moving averages of a training that ends well have
 
@@ -22,10 +22,24 @@ class Stale(Check):
         "changed since (a last step with a high rate, an average of models, pruning, quantization), data of another "
         "domain or preprocessing, an average too short for the noise, a file that does not fit."
     )
-    source = "Ioffe & Szegedy 2015, algorithm 2, line 10; pytorch #4741, #5406, #4253; Person_reID #218; GACNet #8"
-    needs = ("batches",)
+    source = (
+        "Ioffe & Szegedy 2015, algorithm 2, line 10; pytorch #4741, #5406, #4253; Person_reID #218; GACNet #8"
+    )
+    needs = ("measured",)
     follows = ("BN106", "BN209", "BN210", "BN406", "BN407", "BN504")
-    yields_to = ("BN108", "BN201", "BN202", "BN204", "BN206", "BN207", "BN208", "BN210", "BN213", "BN214", "BN215")
+    yields_to = (
+        "BN108",
+        "BN201",
+        "BN202",
+        "BN204",
+        "BN206",
+        "BN207",
+        "BN208",
+        "BN210",
+        "BN213",
+        "BN214",
+        "BN215",
+    )
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         measured = subject.measured
@@ -61,9 +75,15 @@ class Stale(Check):
         layer = subject.learning[path]
         again = "bn.population(model, batches)"
         if _after_dropout(subject, path):
-            return "dropout before it makes training's variance another", f"{again}, after training without it"
+            return (
+                "dropout before it makes training's variance another",
+                f"{again}, after training without it",
+            )
         if first:
-            return "the data have another distribution (domain, preprocessing)", f"the same preprocessing, or {again}"
+            return (
+                "the data have another distribution (domain, preprocessing)",
+                f"the same preprocessing, or {again}",
+            )
         if (layer.momentum or 0) >= 0.5:
             return f"they are those of the last batches (momentum {layer.momentum:g})", again
         return "the weights before it have changed since", again

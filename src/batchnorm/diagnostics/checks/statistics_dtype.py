@@ -8,8 +8,7 @@ import torch
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
-
+from batchnorm.diagnostics.subject import Subject
 
 _BUFFERS = ("running_mean", "running_var")
 
@@ -39,7 +38,7 @@ class StatisticsDtype(Check):
                 )
 
     def fix(self, subject: Subject, finding: Finding) -> str:
-        layer = subject.model.get_submodule(finding.layer)
+        layer = subject.layers[finding.layer]
         for name in _BUFFERS:
             layer._buffers[name] = getattr(layer, name).float()
         return f"running statistics {finding.evidence['dtype']} → float32"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
+from batchnorm.diagnostics.layer import statistics
+from batchnorm.diagnostics.subject import Subject
 
 
 class StatisticsValues(Check):
@@ -28,11 +29,17 @@ class StatisticsValues(Check):
             again = "bn.population(model, batches)"
             if lost:
                 yield self.finding(
-                    path, f"{plural(lost, 'channel')} of it with statistics that are not finite", again, channels=lost
+                    path,
+                    f"{plural(lost, 'channel')} of it with statistics that are not finite",
+                    again,
+                    channels=lost,
                 )
             if negative:
                 yield self.finding(
-                    path, f"{plural(negative, 'channel')} of it with a negative variance", again, channels=negative
+                    path,
+                    f"{plural(negative, 'channel')} of it with a negative variance",
+                    again,
+                    channels=negative,
                 )
 
     def fix(self, subject: Subject, finding: Finding) -> str:

@@ -28,7 +28,10 @@ class StrongDropout(Check):
             for each in subject.structure.dropouts:
                 if each.p >= 0.4:
                     yield self.finding(
-                        each.path, f"drops {each.p:.0%} in a network with batch normalization", "try p=0.1, or 0", p=each.p
+                        each.path,
+                        f"drops {each.p:.0%} in a network with batch normalization",
+                        "try p=0.1, or 0",
+                        p=each.p,
                     )
 
     def plant(self, case: Case) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, is_synchronized
+from batchnorm.diagnostics.layer import is_synchronized
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.convert_sync import convert_sync
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, is_synchronized
+from batchnorm.diagnostics.layer import is_synchronized
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.convert_sync import convert_sync
 
 
@@ -23,7 +24,7 @@ class SyncSkipped(Check):
         "process does not come."
     )
     source = "pytorch #44957"
-    needs = ("batches",)
+    needs = ("measured",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         for path, calls in subject.measured.calls.items():

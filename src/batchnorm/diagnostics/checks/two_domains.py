@@ -7,8 +7,7 @@ from typing import Any
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Subject, statistics
-
+from batchnorm.diagnostics.subject import Subject
 
 FAR = 16.0  # F of two batches of one distribution is above it once in 10,000 times
 
@@ -31,7 +30,7 @@ class TwoDomains(Check):
             if path in subject.learning and seen.ratio > FAR:
                 yield self.finding(
                     path,
-                    f"the batches of a step differ {seen.ratio:.0f} times as much as examples of one distribution would",
+                    f"the batches of a step differ {seen.ratio:.0f} times as much as those of one distribution would",
                     'with bn.domain("real"): around each pass, one set of statistics for each',
                     ratio=seen.ratio,
                 )

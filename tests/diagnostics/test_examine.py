@@ -1,0 +1,433 @@
+"""`examine` on models of all kinds: what it leaves as it was, what it takes, how it is told what to look for."""
+
+import contextlib
+import copy
+import json
+import random
+import warnings
+
+import numpy
+import pytest
+import timm
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
+
+import batchnorm as bn
+from tests.diagnostics.networks import Own, batches, healthy
+from tests.diagnostics.test_checks import serious
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+def measured(model, data, forward=None):
+    bn.population(model, data, forward=forward)
+    return model.train()
+
+
+def everything(model, optimizer):
+    """All that an examination might change."""
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "identities": [
+            (name, id(each)) for name, each in [*model.named_parameters(), *model.named_buffers()]
+        ],
+        "modes": [module.training for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "hooks": [
+            [
+                list(getattr(module, name))
+                for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+            ]
+            for module in model.modules()
+        ],
+        "gradients": [None if each.grad is None else each.grad.clone() for each in model.parameters()],
+        "required": [each.requires_grad for each in model.parameters()],
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "random": (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()),
+    }
+
+
+def assert_same(before, after):
+    for key in ("identities", "modes", "attributes", "hooks", "required"):
+        assert before[key] == after[key], key
+    assert all(torch.equal(before["state"][name], after["state"][name]) for name in before["state"])
+    for one, other in zip(before["gradients"], after["gradients"], strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert json.dumps(before["optimizer"], default=str) == json.dumps(after["optimizer"], default=str)
+    assert torch.equal(before["random"][0], after["random"][0])
+    assert before["random"][1:] == after["random"][1:]
+
+
+class Noisy(Own):
+    """Draws from all generators, keeps something, and fails when it is told to."""
+
+    fails = False
+
+    def forward(self, x):
+        random.random(), numpy.random.rand(), torch.rand(1)
+        self.last = x
+        if self.fails and self.training:
+            raise RuntimeError("it fails")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_all_is_as_it_was(training, fails):
+    model, data, optimizer = healthy(Noisy)
+    model.register_forward_hook(lambda *_: None)
+    model.stem[1].eval()
+    model(data[0]).sum().backward()
+    optimizer.step()
+    model.train(training)
+    model.norms[0].train(not training)
+    model.fails = fails
+    model.convs[0].weight.requires_grad_(False)
+    before = everything(model, optimizer)
+    found = bn.examine(model, data, optimizer)
+    assert_same(before, everything(model, optimizer))
+    assert [each.layer for each in found if each.code == "BN204"] == ["norms.0"]
+    assert ("BN303" in found.skipped) == fails
+
+
+def test_batches_are_not_changed():
+    class InPlace(Own):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    model, data, _ = healthy(InPlace)
+    before = [each.clone() for each in data]
+    bn.examine(model, data)
+    assert all(torch.equal(one, other) for one, other in zip(before, data, strict=True))
+
+
+def dictionary(data):
+    class Named(Own):
+        def forward(self, pixels, scale=1.0):
+            return {"logits": super().forward(pixels * scale)}
+
+    return Named(), [{"pixels": each, "scale": 1.0} for each in data], None
+
+
+def pairs(data):
+    return Own(), [(each, torch.zeros(len(each))) for each in data], None
+
+
+def loader(data):
+    images = torch.cat(data)
+    return Own(), DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=16), None
+
+
+def own_forward(data):
+    class Strange(Own):
+        def forward(self, *, first, second):
+            return super().forward(first + second)
+
+    return Strange(), data, lambda model, batch: model(first=batch, second=0.0)
+
+
+@pytest.mark.parametrize("kind", [dictionary, pairs, loader, own_forward], ids=lambda each: each.__name__)
+def test_batches_of_all_kinds(kind):
+    torch.manual_seed(0)
+    model, given, forward = kind(batches())
+    measured(model, given, forward)
+    assert serious(bn.examine(model, given, forward=forward)) == []
+    model.norms[1].running_mean += 2
+    found = bn.examine(model, given, forward=forward)
+    assert serious(found) == [("BN405", "norms.1")]
+
+
+def test_an_iterator_gives_no_more_than_the_limit():
+    data = batches()
+    model = measured(Own(), data)
+    taken = []
+
+    def endless():
+        for number in range(10**9):
+            taken.append(number)
+            yield data[number % 4] + number
+
+    bn.examine(model, endless(), limit=3)
+    assert taken == [0, 1, 2]
+
+
+def test_of_a_list_the_last_batch_is_used_too():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8))
+    data = [torch.randn(16, 12) for _ in range(20)]
+    measured(model, data)
+    found = bn.examine(model, [*data, torch.randn(1, 12)])
+    assert serious(found) == [("BN401", "2")] and found[0].evidence["batch"] == 7
+
+
+def test_the_last_batch_of_a_loader_is_known_without_reading_it():
+    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    data = torch.randn(16 * 20 + 1, 12)
+    measured(model, data[:-1].split(16))
+    dataset = TensorDataset(data)
+    assert serious(bn.examine(model, DataLoader(dataset, batch_size=16))) == [("BN401", "1")]
+    assert serious(bn.examine(model, DataLoader(dataset, batch_size=16, drop_last=True))) == []
+    images = nn.Sequential(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    measured(images, data[:-1].split(16))
+    assert serious(bn.examine(images, DataLoader(dataset, batch_size=16))) == []  # four positions: it trains
+
+
+def test_one_tensor_is_no_list_of_batches():
+    with pytest.raises(
+        TypeError, match=r"batches must be a list or a loader of batches, got one Tensor: \[batch\]"
+    ):
+        bn.examine(small(), torch.randn(8, 3, 16, 16))
+
+
+def planted(model):
+    layers = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    layers[1].momentum = 0.99
+    layers[1].running_mean.add_(2)
+    return model
+
+
+def compiled():
+    return torch.compile(planted(measured(Own(), batches())), backend="eager"), "_orig_mod.norms.0"
+
+
+def compiled_inside():
+    model = planted(measured(Own(), batches()))
+    model.stem = torch.compile(model.stem, backend="eager")
+    return model, "norms.0"
+
+
+def graph_module():
+    return planted(fx.symbolic_trace(measured(Own(), batches()))).train(), "norms.0"
+
+
+def averaged():
+    model = torch.optim.swa_utils.AveragedModel(measured(Own(), batches()))
+    return planted(model), "module.norms.0"
+
+
+def data_parallel():
+    return nn.DataParallel(planted(measured(Own(), batches()))), "module.norms.0"
+
+
+def upgraded():
+    return planted(bn.upgrade(measured(Own(), batches()))[0]), "norms.0"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [compiled, compiled_inside, graph_module, averaged, data_parallel, upgraded],
+    ids=lambda each: each.__name__,
+)
+def test_what_others_have_wrapped(make):
+    torch.manual_seed(0)
+    model, path = make()
+    data = batches()
+    found = bn.examine(model, data)
+    assert serious(found) == [("BN201", path)]
+    model.get_submodule(path).momentum = 0.1
+    found = bn.examine(model, data)
+    assert serious(found) == [("BN405", path)]
+
+
+def test_a_scripted_model_is_examined_as_far_as_it_goes():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.jit.script(measured(small(), batches()))
+    getattr(model, "1").running_var[2] = -1
+    found = bn.examine(model, batches())
+    assert [(each.code, each.layer) for each in found if each.severity == "error"] == [("BN202", "1")]
+    assert found.skipped["BN405"]
+
+
+def test_a_traced_model_in_training_mode():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(measured(Own(), batches()), batches()[0], check_trace=False)
+        right = torch.jit.trace(measured(Own(), batches()).eval(), batches()[0])
+    assert {each.layer for each in bn.examine(traced, select=["BN601"])} == {"stem.1", "norms.0", "norms.1"}
+    assert not bn.examine(right, select=["BN601"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_exported_program(training):
+    model = measured(Own(), batches()).train(training)
+    program = torch.export.export(model, (batches()[0],)).module(check_guards=False)
+    found = bn.examine(program, select=["BN601"])
+    assert {each.layer for each in found} == ({"stem.1", "norms.0", "norms.1"} if training else set())
+
+
+def test_detection():
+    torch.manual_seed(0)
+    model = models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
+    images = [[torch.rand(3, 120, 160) for _ in range(4)] for _ in range(3)]
+
+    def forward(model, batch):
+        boxes = {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}
+        return model(batch, [boxes] * len(batch)) if model.training else model(batch)
+
+    measured(model, images, forward)
+    alone = {"forward": forward, "ignore": ["BN402"]}  # its last feature maps have one position
+    assert serious(bn.examine(model, images, **alone)) == []
+    path = "backbone.features.0.4.block.0.1"
+    layer = model.get_submodule(path)
+    layer.running_var *= 9
+    found = bn.examine(model, images, **alone)
+    assert serious(found) == [("BN405", path)]
+    assert found.skipped.keys().isdisjoint({"BN101", "BN303", "BN405"})
+
+
+def test_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+    )
+    model = transformers.ResNetForImageClassification(config)
+    data = [{"pixel_values": each} for each in batches()]
+    measured(model, data)
+    assert serious(bn.examine(model, data)) == []
+    layers = [path for path, each in model.named_modules() if isinstance(each, nn.BatchNorm2d)]
+    model.get_submodule(layers[2]).running_mean += 3
+    assert serious(bn.examine(model, data)) == [("BN405", layers[2])]
+
+
+def test_frozen_layers_of_every_kind_are_left_alone():
+    from torchvision.ops import FrozenBatchNorm2d
+
+    data = batches()
+    model = measured(Own(), data)
+    model.norms[0] = FrozenBatchNorm2d(8)
+    bn.freeze(model.norms[1], affine=True)
+    assert serious(bn.examine(model, data)) == []
+    assert (
+        serious(bn.examine(bn.freeze(measured(Own(), data), affine=True)[0].requires_grad_(False), data))
+        == []
+    )
+
+
+def test_select_and_ignore():
+    model = planted(measured(Own(), batches()))
+    model.stem[1].momentum = 0.99
+    assert {each.layer for each in bn.examine(model, select=["BN201"])} == {"stem.1", "norms.0"}
+    assert {each.layer for each in bn.examine(model, select=["momentum"])} == {"stem.1", "norms.0"}
+    assert {each.layer for each in bn.examine(model, ignore={"stem.*": ["BN201"]}, select=["BN2"])} == {
+        "norms.0"
+    }
+    assert not bn.examine(model, ignore=["BN2"]).of("warning")
+    assert "BN405" not in bn.examine(model, ignore=["BN4"]).skipped
+    for wrong in ({"select": ["BN9"]}, {"ignore": ["BN9"]}, {"ignore": {"*": ["BN9"]}}, {"select": [""]}):
+        with pytest.raises(ValueError, match=r"there is no check '(BN9)?': BN101 redundant-bias"):
+            bn.examine(model, **wrong)
+    with pytest.raises(ValueError, match="use must be one of training, inference"):
+        bn.examine(model, use="deployment")
+    with pytest.raises(ValueError, match="is lazy: run a batch through the model first"):
+        bn.examine(nn.Sequential(nn.LazyBatchNorm1d()))
+
+
+def test_findings_show_themselves():
+    model = measured(Own(), batches())
+    model.norms[0].momentum = 0.99
+    model.norms[1].running_var[0] = -1
+    found = bn.examine(model)
+    assert [each.code for each in found] == ["BN202", "BN201"] and found.summary.startswith(
+        "1 error, 1 warning; "
+    )
+    assert found.at("norms.1")[0].evidence == {"channels": 1}
+    assert "<td style='text-align:left'>norms.1</td>" in found._repr_html_()
+    again = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert [each["layer"] for each in again["findings"]] == ["norms.1", "norms.0"] and again[
+        "skipped"
+    ] == found.skipped
+    assert (
+        str(found)
+        .splitlines()[0]
+        .startswith("BN202  error    norms.1  1 channel of it with a negative variance; ")
+    )
+    nothing = bn.examine(nn.Linear(2, 2))
+    assert nothing.summary.startswith("nothing found")
+    mended = bn.examine(model, batches(), fix=True)
+    assert str(mended).splitlines()[:2] == [
+        "fixed BN202 norms.1: running statistics → those of 64 examples in 4 batches",
+        "fixed BN201 norms.0: momentum 0.99 → 0.01",
+    ]
+
+
+def test_without_batches_the_structure_is_seen_on_a_made_up_input():
+    cases = [
+        nn.Sequential(nn.Conv1d(5, 8, 3), nn.BatchNorm1d(8)),
+        nn.Sequential(nn.Conv3d(2, 8, 3), nn.BatchNorm3d(8)),
+        nn.Sequential(nn.Linear(7, 8), nn.BatchNorm1d(8)),
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8)),
+        nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8)),
+        nn.Sequential(nn.ConvTranspose2d(16, 8, 4), nn.BatchNorm2d(8)),
+    ]
+    for model in cases:
+        found = bn.examine(model.double())
+        assert [each.layer for each in found if each.code == "BN101"] == [str(len(model) - 1)]
+
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.BatchNorm1d(3)
+
+        def forward(self, graph):
+            return self.layer(graph.nodes)
+
+    assert "what it takes is not known" in bn.examine(Takes()).skipped["BN101"]
+
+
+def test_a_loss_and_training_go_on_as_without_it():
+    results = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model, data, optimizer = healthy(lambda: timm.create_model("mobilenetv3_small_050", drop_rate=0.2))
+        for step in range(3):
+            if looks and step == 1:
+                bn.examine(model, data, optimizer)
+            optimizer.zero_grad()
+            loss = model(data[step]).square().mean()
+            loss.backward()
+            optimizer.step()
+        results.append(loss.detach())
+    assert torch.equal(*results)
+
+
+def test_gradients_that_act_in_the_backward_pass_are_not_called():
+    model, data, _ = healthy(Own)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: parameter.data.mul_(0))
+    before = copy.deepcopy(model.state_dict())
+    found = bn.examine(model, data)
+    assert "hooks of parameters" in found.skipped["BN303"]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@contextlib.contextmanager
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_in_ddp(tmp_path):
+    with one_process(tmp_path):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(measured(Own(), batches()))
+        found = bn.examine(planted(model), batches())
+        assert serious(found) == [("BN201", "module.norms.0")]
+        model.module.norms[0].momentum = 0.1
+        model.module.norms[0].running_mean -= 2  # as it was
+        assert serious(bn.examine(model, batches())) == []
+        few = [each[:2, :, :4, :4] for each in batches()]
+        found = bn.examine(model, few, select=["BN402", "BN502"])
+        assert {code for code, _ in serious(found)} == {"BN502"}  # and not BN402, which it explains
+        model(batches()[0]).sum().backward()  # its reducer is not confused
