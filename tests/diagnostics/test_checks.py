@@ -13,7 +13,23 @@ from tests.diagnostics.networks import NETWORKS, case, healthy
 CHECKS = checks()
 SEVERAL_PROCESSES = {"BN501", "BN502"}
 WATCHED = {each.code for each in CHECKS if "steps" in each.needs}
-ALONE = [each for each in CHECKS if each.code not in SEVERAL_PROCESSES]
+ALONE = [each for each in CHECKS if each.code not in SEVERAL_PROCESSES and not each.on_request]
+
+
+NAMES = """
+    BN101 redundant-bias, BN102 dropout-before, BN103 strong-dropout, BN104 response-normalization,
+    BN105 after-nonlinearity, BN106 normalized-twice, BN107 nothing-linear-before, BN108 shared-layer,
+    BN201 momentum, BN202 statistics-values, BN203 statistics-dtype, BN204 mixed-modes, BN205 drifting,
+    BN206 never-updated, BN207 reset, BN208 below-eps, BN209 dead-channels, BN210 exploding-channels,
+    BN211 eps-differs, BN212 batch-counter, BN213 folded-twice, BN214 few-steps, BN215 averaged-weights,
+    BN301 optimizer-misses, BN302 weight-decay, BN303 updated-twice, BN304 counts-differ,
+    BN305 evaluation-while-training, BN306 moved-without-gradient, BN307 two-domains, BN308 small-micro-batches,
+    BN401 single-value, BN402 small-batch, BN403 ordered-batches, BN404 repeated-batches, BN405 stale-statistics,
+    BN406 constant-channels, BN407 dead-activations, BN408 nonfinite-input, BN409 padding, BN410 leaking-examples,
+    BN501 ranks-differ, BN502 local-batch, BN503 sync-alone, BN504 sync-skipped,
+    BN601 export-in-training, BN602 private, BN603 federated, BN604 checkpoint-keys, BN605 eps-changed,
+    BN701 upgrade-speed
+"""
 
 
 def serious(findings):
@@ -65,3 +81,26 @@ def test_a_planted_bug_is_found_at_its_layer_and_nothing_else(network, check):
         assert [each.finding.layer for each in mended.fixed] == [planted.path] and mended.fixed[0].change
         assert serious(mended) == [] and check.code not in {each.code for each in mended}
         planted.model.train()(planted.batches[0])
+
+
+def test_codes_are_stable_and_each_says_why():
+    assert [f"{each.code} {each.name}" for each in CHECKS] == [
+        " ".join(each.split()) for each in NAMES.split(",")
+    ]
+    for each in CHECKS:
+        assert each.symptom and each.why and each.source and each.severity in ("error", "warning", "info")
+        known = {other.code for other in CHECKS} - {each.code}
+        assert known.issuperset(each.yields_to) and known.issuperset(each.follows)
+
+
+@pytest.mark.slow
+def test_the_time_that_an_upgrade_saves_is_measured_where_it_is_asked_for():
+    planted = case("torchvision")
+    assert "BN701" not in {each.code for each in examine(planted.model, planted.batches)}
+    before = copy.deepcopy(planted.model.state_dict())
+    found = examine(planted.model, planted.batches, select=["BN701"])
+    assert "BN701" not in found.skipped
+    for each in found:
+        assert each.evidence["upgraded"] < each.evidence["milliseconds"]
+    assert all(torch.equal(before[key], value) for key, value in planted.model.state_dict().items())
+    assert not examine(bn.upgrade(planted.model)[0], planted.batches, select=["BN701"])

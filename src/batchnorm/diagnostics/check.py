@@ -61,6 +61,7 @@ class Check(ABC):
     needs: what it looks at beside the model.
     yields_to: checks whose findings at a layer explain its own there, which are then left out.
     follows: likewise, at a layer before.
+    on_request: whether it is made only where it is selected, as it takes long.
     """
 
     code: ClassVar[str]
@@ -72,6 +73,7 @@ class Check(ABC):
     needs: ClassVar[tuple[Need, ...]] = ()
     yields_to: ClassVar[tuple[str, ...]] = ()
     follows: ClassVar[tuple[str, ...]] = ()
+    on_request: ClassVar[bool] = False
 
     @abstractmethod
     def find(self, subject: Subject) -> Iterator[Finding]:

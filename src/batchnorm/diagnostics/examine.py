@@ -11,7 +11,8 @@ from torch import nn
 
 from batchnorm.calibrate.batches import Forward
 from batchnorm.diagnostics.check import Check, checks
-from batchnorm.diagnostics.finding import Finding, Findings, Fixed
+from batchnorm.diagnostics.finding import Examined, Finding, Findings, Fixed
+from batchnorm.diagnostics.measured import Measured
 from batchnorm.diagnostics.runs import Runs
 from batchnorm.diagnostics.subject import USES, Missing, Subject, Use
 from batchnorm.graph.modules import refuse_lazy
@@ -94,7 +95,7 @@ def examine(
     if not fixed:
         return found
     again = found_by(chosen, look(), patterns)
-    return Findings(list(again), again.skipped, fixed)
+    return Findings(list(again), again.skipped, fixed, again.layers)
 
 
 def selected(select: Sequence[str], ignore: Ignored) -> tuple[list[Check], dict[str, list[Check]]]:
@@ -105,7 +106,7 @@ def selected(select: Sequence[str], ignore: Ignored) -> tuple[list[Check], dict[
         {pattern: _named(codes) for pattern, codes in ignore.items()} if isinstance(ignore, Mapping) else {}
     )
     left_out = [] if isinstance(ignore, Mapping) else _named(ignore)
-    chosen = _named(select) if select else list(checks())
+    chosen = _named(select) if select else [check for check in checks() if not check.on_request]
     return [check for check in chosen if check not in left_out], by_pattern
 
 
@@ -153,4 +154,16 @@ def found_by(chosen: Sequence[Check], subject: Subject, ignored: Mapping[str, Se
             for pattern, codes in ignored.items()
         )
     ]
-    return Findings(sorted(kept, key=lambda each: order.get(each.layer, 0)), skipped)
+    found = sorted(kept, key=lambda each: order.get(each.layer, 0))
+    return Findings(found, skipped, layers=[_examined(path, subject) for path in subject.layers])
+
+
+def _examined(path: str, subject: Subject) -> Examined:
+    layer = subject.layers[path]
+    kind = f"{type(layer).__name__}({getattr(layer, 'num_features', '')})"
+    measured: Measured | None = vars(subject).get("measured")  # if a check has asked for it
+    found = measured.layers.get(path) if measured is not None else None
+    if measured is None or found is None:
+        return Examined(path, kind)
+    gap, by_chance = (None, None) if measured.live else found.distance(layer)
+    return Examined(path, kind, gap, by_chance, found.count, found.noise)

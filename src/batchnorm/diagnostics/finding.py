@@ -53,6 +53,27 @@ class Fixed:
     change: str
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A layer that was examined, and what was measured of it, where there were batches.
+
+    Args:
+        path: in the model.
+        kind: its class and width, "BatchNorm2d(64)".
+        gap: between its outputs in evaluation and in training, in their standard deviations.
+        by_chance: the gap that exact statistics would have, by the number of examples.
+        values: the fewest per channel in a batch.
+        noise: by how much a batch's statistics move its outputs, in their standard deviations.
+    """
+
+    path: str
+    kind: str
+    gap: float | None = None
+    by_chance: float | None = None
+    values: int | None = None
+    noise: float | None = None
+
+
 class Findings(Sequence[Finding]):
     """Findings, the worst first, then in the order of the model; they print as a table, in a notebook too.
 
@@ -60,6 +81,7 @@ class Findings(Sequence[Finding]):
         findings: in the order of the model.
         skipped: why checks were not made, by code.
         fixed: what was mended; it is no longer among the findings.
+        layers: those that were examined, in the order of the model.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -73,10 +95,12 @@ class Findings(Sequence[Finding]):
         findings: Sequence[Finding],
         skipped: Mapping[str, str] | None = None,
         fixed: Sequence[Fixed] = (),
+        layers: Sequence[Examined] = (),
     ) -> None:
         self._findings = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
         self.skipped = dict(skipped or {})
         self.fixed = tuple(fixed)
+        self.layers = tuple(layers)
 
     @overload
     def __getitem__(self, index: int) -> Finding: ...
@@ -132,11 +156,12 @@ class Findings(Sequence[Finding]):
     __repr__ = __str__
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON takes it: findings, fixed, skipped; a number that is not finite as a word."""
+        """All of it as JSON takes it: findings, fixed, skipped, layers; a number that is not finite as a word."""
         return {
             "findings": [_as_json(each) for each in self],
             "fixed": [_as_json(each.finding) | {"change": each.change} for each in self.fixed],
             "skipped": self.skipped,
+            "layers": [vars(each) for each in self.layers],
         }
 
     def _repr_html_(self) -> str:

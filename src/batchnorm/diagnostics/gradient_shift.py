@@ -53,8 +53,12 @@ def gradient_shifts(
 
     patterns: of paths; None: the layers that have a matrix or a convolution.
 
-    Raises: ValueError for a pattern that matches no layer with parameters in the optimizer.
+    Raises: ValueError for a pattern that matches no layer with parameters in the optimizer, and for hooks that act.
     """
+    if any(each._post_accumulate_grad_hooks for each in model.parameters()):
+        raise ValueError(
+            "hooks of parameters act in a backward pass, as an optimizer perhaps: nothing can be undone"
+        )
     parameters = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
     values = [each.detach().clone() for each in parameters]
     called: dict[nn.Module, None] = {}
@@ -88,16 +92,21 @@ def _gradients(
 
     called: gets the modules, in the order of their first calls.
     """
+    buffers = [(each, each.clone()) for each in model.buffers()]
     with intact(model), torch.enable_grad():
         if called is not None:
             order = called
             for module in model.modules():  # intact() takes the hooks away again
                 module.register_forward_pre_hook(lambda module, _: order.setdefault(module))
         torch.clear_autocast_cache()  # of weights that have changed since, where the caller is inside of an autocast
-        value = loss()
-        with _without_gradients([*parameters, *_leaves(value)]):
-            value.backward()
-            return [None if each.grad is None else each.grad.detach().clone() for each in parameters]
+        try:
+            value = loss()
+            with _without_gradients([*parameters, *_leaves(value)]):
+                value.backward()
+                return [None if each.grad is None else each.grad.detach().clone() for each in parameters]
+        finally:
+            for buffer, values in buffers:
+                _write(buffer, values)
 
 
 @contextmanager
@@ -209,6 +218,6 @@ def _numbers(gradient: Tensor | None, like: Tensor | None) -> Tensor:
     return gradient.to_dense().cpu().double().flatten()
 
 
-def _write(parameter: Tensor, value: Tensor) -> None:
+def _write(tensor: Tensor, value: Tensor) -> None:
     # by .data, which autograd does not count as a change: the caller's own forward pass may wait for its backward
-    parameter.data.copy_(value)
+    tensor.data.copy_(value)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.calibrate.batches import run_batches
+from batchnorm.diagnostics.layer import statistics
 from batchnorm.diagnostics.runs import Runs, tensors
 
 
@@ -120,11 +121,20 @@ class LayerMeasured:
         other = (variance + self.eps).clamp(min=1e-30)
         return ((own / other).sqrt() - 1).square().add((self.mean - mean).square() / other).sqrt()
 
-    def expected_gap(self) -> Tensor:
-        """(C,) that of exact statistics, by the standard errors alone."""
-        variance = self.variance + self.eps
+    def distance(self, layer: Any) -> tuple[float, float]:
+        """The gap by the layer's running statistics, and that of exact ones by chance: root mean squares.
+
+        By chance: by the standard errors of the batches' mean and variance.
+        """
+        mean, variance = (each.cpu().flatten() for each in statistics(layer))
+        gaps = self.gap(mean, variance)
+        known = self.varies & gaps.isfinite()
+        if not bool(known.any()):
+            return 0.0, 0.0
         of_mean, of_variance = self.errors
-        return (of_mean.square() / variance + (of_variance / variance / 2).square()).sqrt()
+        spread = self.variance + self.eps
+        expected = of_mean.square() / spread + (of_variance / spread / 2).square()
+        return float(gaps[known].square().mean().sqrt()), float(expected[known].mean().sqrt())
 
     def _weighted(self, values: list[Tensor]) -> Tensor:
         total = sum(each.count for each in self.arrivals)

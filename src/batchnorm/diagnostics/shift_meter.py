@@ -181,7 +181,8 @@ class ShiftMeter:
         Returns: a GradientShift for each layer, in the order of their calls; they are in `gradients` too.
 
         Raises:
-            ValueError: the meter has no optimizer; a pattern that matches no layer with parameters.
+            ValueError: the meter has no optimizer; a pattern that matches no layer with parameters; hooks of parameters
+                that act in a backward pass, as an optimizer that steps there.
 
         Example:
             >>> import torch, batchnorm as bn

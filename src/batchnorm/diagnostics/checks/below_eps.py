@@ -23,7 +23,7 @@ class BelowEps(Check):
         "Where it comes from: tiny initial weights, inputs in tiny units, float16 gradients scaled away."
     )
     source = "Ioffe & Szegedy 2015, algorithm 1; docs/numerics.md"
-    yields_to = ("BN209", "BN406", "BN606")
+    yields_to = ("BN406",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         for path, layer in subject.tracking.items():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.layer import is_initial, statistics
+from batchnorm.diagnostics.layer import is_initial
 from batchnorm.diagnostics.subject import Missing, Subject
 
 _TOLERATED = 0.25  # of an output's standard deviation: what moving averages of a training that ends well have
@@ -50,13 +50,7 @@ class Stale(Check):
             layer = subject.learning[path]
             if is_initial(layer):
                 continue
-            mean, variance = (each.cpu().flatten() for each in statistics(layer))
-            gaps = found.gap(mean, variance)
-            known = found.varies & gaps.isfinite()
-            if not bool(known.any()):
-                continue
-            gap = float(gaps[known].square().mean().sqrt())
-            by_chance = float(found.expected_gap()[known].square().mean().sqrt())
+            gap, by_chance = found.distance(layer)
             if gap > max(_TOLERATED, 4 * by_chance):
                 cause, fix = self._cause(subject, path, first)
                 yield self.finding(
@@ -66,7 +60,6 @@ class Stale(Check):
                     fix,
                     gap=gap,
                     by_chance=by_chance,
-                    channels=int((gaps[known] > _TOLERATED).sum()),
                 )
             first = False
 
