@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from batchnorm.calibrate.states import reduce_statistics as reduce_statistics
     from batchnorm.calibrate.states import split_state as split_state
     from batchnorm.diagnostics.examine import examine as examine
+    from batchnorm.diagnostics.shift_meter import ShiftMeter as ShiftMeter
     from batchnorm.diagnostics.watching import watch as watch
     from batchnorm.functional import batch_norm as batch_norm
     from batchnorm.layers import BatchNorm as BatchNorm
@@ -97,6 +98,7 @@ _HOME = {
     "upgrade": "passes.upgrade",
     "examine": "diagnostics.examine",
     "watch": "diagnostics.watching",
+    "ShiftMeter": "diagnostics.shift_meter",
     "downgrade": "passes.downgrade",
     "strip_bias": "passes.strip_bias",
     "virtual_batch": "passes.virtual_batch",

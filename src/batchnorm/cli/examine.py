@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,14 +22,13 @@ from batchnorm.cli.image_batches import (
 from batchnorm.cli.layers_table import warn_of_random_weights
 from batchnorm.cli.named_model import (
     DtypeOption,
-    InputOption,
     JsonOption,
     ModelArgument,
     SetOption,
     WeightsOption,
 )
 from batchnorm.cli.state_file import OutOption
-from batchnorm.cli.terminal import Failure, as_failure, one_of, show, words
+from batchnorm.cli.terminal import Failure, as_failure, command_line, one_of, show, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +91,8 @@ def examine(
     ] = False,
     out: OutOption = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page, report.html.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page to look at, NAME.html.", show_default=False),
     ] = None,
     output: Annotated[
         str, typer.Option("--format", metavar="|".join(FORMATS), help="Of what is printed.")
@@ -106,7 +106,6 @@ def examine(
     mean: MeanOption = None,
     std: StdOption = None,
     settings: SetOption = None,
-    inputs: InputOption = None,
     dtype: DtypeOption = "float32",
 ) -> None:
     """Find bugs with batch normalization that no error shows, as a linter does in a text.
@@ -121,19 +120,24 @@ def examine(
     from rich.console import Console
 
     from batchnorm.diagnostics.examine import examine as look
+    from batchnorm.diagnostics.written import save, written
 
-    state_file.check(out)
-    if out is not None and not fix:
-        raise Unexamined("--out writes the weights of a network that was mended: add --fix")
-    kind = "json" if as_json else str(one_of(FORMATS, output, "--format"))
-    failing = _FAIL_ON[str(one_of(tuple(_FAIL_ON), fail_on, "--fail-on"))]
     console = Console(stderr=True)
-    try:
-        named = named_model.find(model, weights, settings or (), inputs or (), dtype)
+    with _unexamined():
+        state_file.check(out)
+        if report is not None and report.suffix != ".html":
+            raise Failure(f"--report {report}: write a page, NAME.html")
+        if report is not None and not report.parent.is_dir():
+            raise Failure(f"--report {report}: there is no folder {report.parent}: make it first")
+        if out is not None and not fix:
+            raise Failure("--out writes the weights of a network that was mended: add --fix")
+        kind = "json" if as_json else one_of(FORMATS, output, "--format")
+        failing = _FAIL_ON[one_of(_FAIL_ON, fail_on, "--fail-on")]
+        chosen, left_out = _chosen(select, ignore)
+        named = named_model.find(model, weights, settings or (), (), dtype, needs_example=False)
         if not named.has_weights:
             named.model.train()  # new, and about to be trained
         given = None if data is None else Batches(named, data, images, batch_size, size, mean, std)
-        chosen, left_out = _chosen(select, ignore)
         with as_failure(ValueError), console.status("examining", spinner="dots"):
             found = look(
                 named.model,
@@ -144,23 +148,31 @@ def examine(
                 fix=fix,
                 use=use,  # type: ignore[arg-type]
             )
-    except Unexamined:
-        raise
-    except Failure as failure:
-        raise Unexamined(str(failure)) from None
-    if out is not None:
-        state_file.write(named.model.state_dict(), out)
+        if out is not None:
+            state_file.write(named.model.state_dict(), out)
+        if report is not None:
+            with as_failure(ImportError, OSError):
+                save(found, report, model, command=command_line())
     if kind == "text":
         show_findings(Console(), found)
         warn_of_random_weights(console, named.has_weights)
     else:
-        typer.echo(_written(kind, found, model))
+        typer.echo(written(found, kind, model, command=command_line()))  # type: ignore[arg-type]
+    if report is not None:
+        show(console, str(report))
+    if out is not None:
+        show(console, state_file.size(out))
     if any(each.severity in failing for each in found):
         raise typer.Exit(1)
 
 
-def _written(kind: str, found: Findings, model: str) -> str:
-    return json.dumps(found.as_dict() | {"model": model})
+@contextmanager
+def _unexamined() -> Iterator[None]:
+    """A Failure inside has the exit status of a network that could not be examined."""
+    try:
+        yield
+    except Failure as failure:
+        raise Unexamined(str(failure)) from None
 
 
 def explain(

@@ -84,9 +84,19 @@ class NamedModel:
 
 
 def find(
-    name: str, weights: Path | None, settings: Sequence[str], shapes: Sequence[str], dtype: str
+    name: str,
+    weights: Path | None,
+    settings: Sequence[str],
+    shapes: Sequence[str],
+    dtype: str,
+    needs_example: bool = True,
 ) -> NamedModel:
-    """The network that a user has named. Raises: Failure."""
+    """The network that a user has named.
+
+    needs_example: whether one is refused of which no example input is known.
+
+    Raises: Failure.
+    """
     import torch
 
     from batchnorm.training.network import NetworkError
@@ -103,8 +113,13 @@ def find(
         with as_failure(NetworkError):
             load(model, weights, None, "--weights")
     model = model.to(getattr(torch, dtype)).eval()
-    inputs = tuple(_images(each, dtype) for each in shapes) or _examples(name, model, size, channels, dtype)
-    if isinstance(inputs[0], torch.Tensor) and inputs[0].dim() == 4:
+    inputs = tuple(_images(each, dtype) for each in shapes)
+    try:
+        inputs = inputs or _examples(name, model, size, channels, dtype)
+    except Failure:
+        if needs_example:
+            raise
+    if inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].dim() == 4:
         size = size if size is not None and not shapes else inputs[0].shape[-1]
         channels = inputs[0].shape[1]
     has_weights = trained or weights is not None
@@ -251,8 +266,11 @@ def _examples(name: str, model: nn.Module, size: int | None, channels: int, dtyp
 
     module = type(model).__module__
     error: Exception | None = None
-    for side in (size,) if size else _SIZES:
-        shape = f"1,{channels},16,{side},{side}" if ".video." in module else f"1,{channels},{side},{side}"
+    sizes = [(channels, side) for side in ((size,) if size else _SIZES)]
+    if channels == 3 and size is None:  # a network of the user's
+        sizes += [(1, side) for side in (*_SIZES, 28)]
+    for width, side in sizes:
+        shape = f"1,{width},16,{side},{side}" if ".video." in module else f"1,{width},{side},{side}"
         images = _images(shape, dtype)
         inputs = ([*images],) if "torchvision.models.detection" in module else (images,)
         try:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+if TYPE_CHECKING:
+    from batchnorm.diagnostics.shift_meter import ShiftMeter
 
 Severity = Literal["error", "warning", "info"]
 Evidence = dict[str, float | int | str]
@@ -163,6 +167,28 @@ class Findings(Sequence[Finding]):
             "skipped": self.skipped,
             "layers": [vars(each) for each in self.layers],
         }
+
+    def save(self, path: str | Path, title: str = "model", meter: ShiftMeter | None = None) -> None:
+        """Write a file: a page to look at (.html), JSON (.json), SARIF (.sarif) or GitHub's annotations (.txt).
+
+        Args:
+            path: whose suffix says what is written; an old file is replaced when the new one is whole.
+            title: the model's name.
+            meter: a ShiftMeter, whose distributions over time are shown on the page.
+
+        Raises:
+            ValueError: another suffix.
+            ImportError: names the packages that a page needs.
+
+        Example:
+            >>> import tempfile, torch, batchnorm as bn
+            >>> findings = bn.examine(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8)))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     findings.save(f"{folder}/findings.json")
+        """
+        from batchnorm.diagnostics.written import save
+
+        save(self, Path(path), title, () if meter is None else meter.history)
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("code", "severity", "layer", "finding", "fix"))

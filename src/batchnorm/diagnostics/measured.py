@@ -256,12 +256,11 @@ def arrival(number: int, x: Tensor) -> Arrival:
     samples, channels = x.shape[:2]
     flat = x.reshape(samples, channels, -1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    means = flat.mean(2, dtype=torch.float64)
+    spread, means = (each.double() for each in torch.var_mean(flat, 2, correction=0))
     mean = means.mean(0)
-    shifted = flat - mean.to(flat.dtype)[:, None]
-    spreads = shifted.square().mean(2, dtype=torch.float64) - (means.mean(0) - mean.to(flat.dtype)).square()
-    variance = spreads.mean(0).clamp(min=1e-30)
-    high, low = (getattr(shifted, f"a{each}")((0, 2)).double() / variance.sqrt() for each in ("max", "min"))
+    spreads = spread + (means - mean).square()
+    deviation = spreads.mean(0).clamp(min=1e-30).sqrt()
+    high, low = ((each.double() - mean) / deviation for each in (flat.amax((0, 2)), flat.amin((0, 2))))
     finite = bool(means.isfinite().all() and spreads.isfinite().all())
     means, spreads, high, low = (each.cpu() for each in (means, spreads, high, low))
     return Arrival(number, samples, samples * flat.shape[2], means, spreads, high, low, finite, padding(x))

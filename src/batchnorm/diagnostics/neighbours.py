@@ -29,7 +29,7 @@ class Leak:
 
 
 def leaks(runs: Runs) -> list[Leak] | str:
-    """The modules without children by which the first example of a batch gets to know of the others."""
+    """The modules by which the first example of a batch gets to know of the others, innermost."""
     batch = next((each for each in runs.batches if _examples(each) > 1), None)
     if batch is None:
         return "it needs a batch of two examples or more"
@@ -39,30 +39,41 @@ def leaks(runs: Runs) -> list[Leak] | str:
         first, second = _outputs(runs, batch, number), _outputs(runs, others, number)
     except Exception as why:
         return f"in evaluation the model fails: {type(why).__name__}: {why}".splitlines()[0]
-    if len(first) != len(second):
+    paths = {module: path for path, module in reversed([*runs.model.named_modules()])}
+    if [module for module, *_ in first] != [module for module, *_ in second]:
         return "which modules are called depends on the batch"
-    found = []
+    found: list[Leak] = []
     for (module, given, made), (_, given_2, made_2) in zip(first, second, strict=True):
-        if _change(given, given_2) <= _MOVES / 100 < _MOVES < _change(made, made_2):
-            path = next(path for path, each in runs.model.named_modules() if each is module)
-            found.append(Leak(runs.path(path), module, _change(made, made_2)))
+        unchanged = len(given) == len(given_2) and all(
+            _change(one, two) <= _MOVES / 100 for one, two in zip(given, given_2, strict=True)
+        )
+        if unchanged and _change(made, made_2) > _MOVES:
+            path = runs.path(paths[module])
+            inside = f"{path}." if path else ""
+            if not any(leak.path.startswith(inside) for leak in found):  # one of its children is it
+                found.append(Leak(path, module, _change(made, made_2)))
     return found
 
 
-def _outputs(runs: Runs, batch: Any, number: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Of each call of a module without children what it was given and made for the first example."""
-    found: list[tuple[nn.Module, Tensor, Tensor]] = []
+def _outputs(runs: Runs, batch: Any, number: int) -> list[tuple[nn.Module, list[Tensor], Tensor]]:
+    """Of each call of a module, the inner ones first, what it was given and made for the first example."""
+    found: list[tuple[nn.Module, list[Tensor], Tensor]] = []
+    kept: list[list[Tensor]] = []
 
-    def hook(module: nn.Module, arguments: Any, made: Any) -> None:
-        given = arguments[0] if arguments else None
-        if _has(given, number) and _has(made, number):
-            found.append((module, given[0].detach().clone(), made[0].detach().clone()))
+    def before(_: nn.Module, arguments: Any, named: Any) -> None:
+        given = [each for each in tensors((arguments, named)) if _has(each, number)]
+        kept.append([each[0].detach().clone() for each in given])
+
+    def after(module: nn.Module, _: Any, __: Any, made: Any) -> None:
+        given = kept.pop()
+        if _has(made, number) and given:
+            found.append((module, given, made[0].detach().clone()))
 
     with runs.unharmed(), torch.no_grad():
         runs.model.eval()
-        for module in runs.model.modules():
-            if not module._modules or isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_hook(hook)  # taken away again by unharmed()
+        for module in runs.model.modules():  # taken away again by unharmed()
+            module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+            module.register_forward_hook(after, with_kwargs=True)
         runs.call(batch)
     return found
 

@@ -22,19 +22,33 @@ class LeakingExamples(Check):
     source = (
         "Wu & Johnson 2021, Rethinking batch in BatchNorm, section 6; warpem/miss-alignment #6; torchtest2"
     )
-    needs = ("leaks",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        for leak in subject.leaks:
-            without = getattr(leak.module, "running_mean", 0) is None
-            cause = "has no running statistics" if without else "mixes the examples of a batch"
+        again = "track_running_stats=True, then train or bn.population(model, batches)"
+        without = [
+            path for path, layer in subject.layers.items() if getattr(layer, "running_mean", 0) is None
+        ]
+        moves = (
+            {leak.path: leak.change for leak in subject.leaks} if subject.runs.batches or not without else {}
+        )
+        for path in without:
+            change = (
+                f": an example's output moves by {moves[path]:.0%} with other neighbours"
+                if path in moves
+                else ""
+            )
             yield self.finding(
-                leak.path,
-                f"in evaluation {cause}: an example's output moves by {leak.change:.0%} with other neighbours",
-                "track_running_stats=True, then train or bn.population(model, batches)"
-                if without
-                else "F.batch_norm(..., training=self.training), and no mode set in a forward",
-                change=leak.change,
+                path,
+                f"has no running statistics, and normalises by the batch in evaluation too{change}",
+                again,
+                change=moves.get(path, float("nan")),
+            )
+        for path in moves.keys() - set(without):
+            yield self.finding(
+                path,
+                f"in evaluation an example's output moves by {moves[path]:.0%} with other neighbours in its batch",
+                "F.batch_norm(..., training=self.training), and no mode set in a forward",
+                change=moves[path],
             )
 
     def plant(self, case: Case) -> None:

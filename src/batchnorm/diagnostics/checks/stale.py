@@ -67,6 +67,8 @@ class Stale(Check):
     def _cause(subject: Subject, path: str, first: bool) -> tuple[str, str]:
         layer = subject.learning[path]
         again = "bn.population(model, batches)"
+        if _is_folded(subject, path):
+            return "its input has its β and γ² already (folded before)", "torch.nn.Identity() in its place"
         if _after_dropout(subject, path):
             return (
                 "dropout before it makes training's variance another",
@@ -94,3 +96,12 @@ def _after_dropout(subject: Subject, path: str) -> bool:
     except Missing:
         return False
     return any(found.before(call).dropped for call in found.calls_of(subject.learning[path]))
+
+
+def _is_folded(subject: Subject, path: str) -> bool:
+    """Whether what comes to the layer has the mean and deviation that the layer is to give it."""
+    found, layer = subject.measured.layers[path], subject.learning[path]
+    if layer.weight is None or layer.bias is None or bool((layer.bias == 0).all()):
+        return False
+    gamma, beta = (each.detach().double().cpu().flatten() for each in (layer.weight, layer.bias))
+    return float(found.gap(beta, gamma.square())[found.varies].square().mean().sqrt()) < 0.1

@@ -20,6 +20,7 @@ class StatisticsValues(Check):
         "average of a wrong file, makes variances negative, whose root is nan."
     )
     source = "pytorch #88474, #90342, #96798, #115500"
+    yields_to = ("BN406",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         for path, layer in subject.tracking.items():
@@ -40,6 +41,16 @@ class StatisticsValues(Check):
                     f"{plural(negative, 'channel')} of it with a negative variance",
                     again,
                     channels=negative,
+                )
+
+            zero = int((variance == 0).sum())
+            if zero:
+                yield self.finding(
+                    path,
+                    f"{plural(zero, 'channel')} of it with a variance of 0: evaluation multiplies by 1 / sqrt(eps)",
+                    again,
+                    severity="warning",
+                    channels=zero,
                 )
 
     def fix(self, subject: Subject, finding: Finding) -> str:
