@@ -147,6 +147,12 @@ def passes():
     mean = bn.average(model, decay=None, statistics="measured")
     mean.update_parameters(model)
     assert mean.measure([x, x + 1]).count("measured") == 2
+    model[3].momentum = 0.99
+    assert [each.layer for each in bn.examine(model, [x, x + 1], optimizer, select=["BN201"])] == ["3"]
+    with bn.watch(model, optimizer) as doctor:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert doctor.steps.number == 1 and doctor.findings.at("3")
     plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
     before = plain.eval()(x)
     plain, report = bn.insert(plain, x, identity=[x])

@@ -161,6 +161,14 @@ def test_tables_are_those_of_the_rows_that_were_measured():
     assert pruning["table"]() in (ROOT / "docs/pruning.md").read_text()
 
 
+def test_the_page_of_the_checks_is_what_they_say():
+    script = runpy.run_path(str(ROOT / "docs/checks.py"))
+    assert script["page"]() == (ROOT / "docs/checks.md").read_text()
+    anchors = {f"checks.md#{anchor}" for anchor in re.findall(r"\(#(bn\d+-[a-z-]+)\)", script["page"]())}
+    asked = set(re.findall(r"checks\.md#[a-z0-9-]+", (ROOT / "docs/doctor.md").read_text()))
+    assert asked and asked <= anchors
+
+
 def test_the_table_of_other_libraries_is_what_was_recorded():
     script = runpy.run_path(str(ROOT / "docs/bridges.py"))
     page = (ROOT / "docs/bridges.md").read_text()
@@ -214,6 +222,15 @@ def test_fold_and_export_commands_run(here, forking, command, tmp_path, monkeypa
     assert "layers: " in done.out and "left alone" not in done.out
     if "--out" in words:
         assert (tmp_path / words[words.index("--out") + 1]).stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [line for line in commands("batchnorm") if line.split()[1] in ("examine", "explain")]
+)
+def test_examine_and_explain_commands_run(here, command, tmp_path):
+    done = here(*shlex.split(command)[1:], cwd=tmp_path)
+    assert done.code in (0, 1) and "BN" in done.out, done.error
 
 
 @pytest.mark.slow

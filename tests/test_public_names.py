@@ -13,6 +13,7 @@ NAMES = (
     {"Affine", "Moments", "__version__", "batch_norm", "bridges", "kernels", "keep_memory", "return_memory"}
     | {"BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
     | {"LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"}
+    | {"ShiftMeter"}
     | {"Ghost", "Population", "Ramp", "Renorm", "Sync", "domain"}
     | {
         "adapt",
@@ -20,6 +21,7 @@ NAMES = (
         "configure",
         "convert_sync",
         "downgrade",
+        "examine",
         "export",
         "fold",
         "freeze",
@@ -35,6 +37,7 @@ NAMES = (
         "unfreeze",
         "upgrade",
         "virtual_batch",
+        "watch",
         "zero_init_residual",
     }
 )

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -41,11 +42,13 @@ def make(name):
     if name.startswith("timm:"):
         import timm
 
-        model = timm.create_model(name[5:])
+        model: Any = timm.create_model(name[5:])
         return model, model.default_cfg.get("input_size", (3, 224, 224))[1]
     from torchvision import models
 
-    more = {"weights_backbone": None} if name in models.list_models(module=models.segmentation) else {}
+    more: dict[str, Any] = (
+        {"weights_backbone": None} if name in models.list_models(module=models.segmentation) else {}
+    )
     if name in ("googlenet", "inception_v3"):
         more["init_weights"] = False
     return models.get_model(name, weights=None, **more), 299 if name == "inception_v3" else None
@@ -57,7 +60,7 @@ def examined(name):
     model, size = make(name)
     if not layers_of(model):
         return 0, None
-    error = None
+    error: Exception = RuntimeError(name)
     for side in (128, size or 224, 224):
         data = torch.randn(32 if side <= 128 else 16, 3, side, side).split(16 if side <= 128 else 8)
         try:
@@ -68,7 +71,7 @@ def examined(name):
             optimizer = torch.optim.SGD(bn.param_groups(model, 1e-4), lr=0.1)
             return len(layers_of(model)), bn.examine(model.train(), data, optimizer, forward=forward)
         except (RuntimeError, AssertionError, ValueError) as why:
-            error = error or why
+            error = why
     raise error
 
 

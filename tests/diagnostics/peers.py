@@ -84,7 +84,7 @@ def rows():
             continue
         cells = []
         for number, tool in enumerate(tools):
-            found = Counter()
+            found: Counter[str] = Counter()
             for name in NETWORKS:
                 planted = case(name)
                 check.plant(planted)

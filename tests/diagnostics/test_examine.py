@@ -5,6 +5,7 @@ import copy
 import json
 import random
 import warnings
+from typing import Any
 
 import numpy
 import pytest
@@ -33,6 +34,7 @@ def measured(model, data, forward=None):
 
 def everything(model, optimizer):
     """All that an examination might change."""
+    drawn: Any = numpy.random.get_state()
     return {
         "state": copy.deepcopy(model.state_dict()),
         "identities": [
@@ -50,7 +52,7 @@ def everything(model, optimizer):
         "gradients": [None if each.grad is None else each.grad.clone() for each in model.parameters()],
         "required": [each.requires_grad for each in model.parameters()],
         "optimizer": copy.deepcopy(optimizer.state_dict()),
-        "random": (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()),
+        "random": (torch.get_rng_state(), random.getstate(), drawn[1].tolist()),
     }
 
 
@@ -127,7 +129,7 @@ def loader(data):
 
 def own_forward(data):
     class Strange(Own):
-        def forward(self, *, first, second):
+        def forward(self, *, first, second):  # type: ignore[override]
             return super().forward(first + second)
 
     return Strange(), data, lambda model, batch: model(first=batch, second=0.0)
@@ -186,7 +188,9 @@ def test_one_tensor_is_no_list_of_batches():
 
 
 def planted(model):
-    layers = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    layers: list[Any] = [
+        each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)
+    ]
     layers[1].momentum = 0.99
     layers[1].running_mean.add_(2)
     return model
@@ -273,7 +277,10 @@ def test_detection():
         return model(batch, [boxes] * len(batch)) if model.training else model(batch)
 
     measured(model, images, forward)
-    alone = {"forward": forward, "ignore": ["BN402"]}  # its last feature maps have one position
+    alone: dict[str, Any] = {
+        "forward": forward,
+        "ignore": ["BN402"],
+    }  # its last feature maps have one position
     assert serious(bn.examine(model, images, **alone)) == []
     path = "backbone.features.0.4.block.0.1"
     layer = model.get_submodule(path)
@@ -326,7 +333,7 @@ def test_select_and_ignore():
         with pytest.raises(ValueError, match=r"there is no check '(BN9)?': BN101 redundant-bias"):
             bn.examine(model, **wrong)
     with pytest.raises(ValueError, match="use must be one of training, inference"):
-        bn.examine(model, use="deployment")
+        bn.examine(model, use="deployment")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is lazy: run a batch through the model first"):
         bn.examine(nn.Sequential(nn.LazyBatchNorm1d()))
 

@@ -1,14 +1,15 @@
 """Several processes: buffers that differ, and processes that do not examine their model."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 
 import batchnorm as bn
-from batchnorm.diagnostics import ranks as module
+from batchnorm.diagnostics import rank_digests as module
 from tests.diagnostics.networks import Own, batches
 
 
@@ -16,7 +17,7 @@ def of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = Own()
+    model: Any = Own()
     bn.population(model, batches())
     assert not bn.examine(model, select=["BN5"]) and not bn.examine(model, select=["BN5"]).skipped.get(
         "BN501"

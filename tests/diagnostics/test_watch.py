@@ -1,6 +1,7 @@
 """`watch`: what happens in the steps of a training, and nothing of it is changed."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -147,20 +148,22 @@ def test_data_of_the_steps_are_looked_at():
 def test_start_and_stop_in_place_of_a_block():
     model, data, optimizer = healthy(Own)
     doctor = bn.watch(model, optimizer)
-    doctor.start(), doctor.start()
+    doctor.start()
+    doctor.start()
     train(model, data[:2], optimizer)
     doctor.stop()
     with torch.no_grad():
         model(data[0])  # not watched
     doctor.start()
     train(model, data[2:], optimizer)
-    doctor.stop(), doctor.stop()
+    doctor.stop()
+    doctor.stop()
     assert doctor.steps.number == 4 and serious(doctor.findings) == []
 
 
 def test_compiled_models_run_uncompiled_meanwhile():
     model, data, _ = healthy(Own)
-    wrapped = torch.compile(model, backend="eager")
+    wrapped: Any = torch.compile(model, backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     wrapped(data[0])
     with bn.watch(wrapped, optimizer) as doctor:
@@ -171,10 +174,10 @@ def test_compiled_models_run_uncompiled_meanwhile():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_in_lightning(tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning: Any = pytest.importorskip("lightning.pytorch")
     torch.manual_seed(0)
 
-    class Task(lightning.LightningModule):
+    class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self):
             super().__init__()
             self.net = healthy(Own)[0]

@@ -235,6 +235,19 @@ def test_bars_of_numbers_that_are_none_and_without_any():
     assert svg([Bar("a", 0.0)], (360.0, 300.0), words, "label").count("<rect") == 2  # in the legend too
 
 
+def test_a_value_out_of_all_bounds_is_cut_and_does_not_flatten_the_others():
+    words = Words("values", "plain", "marked", "level")
+    root = fromstring(
+        svg([Bar("a", 3.7e13), Bar("b", 2.5), Bar("c", math.inf)], (360.0, 300.0), words, "label")
+    )
+    first, second, third = (
+        float(each.get("height", "")) for each in root.iter("rect") if each.find("title") is not None
+    )
+    assert first == third == pytest.approx(2 * second, abs=0.02)
+    assert len([each for each in root.iter("path") if each.get("class") == "cut"]) == 2
+    assert "a 3.7·10¹³" in texts_of(root, "text")
+
+
 def test_what_is_written_in_a_figure_is_no_markup():
     evil = "<b>&\"'\x00"
     words = Words(evil, evil, evil, evil)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import deployment, evaluate, examine, insert, merge, population_statistics, predict, train
+from batchnorm.cli import deployment, doctor, evaluate, insert, merge, population_statistics, predict, train
 from batchnorm.cli.lazy import lazy_app
 from batchnorm.cli.terminal import Failure
 
@@ -51,8 +51,8 @@ app.add_typer(
 )
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("predict", epilog=predict.EPILOG, no_args_is_help=True)(predict.predict)
-app.command("examine", epilog=examine.EPILOG, no_args_is_help=True)(examine.examine)
-app.command("explain", epilog=examine.EXPLAIN_EPILOG, no_args_is_help=True)(examine.explain)
+app.command("examine", epilog=doctor.EPILOG, no_args_is_help=True)(doctor.examine)
+app.command("explain", epilog=doctor.EXPLAIN_EPILOG, no_args_is_help=True)(doctor.explain)
 app.command("insert", epilog=insert.EPILOG, no_args_is_help=True)(insert.insert)
 app.command("population", epilog=population_statistics.EPILOG, no_args_is_help=True)(
     population_statistics.population

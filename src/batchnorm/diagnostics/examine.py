@@ -67,7 +67,7 @@ def examine(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8, momentum=0.99))
         >>> findings = bn.examine(model, torch.randn(64, 4).split(16), select=["BN2"])
         >>> [(each.code, each.severity, each.layer) for each in findings]
-        [('BN201', 'warning', '1'), ('BN206', 'info', '1')]
+        [('BN201', 'warning', '1')]
         >>> bn.examine(model, select=["BN201"], fix=True).fixed[0].change
         'momentum 0.99 → 0.01'
     """

@@ -14,7 +14,7 @@ from batchnorm.diagnostics.backward import Updates, updates
 from batchnorm.diagnostics.layer import is_batch_norm, is_frozen
 from batchnorm.diagnostics.measured import Measured, measure
 from batchnorm.diagnostics.neighbours import Leak, leaks
-from batchnorm.diagnostics.ranks import of_all_ranks
+from batchnorm.diagnostics.rank_digests import of_all_ranks
 from batchnorm.diagnostics.runs import Runs
 from batchnorm.diagnostics.structure import Structure, structure
 from batchnorm.graph.modules import has_statistics

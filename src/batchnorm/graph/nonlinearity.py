@@ -295,9 +295,7 @@ class _Places:
         if operation.name in PASSED:
             return True
         # by a number, a parameter, or a matrix that nobody has learned, as of a graph
-        of_one = operation.name in SCALES or (
-            operation.name in PRODUCTS and operation not in self._products
-        )
+        of_one = operation.name in SCALES or (operation.name in PRODUCTS and operation not in self._products)
         return of_one and sum(each in self._data for each in operation.reads) == 1
 
     def _norm_after(self, linear: Operation) -> str | None:

@@ -20,6 +20,7 @@ from batchnorm.report.scale import format_number
 
 _DRAWN = 400  # bars; of more the highest
 _NAMED = 3  # of the highest bars
+_HIGHEST = 5.0  # standard deviations at the upper end of the axis: one value without bounds must not flatten the others
 _LETTERS = 34  # of a name in the figure
 _DASHES = "fill: none; stroke: var(--text); stroke-width: 1.4; stroke-dasharray: 4 2.5"
 
@@ -131,11 +132,16 @@ def _bars(bars: Sequence[Bar], frame: _Frame, words: Words) -> list[str]:
             f'style="fill: var(--{"plain" if bar.marked else "bn"})">'
             f"<title>{html.escape(printable(told))}</title></rect>"
         )
+        if bar.value > frame.top:  # a notch says that it goes on
+            notch = f"M{frame.x(number):.2f} {frame.head + 12:.2f}l{frame.step:.2f} -6"
+            parts.append(
+                f'<path class="cut" d="{notch}" style="fill: none; stroke: var(--paper); stroke-width: 3"/>'
+            )
     return parts
 
 
 def _top(bars: Sequence[Bar]) -> float:
-    """The upper end of the axis: a little more than the highest finite value."""
+    """The upper end of the axis: a little more than the highest finite value, if that is not out of all bounds."""
     values = [
         value
         for bar in bars
@@ -143,7 +149,7 @@ def _top(bars: Sequence[Bar]) -> float:
         if value is not None and math.isfinite(value)
     ]
     highest = max(values, default=0.0)
-    return highest * 1.04 if highest > 0 else 1.0
+    return min(highest * 1.04, _HIGHEST) if highest > 0 else 1.0
 
 
 def _said(value: float) -> str:

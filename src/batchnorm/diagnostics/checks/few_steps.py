@@ -51,10 +51,11 @@ class FewSteps(Check):
     def _is_confirmed(subject: Subject, path: str, layer: Any, share: float) -> bool | None:
         """Whether the statistics are nearer to such a mixture than to what the batches have; None without batches."""
         try:
-            measured = subject.measured.layers.get(path)
+            found = subject.measured
         except Missing:
             return None
-        if measured is None:
+        measured = found.layers.get(path)
+        if measured is None or found.live:
             return None
         mean, variance = statistics(layer)
         mixed = measured.gap((mean / (1 - share)), ((variance - share) / (1 - share)).clamp(min=1e-30))
