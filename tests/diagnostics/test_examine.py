@@ -438,3 +438,77 @@ def test_a_model_in_ddp(tmp_path):
         found = bn.examine(model, few, select=["BN402", "BN502"])
         assert {code for code, _ in serious(found)} == {"BN502"}  # and not BN402, which it explains
         model(batches()[0]).sum().backward()  # its reducer is not confused
+
+
+def test_small_batches_by_their_values_and_their_noise():
+    torch.manual_seed(0)
+    model = measured(models.resnet18(num_classes=4), batches(4, 16))
+
+    def found(examples, size):
+        return bn.examine(model, batches(4, examples, size), select=["BN402"])
+
+    assert {each.layer.split(".")[0] for each in found(2, 32).of("warning")} >= {"layer4"}
+    assert all(each.evidence["values"] < 64 for each in found(2, 32))
+    (one,) = found(5, 128)
+    assert one.severity == "info" and one.layer == "" and one.evidence["examples"] == 5
+    assert not found(16, 64)
+
+
+def test_data_of_another_domain_are_one_finding():
+    torch.manual_seed(0)
+    data = batches()
+    model = measured(models.resnet18(num_classes=4), data)
+    found = bn.examine(model, [each * 0.3 + 1 for each in data])
+    assert serious(found) == [("BN405", "bn1")] and "domain" in found[0].message
+    in_order = [torch.randn(16, 3, 64, 64) * (1 + number) + number for number in range(4)]
+    assert serious(bn.examine(model, in_order)) == [("BN403", "")]
+
+
+def test_heads_of_training_alone_need_no_statistics():
+    torch.manual_seed(0)
+    model = models.googlenet(num_classes=4, init_weights=False)
+    data = batches(2, 16)
+    bn.population(model, data)
+    layer = model.aux1.conv.bn
+    assert int(layer.num_batches_tracked) == 0
+    assert serious(bn.examine(model.train(), data)) == [] == serious(bn.examine(model.eval()))
+
+
+def test_few_steps_are_told_from_measured_statistics():
+    torch.manual_seed(0)
+    data = batches()
+    model = Own()
+    for layer in (model.stem[1], *model.norms):
+        layer.momentum = 0.01
+    for batch in data[:3]:
+        model(batch)
+    found = bn.examine(model, data)
+    assert {each.code for each in found.of("warning")} == {"BN214"} and len(found.of("warning")) == 3
+    assert {each.severity for each in bn.examine(model) if each.code == "BN214"} == {"info"}
+    mended = bn.examine(model, data, fix=True)
+    assert len(mended.fixed) == 3 and serious(mended) == []
+
+
+def test_without_batches_a_layer_without_statistics_is_found():
+    model = Own()
+    model.norms[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    assert serious(bn.examine(model)) == [("BN410", "norms.1")]
+
+    class Mixes(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    model = measured(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), Mixes()), batches())
+    assert serious(bn.examine(model, batches())) == [("BN410", "2")]
+
+
+def test_a_folded_layer_with_a_bias_of_its_own_is_named_as_the_cause():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    nn.init.uniform_(model[1].weight, 2, 4)
+    nn.init.uniform_(model[1].bias, 1, 2)
+    data = batches()
+    bn.population(model, data)
+    model[0] = nn.utils.fusion.fuse_conv_bn_eval(model[0].eval(), model[1].eval())
+    found = bn.examine(model.train(), data)
+    assert serious(found) == [("BN405", "1")] and "folded before" in found[0].message

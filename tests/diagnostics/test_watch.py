@@ -177,7 +177,7 @@ def test_in_lightning(tmp_path):
     lightning: Any = pytest.importorskip("lightning.pytorch")
     torch.manual_seed(0)
 
-    class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Task(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self):
             super().__init__()
             self.net = healthy(Own)[0]

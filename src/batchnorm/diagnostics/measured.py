@@ -156,6 +156,7 @@ class Measured:
     repeated: pairs of batches that are the same.
     failure: the error of a batch that did not go through.
     calls: by path, how often it was called with each batch.
+    given_padded: whether the batches themselves look padded.
     live: whether it was seen in a training, whose weights change meanwhile.
     """
 
@@ -168,6 +169,7 @@ class Measured:
     repeated: list[tuple[int, int]] = field(default_factory=list)
     failure: str = ""
     calls: dict[str, list[int]] = field(default_factory=dict)
+    given_padded: bool = False
     live: bool = False
 
 
@@ -202,6 +204,7 @@ def _one(found: Measured, runs: Runs, layers: Mapping[str, Any], number: int, ba
             found.failure = found.failure or f"batch {number}: {type(why).__name__}: {why}".splitlines()[0]
         return
     found.batches += 1
+    found.given_padded |= looks_padded(given)
     for path, calls in watch.arrivals.items():
         found.spoiled.setdefault(path, []).extend(
             dict.fromkeys(each.batch for each in calls if not each.finite)
@@ -285,6 +288,17 @@ def padding(x: Tensor) -> float:
             if share > 0.02:
                 return share
     return 0.0
+
+
+def looks_padded(batch: list[Tensor]) -> bool:
+    """Whether a tensor of it ends as padding does, or says where padding is, or examples have several sizes."""
+    shapes = {each.shape for each in batch if each.dim() > 1}
+    several = len(shapes) > 1 and len({len(shape) for shape in shapes}) == 1
+    return several or any(
+        each.dtype == torch.bool
+        or (each.dim() > 1 and padding(each if each.dim() > 2 else each[:, None]) > 0)
+        for each in batch
+    )
 
 
 def _run(lines: Tensor) -> Tensor:

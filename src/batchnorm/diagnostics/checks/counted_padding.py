@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+
+from torch import nn
 
 from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
@@ -39,18 +40,17 @@ class Padding(Check):
                 path,
                 f"{shares[path]:.0%} of its positions look like padding, and are counted{others}",
                 "with bn.mask(model, mask): or layer(x, mask=lengths)",
+                severity="warning" if subject.measured.given_padded else "info",  # windows of a network's own
                 share=shares[path],
                 layers=len(padded),
             )
 
     def plant(self, case: Case) -> None:
-        """In what comes to the layer: the ends of rows, of different lengths."""
-
-        def pad(module: Any, given: Any) -> Any:
-            x = given[0].clone()
-            for number in range(len(x)):
-                x[number, ..., max(x.shape[-1] // 2 - number % 2, 0) :] = 0
-            return (x,)
-
-        case.layer.register_forward_pre_hook(pad)
+        """In the images: their right sides are empty, from other columns on; the first layer gets it."""
+        case.path = next(
+            path for path, each in case.model.named_modules() if isinstance(each, nn.BatchNorm2d)
+        )
+        for batch in case.batches:
+            for number, image in enumerate(batch):
+                image[..., image.shape[-1] // 2 - number % 3 :] = 0
         population(case.model, case.batches)

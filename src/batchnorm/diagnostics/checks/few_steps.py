@@ -58,12 +58,13 @@ class FewSteps(Check):
         if measured is None or found.live:
             return None
         mean, variance = statistics(layer)
-        mixed = measured.gap((mean / (1 - share)), ((variance - share) / (1 - share)).clamp(min=1e-30))
-        plain = measured.gap(mean, variance)
-        return (
-            bool(mixed.square().mean() < 0.5 * plain.square().mean())
-            and float(plain.square().mean().sqrt()) > 0.1
-        )
+        mixed = measured.gap(mean / (1 - share), ((variance - share) / (1 - share)).clamp(min=1e-30))
+        known = measured.varies
+        if not bool(known.any()):
+            return None
+        distance, by_chance = measured.distance(layer)
+        as_mixture = float(mixed[known].square().mean().sqrt())
+        return distance > 0.25 and as_mixture < min(0.15 + 3 * by_chance, distance / 2)
 
     def fix(self, subject: Subject, finding: Finding) -> str:
         return subject.measure_again(finding.layer)

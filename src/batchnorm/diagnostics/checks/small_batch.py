@@ -12,6 +12,11 @@ from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.estimate import population
 
+_LARGER = (
+    "larger batches, bn.convert_sync(model), bn.virtual_batch(model, ...), statistics=bn.Renorm(), or bn.freeze of a "
+    "pre-trained model"
+)
+
 
 class SmallBatch(Check):
     code = "BN402"
@@ -30,19 +35,34 @@ class SmallBatch(Check):
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         measured = subject.measured
+        flagged = False
         for path, found in measured.layers.items():
-            few = found.count < 16
+            examples = min(each.samples for each in found.arrivals)
+            few = found.count < 16 or (examples <= 2 and found.count < 64)
             if found.samples < 2 or (not few and found.noise < 0.5):
                 continue
+            flagged = True
             yield self.finding(
                 path,
-                f"{found.count} values per channel in a batch: its statistics move its outputs by "
+                f"{found.count} values per channel in a batch of {examples}: its statistics move its outputs by "
                 f"{found.noise:.0%} of a standard deviation",
-                "larger batches, bn.convert_sync(model), bn.virtual_batch(model), statistics=bn.Renorm(), or "
-                "bn.freeze of a pre-trained model",
-                severity="warning" if found.noise >= 0.5 or found.count < 8 else "info",
+                _LARGER,
+                severity="warning" if found.noise >= 0.5 or found.count < 8 or examples <= 2 else "info",
                 values=found.count,
                 noise=found.noise,
+            )
+        examples = min(measured.sizes, default=8)
+        if measured.layers and not flagged and examples < 8:
+            noisiest = max(measured.layers, key=lambda path: measured.layers[path].noise)
+            noise = measured.layers[noisiest].noise
+            yield self.finding(
+                "",
+                f"batches of {examples}: their statistics move outputs by up to {noise:.0%} of a standard deviation "
+                f"(at {noisiest})",
+                _LARGER,
+                severity="info",
+                examples=examples,
+                noise=noise,
             )
 
     def plant(self, case: Case) -> None:

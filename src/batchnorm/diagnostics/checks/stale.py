@@ -26,7 +26,7 @@ class Stale(Check):
         "Ioffe & Szegedy 2015, algorithm 2, line 10; pytorch #4741, #5406, #4253; Person_reID #218; GACNet #8"
     )
     needs = ("measured",)
-    follows = ("BN106", "BN209", "BN210", "BN406", "BN407", "BN504")
+    follows = ("BN106", "BN209", "BN210", "BN406", "BN407", "BN403", "BN404", "BN504")
     yields_to = (
         "BN108",
         "BN201",
@@ -45,13 +45,15 @@ class Stale(Check):
         measured = subject.measured
         if measured.live:
             return
+        at_first = 0.0  # the gap of the first layer, of which the others may have some
         first = True
         for path, found in measured.layers.items():
             layer = subject.learning[path]
             if is_initial(layer):
                 continue
             gap, by_chance = found.distance(layer)
-            if gap > max(_TOLERATED, 4 * by_chance):
+            if gap > max(_TOLERATED, 4 * by_chance, at_first / 2):
+                at_first = gap if first else at_first
                 cause, fix = self._cause(subject, path, first)
                 yield self.finding(
                     path,
