@@ -153,6 +153,12 @@ def passes():
         model(x).square().mean().backward()
         optimizer.step()
     assert doctor.steps.number == 1 and doctor.findings.at("3")
+    with bn.ShiftMeter(model, optimizer, every=1) as meter:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert [each.layer for each in meter.history] == ["0.1", "3"]
+    first, second = meter.gradient_shift(lambda: model(x).square().mean())
+    assert first.shift == 0 < second.shift
     plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
     before = plain.eval()(x)
     plain, report = bn.insert(plain, x, identity=[x])

@@ -19,6 +19,7 @@ from torchvision import models
 import batchnorm as bn
 from tests.diagnostics.networks import Own, batches, healthy
 from tests.diagnostics.test_checks import serious
+from tests.mutations.mutation import Mutation
 
 
 def small():
@@ -512,3 +513,51 @@ def test_a_folded_layer_with_a_bias_of_its_own_is_named_as_the_cause():
     model[0] = nn.utils.fusion.fuse_conv_bn_eval(model[0].eval(), model[1].eval())
     found = bn.examine(model.train(), data)
     assert serious(found) == [("BN405", "1")] and "folded before" in found[0].message
+
+
+def test_small_examples_of_healthy_networks_are_not_stale():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    measured(model, torch.randn(4096, 12).split(512))
+    for _ in range(20):  # 12 examples: by chance 0.3 standard deviations
+        assert "BN405" not in {each.code for each in bn.examine(model, torch.randn(12, 12).split(6))}
+
+
+MUTATIONS = [
+    Mutation(
+        "gradients of a look stay", "diagnostics/intact.py",
+        "                    parameter.grad = gradient\n", "                    pass\n",
+        "the next step of the optimizer would use them",
+    ),
+    Mutation(
+        "random numbers of a look are drawn", "diagnostics/intact.py",
+        "            random.setstate(python)\n", "            pass\n",
+        "a training would go on with other numbers because it was looked at",
+    ),
+    Mutation(
+        "a model that changes its input changes the batches", "diagnostics/runs.py",
+        "tree_map(_fresh, batch)", "batch",
+        "each pass would see other data",
+    ),
+    Mutation(
+        "consequences are findings too", "diagnostics/examine.py",
+        "if not is_explained(each)", "if True",
+        "one bug would have many findings",
+    ),
+    Mutation(
+        "statistics of few examples are stale by chance", "diagnostics/measured.py",
+        "of_mean.square() / spread + (of_variance / spread / 2).square()", "0 * of_mean",
+        "a healthy network would be ill in small batches",
+        tests=("diagnostics/test_examine.py",),
+    ),
+    Mutation(
+        "a leak is any module behind it", "diagnostics/neighbours.py",
+        "        if unchanged and ", "        if ",
+        "every later layer would be named",
+    ),
+    Mutation(
+        "auxiliary heads must have statistics", "diagnostics/checks/reset.py",
+        "subject.evaluated.items()", "subject.learning.items()",
+        "GoogLeNet would be wrong whenever it is measured",
+    ),
+]  # fmt: skip

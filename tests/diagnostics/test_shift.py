@@ -25,6 +25,7 @@ from batchnorm.diagnostics.shift_figure import some_layers
 from batchnorm.diagnostics.sites import is_nonlinearity, sites
 from batchnorm.training.digits_trainer import _travel
 from tests.diagnostics.networks import Own
+from tests.mutations.mutation import Mutation
 
 AT = (0.15, 0.50, 0.85)
 
@@ -963,9 +964,9 @@ def share(make, size, every, rounds=6):
     for _ in range(rounds):
         for kind, of_kind in seconds.items():
             meter.step = 0
+            begun = time.perf_counter()
             if kind == "with a look":
                 meter.start()
-            begun = time.perf_counter()
             train(model, optimizer, [x], lambda made: cross_entropy(made, labels))
             of_kind.append(time.perf_counter() - begun)
             meter.stop()
@@ -986,3 +987,43 @@ def test_it_costs_no_more_than_a_twentieth_of_a_step():
     of_all, of_one = share(lambda: models.resnet18(num_classes=4), (32, 3, 64, 64), 50)
     print(f"{of_all:.2%} of a step at every=50; a look alone is {of_one:.0%} of one")
     assert of_all <= 0.05
+
+
+MUTATIONS = [
+    Mutation(
+        "drift in the new spread", "diagnostics/shift.py",
+        "(found.mean - before.mean).square() / before.variance", "(found.mean - before.mean).square() / found.variance",
+        "a layer whose spread grows seems to stand still",
+    ),
+    Mutation(
+        "the layer itself is updated too", "diagnostics/gradient_shift.py",
+        "_gradients(model, loss, parameters) if number else gradients",
+        "[_write(parameters[each], updated[parameters[each]]) for each in members] and _gradients(model, loss, parameters)",
+        "G' is of the parameters after the step",
+    ),
+    Mutation(
+        "layers in the order of registration", "diagnostics/gradient_shift.py",
+        "order.get(modules[path], len(order))", "0",
+        "what comes after a layer is updated before it",
+    ),
+    Mutation(
+        "the update of plain parameters", "diagnostics/gradient_shift.py",
+        '("state", "param_groups")', '("param_groups",)',
+        "the moments of the optimizer are not those of its update",
+    ),
+    Mutation(
+        "recomputation is looked at", "diagnostics/shift_meter.py",
+        "self._model.training and not recomputed and", "self._model.training and",
+        "checkpointing counts steps twice",
+    ),
+    Mutation(
+        "pixels are independent", "diagnostics/distribution.py",
+        "        _error(means),", "        spreads.mean(0) / (values.shape[0] * values.shape[2]),",
+        "the noise of images is far too small",
+    ),
+    Mutation(
+        "places in columns", "diagnostics/distribution.py",
+        "stride = round(_GOLDEN * number)", "stride = number // most; return values.transpose(1, 2).reshape(number, channels)[::stride][:most]",
+        "a stride that divides the width sees one column",
+    ),
+]  # fmt: skip

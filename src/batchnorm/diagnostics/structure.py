@@ -48,6 +48,7 @@ class Before:
 
     linear: operations Wx + b behind it, through whatever only arranges, pools, adds or scales.
     norms: paths of layers of batch normalization likewise.
+    alone: whether nobody else reads what is in between.
     directly: whether nothing is between it and all of these but layout changes, concatenation and dropout.
     nonlinear: names of functions likewise, "relu".
     given: whether an input of the model comes to it likewise.
@@ -60,6 +61,7 @@ class Before:
     dropped: dict[str, Dropped] = field(default_factory=dict)
     given: bool = False
     directly: bool = True
+    alone: bool = True
 
 
 @dataclass
@@ -132,6 +134,7 @@ class Structure:
             if each in seen:
                 continue
             seen.add(each)
+            found.alone &= len(each.users) < 2 and not each.is_output
             if each in self._idle:
                 self._drop(self._idle[each], found)
             if each in self._module_of:

@@ -35,6 +35,8 @@ class NormalizedTwice(Check):
                         path,
                         f"normalises what {names} has normalised, with nothing in between",
                         "remove one of the two; bn.fold folds the first into the second for inference",
+                        # the identity branch of a block that is re-parametrised reads what others read too
+                        severity="warning" if before.alone else "info",
                         before=names,
                     )
 
