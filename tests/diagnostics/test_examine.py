@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
@@ -89,6 +90,8 @@ def test_all_is_as_it_was(training, fails):
     model.stem[1].eval()
     model(data[0]).sum().backward()
     optimizer.step()
+    if fails == training:
+        optimizer.zero_grad()  # no gradients
     model.train(training)
     model.norms[0].train(not training)
     model.fails = fails
@@ -503,16 +506,19 @@ def test_without_batches_a_layer_without_statistics_is_found():
     assert serious(bn.examine(model, batches())) == [("BN410", "2")]
 
 
-def test_a_folded_layer_with_a_bias_of_its_own_is_named_as_the_cause():
+def test_a_folded_layer_behind_a_convolution_with_a_bias():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-    nn.init.uniform_(model[1].weight, 2, 4)
-    nn.init.uniform_(model[1].bias, 1, 2)
-    data = batches()
-    bn.population(model, data)
-    model[0] = nn.utils.fusion.fuse_conv_bn_eval(model[0].eval(), model[1].eval())
-    found = bn.examine(model.train(), data)
-    assert serious(found) == [("BN405", "1")] and "folded before" in found[0].message
+    data = [each * 3 for each in batches()]
+    for affine in (False, True):
+        if affine:
+            nn.init.uniform_(model[1].weight, 2, 4)
+            nn.init.uniform_(model[1].bias, 1, 2)
+        bn.population(model, data)
+        assert serious(bn.examine(model.train(), data)) == []
+        folded = copy.deepcopy(model)
+        folded[0] = nn.utils.fusion.fuse_conv_bn_eval(model[0].eval(), model[1].eval())
+        assert serious(bn.examine(folded.train(), data)) == [("BN213", "1")]
 
 
 def test_small_examples_of_healthy_networks_are_not_stale():
@@ -521,6 +527,126 @@ def test_small_examples_of_healthy_networks_are_not_stale():
     measured(model, torch.randn(4096, 12).split(512))
     for _ in range(20):  # 12 examples: by chance 0.3 standard deviations
         assert "BN405" not in {each.code for each in bn.examine(model, torch.randn(12, 12).split(6))}
+
+
+class Functional(nn.Module):
+    """What a forward calls without a module."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
+        self.one = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, bias=False)
+        self.two = nn.BatchNorm2d(8)
+        self.between = between
+
+    def forward(self, x):
+        x = torch.relu(self.one(self.first(x)))
+        return torch.relu(self.two(self.second(self.between(self, x))))
+
+
+@pytest.mark.parametrize(
+    ("between", "found"),
+    [
+        (lambda model, x: F.dropout(x, 0.3, model.training), ("BN102", "two")),
+        (lambda model, x: F.dropout2d(x, 0.3, model.training), ("BN102", "two")),
+        (lambda model, x: F.local_response_norm(x, 3), ("BN104", "")),
+        (lambda model, x: F.dropout(x, 0.3, False), None),
+        (lambda model, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), None),
+        (lambda model, x: x / (x.square().mean() + 1).pow(0.5), None),
+    ],
+)
+def test_dropout_and_response_normalization_by_functions(between, found):
+    model = measured(Functional(between), batches())
+    expected = [] if found is None else [found]
+    for training in (True, False):
+        assert serious(bn.examine(model.train(training), select=["BN1"])) == expected
+    if found == ("BN102", "two"):
+        assert bn.examine(model, select=["BN102"])[0].evidence["p"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_siamese_network_shares_its_layers_rightly(given):
+    class Pair(Own):
+        domain = 1.0
+
+        def forward(self, x):
+            return super().forward(x) + super().forward(x.flip(0) * self.domain)
+
+    class Places(Functional):
+        def forward(self, x):
+            return self.one(self.second(self.one(self.first(x))))
+
+    data = [each * 3 for each in batches()]
+    same, other = measured(Pair(), data), Pair()
+    other.domain = 3.0
+    measured(other, data)
+    places = measured(Places(None), data)
+    shown = data if given else None
+    alike = bn.examine(same, shown, select=["BN108", "BN403"])
+    assert serious(alike) == [] and {each.layer for each in alike} == {"stem.1", "norms.0", "norms.1"}
+    assert serious(bn.examine(places, shown, select=["BN108", "BN403"])) == [("BN108", "one")]
+    if given:
+        assert ("BN108", "stem.1") in serious(bn.examine(other, shown, select=["BN108"]))
+
+
+def test_an_eps_of_two_layers_and_of_a_part():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8, eps=1e-3))
+    assert serious(bn.examine(model, select=["BN211"])) == [("BN211", "3")]
+    model = models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    assert [each.severity for each in bn.examine(model, select=["BN211"])] == ["info"]
+    model.backbone["4"].block[1][1].eps = 1e-5
+    assert serious(bn.examine(model, select=["BN211"])) == [("BN211", "backbone.4.block.1.1")]
+
+
+def test_what_has_no_values_is_refused():
+    with torch.device("meta"):
+        model = Own()
+    with pytest.raises(ValueError, match="on the meta device"):
+        bn.examine(model)
+    assert bn.examine(measured(Own(), batches()), [torch.randn(0, 3, 8, 8)]).skipped["BN405"]
+
+
+def test_a_trace_in_training_mode_is_one_kind_of_finding():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(measured(Own(), batches()), batches()[0], check_trace=False)
+    assert {code for code, _ in serious(bn.examine(traced, batches()))} == {"BN601"}
+
+
+def test_reentrant_checkpoints_of_the_whole_network():
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+    )
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint_sequential(self.layers, 2, x, use_reentrant=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bn.examine(measured(Whole(), batches()), batches(), select=["BN303"])
+    assert serious(found) == [("BN303", "layers.1")]  # the last part is not checkpointed
+
+
+def test_statistics_of_the_first_model_that_was_averaged():
+    torch.manual_seed(0)
+    data = batches()
+    model = measured(Own(), data)
+    mean = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        model.convs[1].weight.mul_(8)
+    for _ in range(9):
+        mean.update_parameters(model)
+    found = bn.examine(mean, data)
+    assert (
+        serious(found) == [("BN405", "module.norms.1")]
+        and "first model that was averaged" in found[0].message
+    )
 
 
 MUTATIONS = [

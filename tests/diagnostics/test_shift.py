@@ -49,10 +49,6 @@ def squares(model, x):
     return model(x).square().mean()
 
 
-def squares(model, x):
-    return model(x).square().mean()
-
-
 def hooks(model, optimizer=None):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     own = sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
@@ -103,6 +99,9 @@ def test_they_are_exact_as_far_as_is_said_and_near_beyond(channels):
     found = distribution(image, 1)
     assert torch.allclose(found.percentiles, image.new_tensor(AT)[:, None], atol=1.5 / width)
     assert torch.allclose(found.of_all, image.new_tensor(AT), atol=1.5 / width)
+    # each image another value: the first ones alone would be seen without a stride
+    image = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None, None, None].expand(101, channels, 20, 20)
+    assert torch.allclose(distribution(image, 1).percentiles, image.new_tensor(AT)[:, None], atol=0.02)
 
 
 def test_large_ones_are_sampled_the_same_way_each_time_and_without_random_numbers():
@@ -996,10 +995,9 @@ MUTATIONS = [
         "a layer whose spread grows seems to stand still",
     ),
     Mutation(
-        "the layer itself is updated too", "diagnostics/gradient_shift.py",
-        "_gradients(model, loss, parameters) if number else gradients",
-        "[_write(parameters[each], updated[parameters[each]]) for each in members] and _gradients(model, loss, parameters)",
-        "G' is of the parameters after the step",
+        "layers before are not updated", "diagnostics/gradient_shift.py",
+        "_write(parameters[each], updated[parameters[each]])", "pass",
+        "no gradient ever shifts",
     ),
     Mutation(
         "layers in the order of registration", "diagnostics/gradient_shift.py",
@@ -1007,9 +1005,9 @@ MUTATIONS = [
         "what comes after a layer is updated before it",
     ),
     Mutation(
-        "the update of plain parameters", "diagnostics/gradient_shift.py",
+        "the optimizer's moments are forgotten", "diagnostics/gradient_shift.py",
         '("state", "param_groups")', '("param_groups",)',
-        "the moments of the optimizer are not those of its update",
+        "the update is that of a first step",
     ),
     Mutation(
         "recomputation is looked at", "diagnostics/shift_meter.py",
@@ -1022,8 +1020,8 @@ MUTATIONS = [
         "the noise of images is far too small",
     ),
     Mutation(
-        "places in columns", "diagnostics/distribution.py",
-        "stride = round(_GOLDEN * number)", "stride = number // most; return values.transpose(1, 2).reshape(number, channels)[::stride][:most]",
-        "a stride that divides the width sees one column",
+        "the first places alone", "diagnostics/distribution.py",
+        "stride = round(_GOLDEN * number)", "stride = 1",
+        "percentiles of a batch are those of its first images",
     ),
 ]  # fmt: skip

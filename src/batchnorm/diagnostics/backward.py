@@ -42,7 +42,7 @@ def updates(runs: Runs, layers: Mapping[str, Any]) -> Updates | str:
             runs.model.train()
             for path, layer in counting.items():
                 layer.register_forward_hook(hook_of(path))  # taken away again by unharmed()
-            made = tensors_of(runs.call(runs.batches[0]))
+            made = tensors_of(runs.call(runs.batches[0], with_gradients=True))
             losses = [each.float().mean() for each in made if each.requires_grad and each.is_floating_point()]
             if not losses:
                 return "the model returns nothing that has a gradient"

@@ -14,9 +14,8 @@ PERCENTILES = (0.15, 0.50, 0.85)
 # in a percentile is below that which a batch of 32 images has itself.
 _SORTED = 2**16
 _FEWEST = 256
-_AT_ONCE = (
-    2**20
-)  # values of which there is a copy at a time: a look must fit beside a training that fills the memory
+# Values of which there is a copy at a time: a look must fit beside a training that fills the memory.
+_AT_ONCE = 2**20
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 

@@ -59,7 +59,7 @@ def examine(
     Returns: Findings, the worst first; why checks were not made is in `skipped`.
 
     Raises:
-        ValueError: a code of no check; an unknown use; a lazy layer that has no size yet.
+        ValueError: a code of no check; an unknown use; a lazy layer that has no size yet; a model on the meta device.
         TypeError: `batches` is one tensor or mapping.
 
     Example:
@@ -75,6 +75,10 @@ def examine(
         raise ValueError(f"use must be one of {', '.join(USES)}, got {use!r}")
     chosen, patterns = selected(select, ignore)
     refuse_lazy(model)
+    if any(each.is_meta for each in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "the model is on the meta device, without values: model.to_empty and load its weights first"
+        )
 
     def look() -> Subject:
         runs = Runs(model, kept, forward, limit)
@@ -141,7 +145,7 @@ def found_by(chosen: Sequence[Check], subject: Subject, ignored: Mapping[str, Se
         check, place = by_code[finding.code], order.get(finding.layer, 0)
         return any(
             (each.layer == finding.layer and each.code in check.yields_to)
-            or (order.get(each.layer, 0) <= place and each.code in check.follows)
+            or ((order.get(each.layer, 0) <= place or not finding.layer) and each.code in check.follows)
             for each in serious
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from batchnorm.graph.modules import has_statistics, is_normalization, is_ours
@@ -48,3 +49,13 @@ def is_initial(layer: Any) -> bool:
     """Whether its statistics are the 0 and 1 with which they begin."""
     mean, variance = layer.running_mean, layer.running_var
     return bool((mean == 0).all()) and bool((variance == 1).all())
+
+
+def averages(model: nn.Module) -> list[Any]:
+    """The models in it that torch's AveragedModel averages, whose buffers are copies of the first ones."""
+    kind = torch.optim.swa_utils.AveragedModel
+    return [
+        each
+        for each in model.modules()
+        if isinstance(each, kind) and not each.use_buffers and int(each.n_averaged) > 1
+    ]

@@ -115,6 +115,30 @@ class LayerMeasured:
         """(C,) whether a channel is more than one value."""
         return self.variance > 1e-12 * self.mean.square() + 1e-30
 
+    @property
+    def differs_by_call(self) -> bool:
+        """Whether the first, second, ... calls with a batch have moments that differ by more than chance."""
+        numbers: dict[int, int] = {}
+        parts: dict[int, LayerMeasured] = {}
+        for each in self.arrivals:
+            number = numbers[each.batch] = numbers.get(each.batch, -1) + 1
+            parts.setdefault(number, LayerMeasured(self.eps)).arrivals.append(each)
+        first, *others = parts.values()
+        for other in others:
+            known = first.varies & other.varies
+            gap = first.gap(other.mean, other.variance)[known].square().mean().sqrt()
+            if float(gap) > max(0.25, 4 * max(first.by_chance, other.by_chance)):
+                return True
+        return False
+
+    @property
+    def by_chance(self) -> float:
+        """The gap of exact statistics, by the standard errors of the batches' mean and variance: root mean square."""
+        of_mean, of_variance = self.errors
+        spread = self.variance + self.eps
+        expected = of_mean.square() / spread + (of_variance / spread / 2).square()
+        return float(expected[self.varies].mean().sqrt()) if bool(self.varies.any()) else 0.0
+
     def gap(self, mean: Tensor, variance: Tensor) -> Tensor:
         """(C,) how far the layer's outputs by these statistics are from those by the batches', in their deviations."""
         own = self.variance + self.eps
@@ -131,10 +155,7 @@ class LayerMeasured:
         known = self.varies & gaps.isfinite()
         if not bool(known.any()):
             return 0.0, 0.0
-        of_mean, of_variance = self.errors
-        spread = self.variance + self.eps
-        expected = of_mean.square() / spread + (of_variance / spread / 2).square()
-        return float(gaps[known].square().mean().sqrt()), float(expected[known].mean().sqrt())
+        return float(gaps[known].square().mean().sqrt()), self.by_chance
 
     def _weighted(self, values: list[Tensor]) -> Tensor:
         total = sum(each.count for each in self.arrivals)
@@ -185,6 +206,8 @@ def measure(runs: Runs, layers: Mapping[str, Any]) -> Measured | str:
     with runs.unharmed():
         for number, batch in enumerate(runs.batches):
             _one(found, runs, usable, number, batch)
+    if found.batches and not (found.layers or found.spoiled or found.single):
+        return "nothing came to its layers"
     if not found.batches and not found.single:
         return found.failure or "the batches gave nothing"
     return found
@@ -275,7 +298,7 @@ def padding(x: Tensor) -> float:
     Only where the ends differ between samples, and the beginnings do not look so too, as the black borders of images
     do.
     """
-    if x.dim() < 3:
+    if x.dim() < 3 or not x.numel():
         return 0.0
     for dim in range(2, x.dim()):
         lines = x.movedim(dim, 1).flatten(2)  # (N, length, the rest)

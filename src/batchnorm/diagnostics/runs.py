@@ -40,9 +40,12 @@ class Runs:
         """A path of the inner model as one of the user's."""
         return ".".join(filter(None, (self.prefix, path)))
 
-    def call(self, batch: Any) -> Any:
-        """The model's output of a batch, which stays as it is, whatever the model does to its input."""
-        return self.forward(self.model, tree_map(_fresh, batch))
+    def call(self, batch: Any, with_gradients: bool = False) -> Any:
+        """The model's output of a batch, which stays as it is, whatever the model does to its input.
+
+        with_gradients: whether the input has gradients too, without which checkpointing may have none to pass on.
+        """
+        return self.forward(self.model, tree_map(_differentiable if with_gradients else _fresh, batch))
 
     @contextmanager
     def unharmed(self) -> Iterator[None]:
@@ -133,6 +136,11 @@ def _some(batches: Iterable[Any], limit: int) -> list[Any]:
 
 def _fresh(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _differentiable(value: Any) -> Any:
+    value = _fresh(value)
+    return value.requires_grad_() * 1 if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @contextmanager

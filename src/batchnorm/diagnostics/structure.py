@@ -21,7 +21,7 @@ from batchnorm.graph.observation import (
     observe_run,
 )
 
-_DROPOUTS = frozenset({"aten.native_dropout", "aten.bernoulli", "aten.bernoulli_"})
+_BERNOULLI = frozenset({"aten.bernoulli", "aten.bernoulli_"})
 _CUT_OFF = {"relu": 0.0, "hardtanh": 0.0, "hardswish": -3.0, "hardsigmoid": -3.0, "gelu": -6.0, "silu": -15.0}
 _ROWS = ("DropPath", "StochasticDepth", "DropBlock2d")
 _BETWEEN = LAYOUT | {"aten.cat"}  # nothing is added, pooled or padded
@@ -143,13 +143,13 @@ class Structure:
                 waiting.append((given, direct))
                 continue
             made = each.producer
+            noise = _noise(made) if made is not None else None
             if made is None or made in self._norms:
                 yield each, direct
-            elif made.name in _DROPOUTS:
+            elif noise is not None:
                 where = self.path(made.call.path) if made.call else ""
-                p = made.arguments[1] if made.name == "aten.native_dropout" else 0.5
-                found.dropped[where] = Dropped(where, float(p))
-                waiting.append((made.reads[0], direct))
+                found.dropped[where] = Dropped(where, noise[1])
+                waiting.append((noise[0], direct))
             elif made.name in through:
                 further = direct and made.name in _BETWEEN
                 operands = [value for value in made.reads if value.kind in ("input", "result")]
@@ -188,9 +188,10 @@ class Structure:
 
     @property
     def responses(self) -> list[str]:
-        """The paths of local response normalization that is called."""
-        paths = [call.path for call in self.seen.calls if isinstance(call.module, RESPONSE)]
-        return [self.path(path) for path in dict.fromkeys(paths)]
+        """The paths of local response normalization, of those that call the function too."""
+        modules = [call.path for call in self.seen.calls if isinstance(call.module, RESPONSE)]
+        functions = [each.call.path if each.call else "" for each in self.seen.operations if _responds(each)]
+        return [self.path(path) for path in dict.fromkeys([*modules, *functions])]
 
     @property
     def dropouts(self) -> list[Dropped]:
@@ -221,3 +222,33 @@ def structure(runs: Runs) -> Structure | str:
             continue
         return Structure(seen, training, runs.prefix)
     return f"the model does not run on a small batch: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _noise(made: Operation) -> tuple[Value, float] | None:
+    """What an operation of dropout drops of, and the probability; None for another one."""
+    if made.name == "aten.native_dropout":
+        return made.reads[0], float(made.arguments[1])
+    if made.name not in ("aten.mul", "aten.mul_") or len(made.reads) != 2:
+        return None
+    for value, other in (made.reads, made.reads[::-1]):
+        drawn = other.producer
+        while drawn is not None and drawn.name in SCALES and len(drawn.reads) == 1:
+            drawn = drawn.reads[0].producer
+        if drawn is not None and drawn.name in _BERNOULLI:
+            kept = drawn.arguments[1] if len(drawn.arguments) > 1 else 0.5
+            return value, 1.0 - float(kept) if isinstance(kept, float) else 0.5
+    return None
+
+
+def _responds(made: Operation) -> bool:
+    """Whether it is the division of local response normalization: by a power of a sum over neighbouring channels."""
+    if made.name != "aten.div" or len(made.reads) != 2:
+        return False
+    step = made.reads[1].producer
+    for name in ("aten.pow", "aten.add", "aten.mul"):
+        if step is None or step.name != name:
+            return False
+        step = step.reads[0].producer
+    while step is not None and step.name in LAYOUT:
+        step = step.reads[0].producer
+    return step is not None and step.name.startswith("aten.avg_pool")

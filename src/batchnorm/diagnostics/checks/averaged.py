@@ -8,7 +8,7 @@ import torch
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.layer import batches_tracked
+from batchnorm.diagnostics.layer import averages, batches_tracked
 from batchnorm.diagnostics.subject import Subject
 
 
@@ -25,12 +25,11 @@ class Averaged(Check):
     yields_to = ("BN206", "BN207", "BN405")
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        for path, module in subject.model.named_modules():
-            if not isinstance(module, torch.optim.swa_utils.AveragedModel) or module.use_buffers:
-                continue
-            number = int(module.n_averaged)
+        paths = {module: path for path, module in subject.model.named_modules()}
+        for module in averages(subject.model):
+            path, number = paths[module], int(module.n_averaged)
             layers = [each for each in subject.learning.values() if each in set(module.modules())]
-            if number < 2 or not layers:
+            if not layers:
                 continue
             measured = any(bool(batches_tracked(layer)) for layer in layers)
             yield self.finding(

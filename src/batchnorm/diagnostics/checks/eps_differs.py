@@ -9,6 +9,8 @@ from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.subject import Subject
 
+_TORCH_S = 1e-5
+
 
 class EpsDiffers(Check):
     code = "BN211"
@@ -23,13 +25,13 @@ class EpsDiffers(Check):
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         values = {path: float(layer.eps) for path, layer in subject.layers.items() if hasattr(layer, "eps")}
-        if len(values) < 3:
+        if len(values) < 2:
             return
         usual, number = Counter(values.values()).most_common(1)[0]
-        if number <= len(values) / 2:
-            number, usual = 0, 0.0
+        if number <= len(values) / 2:  # torch's, of two that differ
+            usual, number = (_TORCH_S, 1) if _TORCH_S in values.values() else (0.0, 0)
         for path, eps in values.items():
-            part = {other for other in values if other.partition(".")[0] == path.partition(".")[0]}
+            part = {other for other in values if _part(other) == _part(path)}
             a_part = all(values[other] == eps for other in part)  # a head that is made so, on a backbone
             if eps <= 0 or (number and not 0.2 <= eps / usual <= 5):
                 yield self.finding(
@@ -43,3 +45,9 @@ class EpsDiffers(Check):
 
     def plant(self, case: Case) -> None:
         case.layer.eps = 1e-3
+
+
+def _part(path: str) -> str:
+    """The child of the model in which a layer is; the model itself where children have numbers."""
+    name = path.partition(".")[0]
+    return "" if name.isdecimal() or "." not in path else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.layer import is_initial, statistics
-from batchnorm.diagnostics.subject import Subject
+from batchnorm.diagnostics.subject import Missing, Subject
 from batchnorm.graph.nonlinearity import bias_of
 from batchnorm.passes.estimate import population
 
@@ -47,16 +48,29 @@ class FoldedTwice(Check):
             factor = gamma / (variance + layer.eps).sqrt()
             expected = beta - mean * factor  # of a convolution that had no bias
             size = expected.abs().max()
-            if is_initial(layer) or float(size) == 0:
+            if is_initial(layer):
                 continue
-            if bool((own.detach().double() - expected).abs().max() < 1e-4 * size):
+            exactly = float(size) > 0 and bool((own.detach().double() - expected).abs().max() < 1e-4 * size)
+            if exactly or self._has_its_moments(subject, path, layer):
                 home = found.path(value.name.rpartition(".")[0]) if value is not None else ""
                 yield self.finding(
                     path,
-                    f"the bias of {home} is the shift of this layer: it was folded, and is applied again",
+                    f"{home} makes the mean and deviation of this layer already: it was folded, and is applied again",
                     f'model.set_submodule("{path}", torch.nn.Identity()), or load the weights as trained',
                     before=home,
                 )
+
+    @staticmethod
+    def _has_its_moments(subject: Subject, path: str, layer: Any) -> bool:
+        """Whether what comes to the layer is β and γ², and not what its running statistics say."""
+        try:
+            found = subject.measured.layers.get(path)
+        except Missing:
+            return False
+        if found is None or subject.measured.live or found.distance(layer)[0] < 0.25:
+            return False
+        gamma, beta = (each.detach().double().cpu() for each in (layer.weight, layer.bias))
+        return float(found.gap(beta, gamma.square())[found.varies].square().mean().sqrt()) < 0.1
 
     def plant(self, case: Case) -> None:
         layer, convolution = case.layer, case.convolution

@@ -22,6 +22,7 @@ class LeakingExamples(Check):
     source = (
         "Wu & Johnson 2021, Rethinking batch in BatchNorm, section 6; warpem/miss-alignment #6; torchtest2"
     )
+    follows = ("BN601",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         again = "track_running_stats=True, then train or bn.population(model, batches)"

@@ -31,7 +31,8 @@ class OrderedBatches(Check):
         if not measured.layers:
             return
         path = next(iter(measured.layers))  # what comes to the first one depends on no statistics
-        arrivals = [each for each in measured.layers[path].arrivals if each.samples > 1]
+        first = {each.batch: each for each in reversed(measured.layers[path].arrivals)}
+        arrivals = [each for each in reversed(first.values()) if each.samples > 1]
         if len(arrivals) < 2 or measured.repeated:
             return
         ratio = analysis_of_variance([each.means for each in arrivals])

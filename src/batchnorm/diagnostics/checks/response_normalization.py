@@ -25,8 +25,8 @@ class ResponseNormalization(Check):
         for path in subject.structure.responses if subject.learning else []:
             yield self.finding(
                 path,
-                "is local response normalization, in a network with batch normalization",
-                f'model.set_submodule("{path}", torch.nn.Identity()), and train',
+                "normalises local responses, in a network with batch normalization",
+                "remove it (torch.nn.Identity() in a module's place), and train",
             )
 
     def plant(self, case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -30,26 +31,41 @@ class SharedLayer(Check):
                 places.setdefault(module, []).append(path)
         for path, layer in subject.learning.items():
             names = places[layer]
-            calls = self._calls(subject, layer)
+            calls, alike = self._calls(subject, path, layer)
             if len(names) < 2 and calls < 2:
                 continue
-            where = (
-                " and ".join(names) if len(names) > 1 else f"one layer that is called {calls} times in a pass"
-            )
+            where = " and ".join(names) if len(names) > 1 else f"called {calls} times in a pass"
             yield self.finding(
                 path,
-                f"{'is one layer at ' if len(names) > 1 else 'is '}{where}, with one set of running statistics",
+                f"is one layer{' at' if len(names) > 1 else ','} {where}, with one set of running statistics"
+                + (", of inputs that are alike" if alike else ""),
                 'a layer for each place, or "with bn.domain(name)" around each call',
+                severity="info" if alike else "warning",
                 calls=max(calls, len(names)),
             )
 
     @staticmethod
-    def _calls(subject: Subject, layer: nn.Module) -> int:
-        """In the forward pass of one batch, where that can be seen."""
+    def _calls(subject: Subject, path: str, layer: nn.Module) -> tuple[int, bool]:
+        """In the forward pass of one batch, and whether what comes is alike; one call where that cannot be seen.
+
+        By what was measured; without batches by the weights before it: a network that is called for two images has the
+        same at both calls.
+        """
         try:
-            return len(subject.structure.calls_of(layer))
+            found = subject.structure
         except Missing:
-            return 1
+            return 1, False
+        calls = found.calls_of(layer)
+        if len(calls) < 2:
+            return len(calls), False
+        with suppress(Missing):
+            if (measured := subject.measured.layers.get(path)) is not None:
+                return len(calls), not measured.differs_by_call
+        before = [
+            [each.name for linear in found.before(call).linear for each in linear.reads if each.name]
+            for call in calls
+        ]
+        return len(calls), bool(before[0]) and all(each == before[0] for each in before)
 
     def plant(self, case: Case) -> None:
         """Through a second call, on noise."""

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.layer import is_initial
+from batchnorm.diagnostics.layer import averages, batches_tracked, is_initial
 from batchnorm.diagnostics.subject import Missing, Subject
 
 _TOLERATED = 0.25  # of an output's standard deviation: what moving averages of a training that ends well have
+
+_MEASURED = 20  # batches, of which statistics may have been measured, rather than followed
 
 
 class Stale(Check):
@@ -52,7 +54,7 @@ class Stale(Check):
             if is_initial(layer):
                 continue
             gap, by_chance = found.distance(layer)
-            if gap > max(_TOLERATED, 4 * by_chance, at_first / 2):
+            if gap > max(_TOLERATED, 3 * by_chance, at_first / 2):
                 at_first = gap if first else at_first
                 cause, fix = self._cause(subject, path, first)
                 yield self.finding(
@@ -69,8 +71,12 @@ class Stale(Check):
     def _cause(subject: Subject, path: str, first: bool) -> tuple[str, str]:
         layer = subject.learning[path]
         again = "bn.population(model, batches)"
-        if _is_folded(subject, path):
-            return "its input has its β and γ² already (folded before)", "torch.nn.Identity() in its place"
+        if any(layer in set(each.modules()) for each in averages(subject.model)):
+            return "they are those of the first model that was averaged", f"{again}, or bn.average(model)"
+        seen, momentum = batches_tracked(layer), layer.momentum
+        if seen and seen > _MEASURED and momentum and momentum < 1 and (1 - momentum) ** seen > 0.05:
+            share = (1 - momentum) ** seen
+            return f"{share:.0%} of them are the 0 and 1 that they began with (momentum {momentum:g})", again
         if _after_dropout(subject, path):
             return (
                 "dropout before it makes training's variance another",
@@ -98,12 +104,3 @@ def _after_dropout(subject: Subject, path: str) -> bool:
     except Missing:
         return False
     return any(found.before(call).dropped for call in found.calls_of(subject.learning[path]))
-
-
-def _is_folded(subject: Subject, path: str) -> bool:
-    """Whether what comes to the layer has the mean and deviation that the layer is to give it."""
-    found, layer = subject.measured.layers[path], subject.learning[path]
-    if layer.weight is None or layer.bias is None or bool((layer.bias == 0).all()):
-        return False
-    gamma, beta = (each.detach().double().cpu().flatten() for each in (layer.weight, layer.bias))
-    return float(found.gap(beta, gamma.square())[found.varies].square().mean().sqrt()) < 0.1
