@@ -539,17 +539,19 @@ class Functional(nn.Module):
         self.second = nn.Conv2d(8, 8, 3, bias=False)
         self.two = nn.BatchNorm2d(8)
         self.between = between
+        self.before = "second" in between.__code__.co_names if between else False
 
     def forward(self, x):
         x = torch.relu(self.one(self.first(x)))
-        return torch.relu(self.two(self.second(self.between(self, x))))
+        x = self.between(self, x)
+        return torch.relu(self.two(x if self.before else self.second(x)))
 
 
 @pytest.mark.parametrize(
     ("between", "found"),
     [
-        (lambda model, x: F.dropout(x, 0.3, model.training), ("BN102", "two")),
-        (lambda model, x: F.dropout2d(x, 0.3, model.training), ("BN102", "two")),
+        (lambda model, x: F.dropout(model.second(x), 0.3, model.training), ("BN102", "two")),
+        (lambda model, x: F.dropout2d(model.second(x), 0.3, model.training), ("BN102", "two")),
         (lambda model, x: F.local_response_norm(x, 3), ("BN104", "")),
         (lambda model, x: F.dropout(x, 0.3, False), None),
         (lambda model, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), None),
@@ -563,6 +565,21 @@ def test_dropout_and_response_normalization_by_functions(between, found):
         assert serious(bn.examine(model.train(training), select=["BN1"])) == expected
     if found == ("BN102", "two"):
         assert bn.examine(model, select=["BN102"])[0].evidence["p"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "between", [nn.Identity(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2), nn.ReLU(), nn.AvgPool2d(2)]
+)
+def test_dropout_before_a_convolution_is_information(between):
+    model = measured(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.4), between,
+            nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8),
+        ),
+        batches(),
+    )  # fmt: skip
+    (found,) = bn.examine(model, select=["BN102"])
+    assert (found.layer, found.severity, found.evidence["p"]) == ("6", "info", 0.4)
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -633,7 +650,7 @@ def test_reentrant_checkpoints_of_the_whole_network():
     assert serious(found) == [("BN303", "layers.1")]  # the last part is not checkpointed
 
 
-def test_statistics_of_the_first_model_that_was_averaged():
+def test_statistics_of_the_last_model_that_was_averaged():
     torch.manual_seed(0)
     data = batches()
     model = measured(Own(), data)
@@ -644,9 +661,70 @@ def test_statistics_of_the_first_model_that_was_averaged():
         mean.update_parameters(model)
     found = bn.examine(mean, data)
     assert (
-        serious(found) == [("BN405", "module.norms.1")]
-        and "first model that was averaged" in found[0].message
+        serious(found) == [("BN405", "module.norms.1")] and "last model that was averaged" in found[0].message
     )
+
+
+def test_the_modes_of_scripted_parts_stay():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.part = torch.jit.script(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+
+        def forward(self, x):
+            return self.part(self.conv(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(measured(Own(), batches()).eval(), batches()[0])
+        for model in (Part(), torch.jit.script(small()), traced):
+            model.train()
+            before = copy.deepcopy(model.state_dict())
+            bn.examine(model, batches())
+            assert all(getattr(module, "training", True) for module in model.modules())
+            assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_rare_channel_is_not_said_to_be_dead():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+    nn.init.constant_(model[1].bias, -1.8)
+    few, many = torch.randn(64, 20).split(8), torch.randn(4000, 20).split(500)
+    measured(model, few)
+    assert "BN407" not in {code for code, _ in serious(bn.examine(model, few))}
+    nn.init.constant_(model[1].bias, -20)
+    assert serious(bn.examine(measured(model, few), few)) == [("BN407", "1")]
+    nn.init.constant_(model[1].bias, -4.5)
+    assert ("BN407", "1") in serious(bn.examine(measured(model, many), many))
+
+
+def test_a_recurrence_is_called_with_other_inputs():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step, self.state, self.norm = nn.Linear(8, 16), nn.Linear(16, 16), nn.BatchNorm1d(16)
+
+        def forward(self, x):
+            state = x.new_zeros(len(x), 16)
+            for part in x.unbind(1):
+                state = state + torch.relu(self.norm(self.step(part) + self.state(state)))
+            return state
+
+    torch.manual_seed(0)
+    data = [torch.randn(32, 6, 8) for _ in range(4)]
+    model = measured(Recurrent(), data)
+    assert serious(bn.examine(model, data)) == [("BN108", "norm")]
+
+
+def test_dynamic_quantization_is_no_leak():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        data = torch.randn(64, 12).split(16)
+        measured(model, data)
+        model = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear})
+    assert serious(bn.examine(model, data, select=["BN410"])) == []
 
 
 MUTATIONS = [
@@ -678,7 +756,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a leak is any module behind it", "diagnostics/neighbours.py",
-        "        if unchanged and ", "        if ",
+        "        if unchanged and _change(made", "        if _change(made",
         "every later layer would be named",
     ),
     Mutation(

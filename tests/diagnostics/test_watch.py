@@ -89,6 +89,21 @@ def test_two_networks_of_a_gan():
     assert "BN308" not in {code for code, _ in serious(doctor.findings)}
 
 
+def test_weights_that_change_are_not_batches_that_differ():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 3)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with bn.watch(model, optimizer) as doctor:
+        for _ in range(20):
+            optimizer.zero_grad()
+            x = torch.randn(16, 30)
+            nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+    assert serious(doctor.findings) == []
+
+
 def test_validation_in_training_mode():
     model, data, optimizer = healthy(Own)
     with bn.watch(model, optimizer) as doctor:

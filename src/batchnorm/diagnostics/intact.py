@@ -21,6 +21,7 @@ def intact(model: nn.Module) -> Iterator[None]:
     """
     buffers = [(each, each.clone()) for each in model.buffers()]
     gradients = [(each, each.grad, _copy(each.grad)) for each in model.parameters()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     python = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
@@ -32,6 +33,9 @@ def intact(model: nn.Module) -> Iterator[None]:
             random.setstate(python)
             if numpy is not None and numpy_state is not None:
                 numpy.random.set_state(numpy_state)
+            for module, training in modes:
+                if module.training != training:  # of scripted modules no attribute of Python
+                    module.training = training
             with torch.no_grad():
                 for buffer, values in buffers:
                     if not _equal(buffer, values):

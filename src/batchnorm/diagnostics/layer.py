@@ -52,7 +52,7 @@ def is_initial(layer: Any) -> bool:
 
 
 def averages(model: nn.Module) -> list[Any]:
-    """The models in it that torch's AveragedModel averages, whose buffers are copies of the first ones."""
+    """The models in it that torch's AveragedModel averages, whose buffers are copies of the last one's."""
     kind = torch.optim.swa_utils.AveragedModel
     return [
         each

@@ -52,13 +52,15 @@ class Before:
     directly: whether nothing is between it and all of these but layout changes, concatenation and dropout.
     nonlinear: names of functions likewise, "relu".
     given: whether an input of the model comes to it likewise.
-    dropped: dropout in between, and before the linear operations.
+    dropped: dropout in between.
+    dropped_before: dropout before the linear operations.
     """
 
     linear: list[Operation] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     nonlinear: list[str] = field(default_factory=list)
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    dropped_before: dict[str, Dropped] = field(default_factory=dict)
     given: bool = False
     directly: bool = True
     alone: bool = True
@@ -109,8 +111,8 @@ class Structure:
             deeper = Before()
             for each in operation.reads:
                 if each.kind != "parameter":
-                    list(self._back(each, deeper, through=LAYOUT))
-            found.dropped |= deeper.dropped
+                    list(self._back(each, deeper, through=PASSED | SCALES | NONLINEAR))
+            found.dropped_before |= deeper.dropped
         return found
 
     def _end(self, value: Value, direct: bool, found: Before) -> None:

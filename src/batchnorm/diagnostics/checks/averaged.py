@@ -18,8 +18,8 @@ class Averaged(Check):
     severity = "warning"
     symptom = "The EMA or SWA model is far worse in evaluation than the model that is trained."
     why = (
-        "torch's AveragedModel copies buffers when it is made and averages parameters only: the statistics are of the "
-        "first weights, unless update_bn or population has measured them since."
+        "torch's AveragedModel averages parameters and takes the buffers of the last model: statistics of other weights "
+        "than its own, unless update_bn or population has measured them since."
     )
     source = "composer #624; ema-pytorch #29; timm #245, #106"
     yields_to = ("BN206", "BN207", "BN405")
@@ -35,7 +35,7 @@ class Averaged(Check):
             yield self.finding(
                 path,
                 f"averages {number} models, and has the running statistics of "
-                + ("the first, unless they were measured since" if measured else "none"),
+                + ("the last, unless they were measured since" if measured else "none"),
                 "bn.population(averaged, batches), or bn.average(model) in its place",
                 severity="info" if measured else "warning",
                 models=number,

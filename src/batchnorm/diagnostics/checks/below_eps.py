@@ -33,7 +33,7 @@ class BelowEps(Check):
             if not alive.numel() or not bool(alive.isfinite().all()):
                 continue
             middle = float(alive.median())
-            if middle < 0.1 * eps:
+            if middle < 0.05 * eps:
                 yield self.finding(
                     path,
                     f"the variance of its input, {shown(middle)} (median), is far below eps, {eps:g}: its outputs have "

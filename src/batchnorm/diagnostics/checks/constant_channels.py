@@ -23,6 +23,7 @@ class ConstantChannels(Check):
     )
     source = "pytorch #1402; Ioffe & Szegedy 2015, algorithm 1 (eps)"
     needs = ("measured",)
+    follows = ("BN407",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
         measured = subject.measured

@@ -39,16 +39,20 @@ class DeadActivations(Check):
                 [] if each is None else each.detach().double().cpu().flatten()
                 for each in (layer.weight, layer.bias)
             )
-            if not len(weight) or not len(bias) or sum(each.count for each in found.arrivals) < 32:
+            if not len(weight) or not len(bias):
                 continue
             top = torch.where(weight > 0, weight * high.amax(0), weight * low.amin(0)) + bias
             dead = ((top < cut_off) & found.varies).nonzero().flatten().tolist()
             if dead:
+                # a rare value may not have come yet
+                values = sum(each.count for each in found.arrivals)
+                sure = values >= 2000 or bool((bias < cut_off - 5 * weight.abs())[dead].all())
                 yield self.finding(
                     path,
-                    f"{plural(len(dead), 'channel')} of {len(top)} never above {cut_off:g}, where the activation "
-                    f"behind begins (the first is {dead[0]})",
+                    f"{plural(len(dead), 'channel')} of {len(top)} never above {cut_off:g} in {values:,} values, where "
+                    f"the activation behind begins (the first is {dead[0]})",
                     "prune them (docs/pruning.md), or a lower rate; set β back to 0",
+                    severity="warning" if sure else "info",
                     channels=len(dead),
                     first=dead[0],
                 )

@@ -21,8 +21,6 @@ class Drifting(Check):
     source = "pytorch #86590, #10856; chemprop PR 952"
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        if not any(parameter.requires_grad for parameter in subject.model.parameters()):
-            return
         for path, layer in subject.learning.items():
             affine = [*layer.parameters(recurse=False)]
             if affine and layer.training and not any(each.requires_grad for each in affine):

@@ -8,6 +8,7 @@ from torch import nn
 
 from batchnorm.diagnostics.check import Case, Check
 from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.structure import Dropped
 from batchnorm.diagnostics.subject import Subject
 
 
@@ -28,17 +29,18 @@ class DropoutBefore(Check):
     def find(self, subject: Subject) -> Iterator[Finding]:
         found = subject.structure
         for path, layer in subject.learning.items():
-            dropped = {
-                each.path: each
-                for call in found.calls_of(layer)
-                for each in found.before(call).dropped.values()
-            }
-            for each in dropped.values():
+            dropped: dict[str, tuple[Dropped, bool]] = {}
+            for call in found.calls_of(layer):
+                before = found.before(call)
+                dropped |= {each.path: (each, False) for each in before.dropped_before.values()}
+                dropped |= {each.path: (each, True) for each in before.dropped.values()}
+            for each, directly in dropped.values():
                 yield self.finding(
                     path,
-                    f"gets what {each.path or 'the model'} drops (p={each.p:g}): its running variance is larger than "
-                    "evaluation's",
+                    f"gets what {each.path or 'the model'} drops (p={each.p:g}){'' if directly else ', convolved'}: "
+                    "its running variance is larger than evaluation's",
                     "drop after the last batch normalization, or bn.population(model, batches)",
+                    severity="warning" if directly else "info",  # as published networks do
                     p=each.p,
                     dropout=each.path,
                 )

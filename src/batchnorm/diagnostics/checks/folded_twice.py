@@ -67,10 +67,12 @@ class FoldedTwice(Check):
             found = subject.measured.layers.get(path)
         except Missing:
             return False
-        if found is None or subject.measured.live or found.distance(layer)[0] < 0.25:
+        if found is None or subject.measured.live or (apart := found.distance(layer)[0]) < 0.25:
             return False
         gamma, beta = (each.detach().double().cpu() for each in (layer.weight, layer.bias))
-        return float(found.gap(beta, gamma.square())[found.varies].square().mean().sqrt()) < 0.1
+        return float(found.gap(beta, gamma.square())[found.varies].square().mean().sqrt()) < min(
+            0.35, apart / 3
+        )
 
     def plant(self, case: Case) -> None:
         layer, convolution = case.layer, case.convolution

@@ -31,6 +31,7 @@ class SmallBatch(Check):
         "Ioffe 2017 (batch renormalization); Wu & He 2018 (group normalization), figure 1; pytorch #46516"
     )
     needs = ("measured",)
+    follows = ("BN308",)
     yields_to = ("BN401", "BN502")
 
     def find(self, subject: Subject) -> Iterator[Finding]:

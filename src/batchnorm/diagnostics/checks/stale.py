@@ -71,8 +71,16 @@ class Stale(Check):
     def _cause(subject: Subject, path: str, first: bool) -> tuple[str, str]:
         layer = subject.learning[path]
         again = "bn.population(model, batches)"
+        if (calls := max(subject.measured.calls.get(path, [1]))) > 1:
+            return (
+                f"it is called {calls} times with a batch, each time with other inputs",
+                "a layer for each call",
+            )
         if any(layer in set(each.modules()) for each in averages(subject.model)):
-            return "they are those of the first model that was averaged", f"{again}, or bn.average(model)"
+            return (
+                "they are those of the last model that was averaged, with other weights",
+                f"{again}, or bn.average(model)",
+            )
         seen, momentum = batches_tracked(layer), layer.momentum
         if seen and seen > _MEASURED and momentum and momentum < 1 and (1 - momentum) ** seen > 0.05:
             share = (1 - momentum) ** seen
@@ -84,7 +92,7 @@ class Stale(Check):
             )
         if first:
             return (
-                "the data have another distribution (domain, preprocessing)",
+                "the data have another distribution (domain, preprocessing), or the weights before it have changed",
                 f"the same preprocessing, or {again}",
             )
         if (layer.momentum or 0) >= 0.5:
@@ -103,4 +111,5 @@ def _after_dropout(subject: Subject, path: str) -> bool:
         found = subject.structure
     except Missing:
         return False
-    return any(found.before(call).dropped for call in found.calls_of(subject.learning[path]))
+    befores = [found.before(call) for call in found.calls_of(subject.learning[path])]
+    return any(each.dropped or each.dropped_before for each in befores)
