@@ -47,12 +47,7 @@ def leaks(runs: Runs) -> list[Leak] | str:
         unchanged = len(given) == len(given_2) and all(
             _change(one, two) <= _MOVES / 100 for one, two in zip(given, given_2, strict=True)
         )
-        # dynamic quantization has a scale for each batch
-        if (
-            unchanged
-            and _change(made, made_2) > _MOVES
-            and not type(module).__module__.startswith("torch.ao")
-        ):
+        if unchanged and _change(made, made_2) > _MOVES:
             path = runs.path(paths[module])
             inside = f"{path}." if path else ""
             if not any(leak.path.startswith(inside) for leak in found):  # one of its children is it

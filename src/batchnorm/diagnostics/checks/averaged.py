@@ -18,8 +18,8 @@ class Averaged(Check):
     severity = "warning"
     symptom = "The EMA or SWA model is far worse in evaluation than the model that is trained."
     why = (
-        "torch's AveragedModel averages parameters and takes the buffers of the last model: statistics of other weights "
-        "than its own, unless update_bn or population has measured them since."
+        "torch's AveragedModel averages parameters and takes the buffers of the last model: statistics of other "
+        "weights than its own, unless update_bn or population has measured them since."
     )
     source = "composer #624; ema-pytorch #29; timm #245, #106"
     yields_to = ("BN206", "BN207", "BN405")

@@ -30,7 +30,7 @@ class DeadChannels(Check):
                 continue
             size = weight.detach().double().abs().flatten()
             usual = float(size[size > 0].median())
-            dead = (size <= 1e-4 * usual).nonzero().flatten().tolist()
+            dead = (size <= 1e-6 * usual).nonzero().flatten().tolist()
             if dead:
                 yield self.finding(
                     path,
