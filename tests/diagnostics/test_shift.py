@@ -448,6 +448,24 @@ def test_compiled_models_run_uncompiled_for_the_steps_that_are_looked_at(how):
     assert shifts[1].shift > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["the step", "the model too"])
+def test_a_step_of_the_optimizer_that_is_compiled(whole):
+    torch.compiler.reset()
+    model = small()
+    optimizer = sgd(model)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    called = model
+    if whole:
+        called = torch.compile(model, backend="eager")
+    with bn.ShiftMeter(called, optimizer, every=2) as meter:
+        for _ in range(5):
+            optimizer.zero_grad()
+            squares(called, torch.randn(16, 4)).backward()
+            step()
+    assert meter.step == 5 and [each.step for each in meter.history] == [0, 2, 4]
+
+
 NETWORKS = {
     "resnet18": lambda: models.resnet18(num_classes=4),
     "mobilenetv3_small_050": lambda: timm.create_model("mobilenetv3_small_050", num_classes=4),

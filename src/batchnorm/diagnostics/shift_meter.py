@@ -133,7 +133,8 @@ class ShiftMeter:
             return
         self._running = ExitStack()
         if self._optimizer is not None:
-            hook = self._optimizer.register_step_post_hook(lambda *_: self._end_step())
+            end = torch.compiler.disable(self._end_step)  # the optimizer's step may be compiled itself
+            hook = self._optimizer.register_step_post_hook(lambda *_: end())
         else:
             hook = self._model.register_forward_hook(Hook(self._end_forward))
         self._running.callback(hook.remove)
@@ -273,14 +274,14 @@ class ShiftMeter:
             path: of the file; its folder is made.
 
         Example:
-            >>> import json, tempfile, torch, batchnorm as bn
+            >>> import json, pathlib, tempfile, torch, batchnorm as bn
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
             >>> with bn.ShiftMeter(model, every=1) as meter:
             ...     _ = model(torch.randn(32, 4))
-            >>> file = tempfile.mkdtemp() + "/shift.jsonl"
+            >>> file = pathlib.Path(tempfile.mkdtemp(), "shift.jsonl")
             >>> meter.save(file)
-            >>> json.loads(open(file).readline())["kind"]
-            'shift'
+            >>> [json.loads(line)["kind"] for line in file.read_text().splitlines()]
+            ['shift']
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
