@@ -1,6 +1,6 @@
 """The planted bugs given to torch-audit and torchtest2: `python -m tests.diagnostics.peers` prints who finds what.
 
-Each is run as its README says, on three networks in training mode with a batch, an optimizer and a loss.
+Each is run as its README says, on the networks of the tests in training mode with a batch, an optimizer and a loss.
 A bug counts as found where a tool says something that it does not say of the healthy network, anywhere.
 """
 
@@ -75,17 +75,17 @@ def said(tool, planted):
         return {(type(error).__name__, "")}
 
 
-def rows():
+def rows(networks):
     """Code and name of each check, and what each tool says of the bug, with the number of networks in which it does."""
     tools = (torch_audit, torchtest2)
-    usual = {name: [said(tool, case(name)) for tool in tools] for name in NETWORKS}
+    usual = {name: [said(tool, case(name)) for tool in tools] for name in networks}
     for check in checks():
         if check.code in SEVERAL_PROCESSES:
             continue
         cells = []
         for number, tool in enumerate(tools):
             found: Counter[str] = Counter()
-            for name in NETWORKS:
+            for name in networks:
                 planted = case(name)
                 check.plant(planted)
                 new = said(tool, planted) - usual[name][number]
@@ -97,6 +97,6 @@ def rows():
 if __name__ == "__main__":
     logging.disable()
     print("| planted | torch-audit 0.3.0 | torchtest2 0.1.0 |\n|---|---|---|")
-    for row in rows():
+    for row in rows(sys.argv[1:] or NETWORKS):
         print(row)
         sys.stdout.flush()

@@ -740,7 +740,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a model that changes its input changes the batches", "diagnostics/runs.py",
-        "tree_map(_fresh, batch)", "batch",
+        "    return value.detach().clone() if isinstance(value, Tensor) else value\n", "    return value\n",
         "each pass would see other data",
     ),
     Mutation(
