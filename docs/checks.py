@@ -30,13 +30,19 @@ def page() -> str:
         "# Checks of `bn.examine` and `bn.watch`",
         "",
         "Written by `python docs/checks.py` from the checks themselves; [doctor.md](doctor.md) says how they are used.",
-        "A code never changes its meaning. Sources `pytorch #N` are issues of github.com/pytorch/pytorch, other names likewise.",
+        "A code never changes its meaning. Sources `pytorch #N` are issues of github.com/pytorch/pytorch, others likewise.",
     ]
     for prefix, title in GROUPS.items():
         group = [check for check in checks() if check.code.startswith(prefix)]
         if not group:
             continue
-        lines += ["", f"## {title}", "", "| code | name | severity | needs | `fix=True` |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| code | name | severity | needs | `fix=True` |",
+            "|---|---|---|---|---|",
+        ]
         lines += [
             f"| [{each.code}](#{_anchor(each)}) | {each.name} | {each.severity} | {_needs(each)} | "
             f"{'yes' if each.fixes else ''} |"

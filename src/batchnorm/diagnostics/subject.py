@@ -94,6 +94,14 @@ class Subject:
         """What computes what, as seen in a run. Raises: Missing."""
         return _got(structure(self.runs))
 
+    def gets_activations(self, path: str) -> bool:
+        """Whether a nonlinearity makes a layer's input: units that are 0 for all of a few images are no bug of it."""
+        try:
+            befores = [self.structure.before(call) for call in self.structure.calls_of(self.layers[path])]
+        except Missing:
+            return False
+        return any(each.nonlinear and not each.linear for each in befores)
+
     @cached_property
     def measured(self) -> Measured:
         """What came to each layer in the batches. Raises: Missing."""

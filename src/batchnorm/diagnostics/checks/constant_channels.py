@@ -8,7 +8,7 @@ import torch
 
 from batchnorm.diagnostics.check import Case, Check, plural
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.subject import Missing, Subject
+from batchnorm.diagnostics.subject import Subject
 from batchnorm.passes.estimate import population
 
 
@@ -35,20 +35,10 @@ class ConstantChannels(Check):
                     path,
                     f"{plural(len(dead), 'channel')} of {found.mean.numel()} never vary (the first is {dead[0]})",
                     "look at the weights before it; prune them (docs/pruning.md)",
-                    severity="info" if self._is_rectified(subject, path) else "warning",
+                    severity="info" if subject.gets_activations(path) else "warning",
                     channels=len(dead),
                     first=dead[0],
                 )
-
-    @staticmethod
-    def _is_rectified(subject: Subject, path: str) -> bool:
-        """Whether a nonlinearity makes its input: units that are 0 for all of a few images are no bug of the layer."""
-        try:
-            found = subject.structure
-        except Missing:
-            return False
-        befores = [found.before(call) for call in found.calls_of(subject.learning[path])]
-        return any(each.nonlinear and not each.linear for each in befores)
 
     def plant(self, case: Case) -> None:
         with torch.no_grad():

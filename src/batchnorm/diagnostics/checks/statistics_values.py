@@ -49,7 +49,7 @@ class StatisticsValues(Check):
                     path,
                     f"{plural(zero, 'channel')} of it with a variance of 0: evaluation multiplies by 1 / sqrt(eps)",
                     again,
-                    severity="warning",
+                    severity="info" if subject.gets_activations(path) else "warning",
                     channels=zero,
                 )
 
