@@ -30,7 +30,7 @@ def page() -> str:
         "# Checks of `bn.examine` and `bn.watch`",
         "",
         "Written by `python docs/checks.py` from the checks themselves; [doctor.md](doctor.md) says how they are used.",
-        "A code never changes its meaning. Sources `pytorch #N` are issues of github.com/pytorch/pytorch, others likewise.",
+        "A code never changes its meaning. Sources like `pytorch #N` are issues on GitHub, of pytorch/pytorch here.",
     ]
     for prefix, title in GROUPS.items():
         group = [check for check in checks() if check.code.startswith(prefix)]
