@@ -508,7 +508,7 @@ def test_without_batches_a_layer_without_statistics_is_found():
 
 def test_a_folded_layer_behind_a_convolution_with_a_bias():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     data = [each * 3 for each in batches()]
     for affine in (False, True):
         if affine:
@@ -688,7 +688,7 @@ def test_the_modes_of_scripted_parts_stay():
 
 def test_a_rare_channel_is_not_said_to_be_dead():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+    model: Any = nn.Sequential(nn.Linear(20, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
     nn.init.constant_(model[1].bias, -1.8)
     few, many = torch.randn(64, 20).split(8), torch.randn(4000, 20).split(500)
     measured(model, few)
