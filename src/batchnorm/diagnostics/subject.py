@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -16,7 +16,7 @@ from batchnorm.diagnostics.measured import Measured, measure
 from batchnorm.diagnostics.neighbours import Leak, leaks
 from batchnorm.diagnostics.rank_digests import of_all_ranks
 from batchnorm.diagnostics.runs import Runs
-from batchnorm.diagnostics.structure import Structure, structure
+from batchnorm.diagnostics.structure import Before, Structure, structure
 from batchnorm.graph.modules import has_statistics
 
 if TYPE_CHECKING:
@@ -93,6 +93,12 @@ class Subject:
     def structure(self) -> Structure:
         """What computes what, as seen in a run. Raises: Missing."""
         return _got(structure(self.runs))
+
+    def firsts(self) -> Iterator[tuple[str, Before]]:
+        """Of each layer that is called, what is before its first call. Raises: Missing."""
+        for path, layer in self.layers.items():
+            for call in self.structure.calls_of(layer)[:1]:
+                yield path, self.structure.before(call)
 
     def gets_activations(self, path: str) -> bool:
         """Whether a nonlinearity makes a layer's input: units that are 0 for all of a few images are no bug of it."""

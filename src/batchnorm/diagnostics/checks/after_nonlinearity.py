@@ -25,18 +25,15 @@ class AfterNonlinearity(Check):
     needs = ("structure",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        found = subject.structure
-        for path, layer in subject.layers.items():
-            for call in found.calls_of(layer)[:1]:
-                before = found.before(call)
-                if before.nonlinear and not before.linear and not before.norms:
-                    name = before.nonlinear[0]
-                    yield self.finding(
-                        path,
-                        f"normalises what {name} makes, not what comes to it",
-                        "put it in front of the nonlinearity, unless the network is made so",
-                        nonlinearity=name,
-                    )
+        for path, before in subject.firsts():
+            if before.nonlinear and not before.linear and not before.norms:
+                name = before.nonlinear[0]
+                yield self.finding(
+                    path,
+                    f"normalises what {name} makes, not what comes to it",
+                    "put it in front of the nonlinearity, unless the network is made so",
+                    nonlinearity=name,
+                )
 
     def plant(self, case: Case) -> None:
         case.replace(case.before, nn.Sequential(case.convolution, nn.Sigmoid()))

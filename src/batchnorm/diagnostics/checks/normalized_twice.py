@@ -25,20 +25,17 @@ class NormalizedTwice(Check):
     needs = ("structure",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        found = subject.structure
-        for path, layer in subject.layers.items():
-            for call in found.calls_of(layer)[:1]:
-                before = found.before(call)
-                if before.norms and before.directly and not before.linear and not before.nonlinear:
-                    names = ", ".join(dict.fromkeys(before.norms))
-                    yield self.finding(
-                        path,
-                        f"normalises what {names} has normalised, with nothing in between",
-                        "remove one of the two; bn.fold folds the first into the second for inference",
-                        # the identity branch of a block that is re-parametrised reads what others read too
-                        severity="warning" if before.alone else "info",
-                        before=names,
-                    )
+        for path, before in subject.firsts():
+            if before.norms and before.directly and not before.linear and not before.nonlinear:
+                names = ", ".join(dict.fromkeys(before.norms))
+                yield self.finding(
+                    path,
+                    f"normalises what {names} has normalised, with nothing in between",
+                    "remove one of the two; bn.fold folds the first into the second for inference",
+                    # the identity branch of a block that is re-parametrised reads what others read too
+                    severity="warning" if before.alone else "info",
+                    before=names,
+                )
 
     def plant(self, case: Case) -> None:
         case.replace(case.before, nn.Sequential(case.convolution, nn.BatchNorm2d(case.layer.num_features)))

@@ -25,16 +25,13 @@ class NothingLinearBefore(Check):
     needs = ("structure",)
 
     def find(self, subject: Subject) -> Iterator[Finding]:
-        found = subject.structure
-        for path, layer in subject.layers.items():
-            for call in found.calls_of(layer)[:1]:
-                before = found.before(call)
-                if before.given and not (before.linear or before.nonlinear or before.norms):
-                    yield self.finding(
-                        path,
-                        "normalises an input of the model: no learned linear operation is before it",
-                        "normalise the data by their own mean and deviation",
-                    )
+        for path, before in subject.firsts():
+            if before.given and not (before.linear or before.nonlinear or before.norms):
+                yield self.finding(
+                    path,
+                    "normalises an input of the model: no learned linear operation is before it",
+                    "normalise the data by their own mean and deviation",
+                )
 
     def plant(self, case: Case) -> None:
         """On the images, with the layer that stood there moved behind it."""
