@@ -15,10 +15,9 @@ from batchnorm.graph.observation import tensors_of
 
 @dataclass(frozen=True)
 class Updates:
-    """By path, how often a layer was called in the forward pass, in the backward pass, and has counted a batch."""
+    """By path, how often a layer was called in the forward pass, and has counted a batch in both."""
 
     forward: Mapping[str, int]
-    backward: Mapping[str, int]
     counted: Mapping[str, int]
 
 
@@ -27,12 +26,11 @@ def updates(runs: Runs, layers: Mapping[str, Any]) -> Updates | str:
     if any(parameter._post_accumulate_grad_hooks for parameter in runs.model.parameters()):
         return "hooks of parameters act in a backward pass: an optimizer, perhaps"
     counting = {path: layer for path, layer in layers.items() if batches_tracked(layer) is not None}
-    called = {"forward": dict.fromkeys(counting, 0), "backward": dict.fromkeys(counting, 0)}
-    phase = "forward"
+    called = dict.fromkeys(counting, 0)
 
     def hook_of(path: str) -> Any:
         def hook(*_: Any) -> None:
-            called[phase][path] += 1
+            called[path] += 1
 
         return hook
 
@@ -46,11 +44,11 @@ def updates(runs: Runs, layers: Mapping[str, Any]) -> Updates | str:
             losses = [each.float().mean() for each in made if each.requires_grad and each.is_floating_point()]
             if not losses:
                 return "the model returns nothing that has a gradient"
-            phase = "backward"
+            forward = dict(called)
             torch.stack([loss.cpu() for loss in losses]).sum().backward()
             counted = {
                 path: int(layer.num_batches_tracked) - before[path] for path, layer in counting.items()
             }
     except Exception as why:
         return f"a backward pass fails: {type(why).__name__}: {why}".splitlines()[0]
-    return Updates(called["forward"], called["backward"], counted)
+    return Updates(forward, counted)

@@ -80,12 +80,11 @@ def examine(
             "the model is on the meta device, without values: model.to_empty and load its weights first"
         )
 
+    runs = Runs(model, batches, forward, limit)
+
     def look() -> Subject:
-        runs = Runs(model, kept, forward, limit)
         return Subject(model, runs, optimizer, state, reference, use, loader=batches)
 
-    first = Runs(model, batches, forward, limit)
-    kept = first.batches if batches is not None else None
     subject = look()
     found = found_by(chosen, subject, patterns)
     if not fix:

@@ -60,7 +60,6 @@ class LayerMeasured:
     """What came to a layer in all batches.
 
     eps: the layer's.
-    eps: the layer's.
     arrivals: in the order of the calls, without those that had inf or nan; one at least.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from batchnorm.diagnostics.runs import Runs, tensors
+from batchnorm.diagnostics.runs import Runs, examples, tensors
 
 _MOVES = 1e-3  # of the largest value: beyond what other orders of summation do
 
@@ -30,10 +30,10 @@ class Leak:
 
 def leaks(runs: Runs) -> list[Leak] | str:
     """The modules by which the first example of a batch gets to know of the others, innermost."""
-    batch = next((each for each in runs.batches if _examples(each) > 1), None)
+    batch = next((each for each in runs.batches if examples(each) > 1), None)
     if batch is None:
         return "it needs a batch of two examples or more"
-    number = _examples(batch)
+    number = examples(batch)
     others = tree_map(lambda each: _with_copies(each, number), batch)
     try:
         first, second = _outputs(runs, batch, number), _outputs(runs, others, number)
@@ -82,11 +82,6 @@ def _outputs(runs: Runs, batch: Any, number: int) -> list[tuple[nn.Module, list[
 def _has(value: Any, number: int) -> TypeGuard[Tensor]:
     """Whether it is a tensor of that many examples."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == number
-
-
-def _examples(batch: Any) -> int:
-    sizes = {each.shape[0] if each.dim() else 0 for each in tensors(batch)}
-    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _with_copies(value: Any, number: int) -> Any:

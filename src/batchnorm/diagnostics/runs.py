@@ -84,9 +84,7 @@ class Runs:
         )
 
     def _smaller(self, batch: Any) -> Any:
-        tensors = [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
-        sizes = {each.shape[0] if each.dim() else 0 for each in tensors}
-        if len(sizes) != 1 or sizes.pop() <= 2:
+        if examples(batch) <= 2:
             return batch
         small = tree_map(lambda each: each[:2] if isinstance(each, Tensor) else each, batch)
         return small if self._takes(small) else batch
@@ -122,6 +120,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
 
 def tensors(batch: Any) -> list[Tensor]:
     return [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
+
+
+def examples(batch: Any) -> int:
+    """How many examples all tensors of a batch have; 0 where they differ."""
+    sizes = {each.shape[0] if each.dim() else 0 for each in tensors(batch)}
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _some(batches: Iterable[Any], limit: int) -> list[Any]:

@@ -111,16 +111,12 @@ class Subject:
     @cached_property
     def measured(self) -> Measured:
         """What came to each layer in the batches. Raises: Missing."""
-        if not self.runs.batches:
-            raise Missing("it needs batches: examine(model, loader)")
-        return _got(measure(self.runs, self.learning))
+        return _got(measure(self._with_batches(), self.learning))
 
     @cached_property
     def leaks(self) -> list[Leak]:
         """The modules by which examples of a batch change each other's outputs in evaluation. Raises: Missing."""
-        if not self.runs.batches:
-            raise Missing("it needs batches: examine(model, loader)")
-        return _got(leaks(self.runs))
+        return _got(leaks(self._with_batches()))
 
     @cached_property
     def ranks(self) -> list[dict[str, str]]:
@@ -130,9 +126,13 @@ class Subject:
     @cached_property
     def updates(self) -> Updates:
         """How often each layer moved its statistics in a forward and backward pass. Raises: Missing."""
+        return _got(updates(self._with_batches(), self.learning))
+
+    def _with_batches(self) -> Runs:
+        """Runs that have some. Raises: Missing."""
         if not self.runs.batches:
             raise Missing("it needs batches: examine(model, loader)")
-        return _got(updates(self.runs, self.learning))
+        return self.runs
 
     def measure_again(self, path: str) -> str:
         """Write what the batches have into a layer's running statistics; return what was done, "" without batches."""

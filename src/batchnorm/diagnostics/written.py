@@ -41,7 +41,7 @@ def written(found: Findings, kind: Format, title: str, shifts: Sequence[Look] = 
         from batchnorm.report.examined import Examined, Explained, Shift
         from batchnorm.report.sarif import sarif
     except ImportError as error:
-        raise ImportError(f"{error}: {install_command('report')}") from None
+        raise ImportError(f"{error}: {install_command('cli')}") from None
     shown = {each.code for each in found} | {each.finding.code for each in found.fixed} | found.skipped.keys()
     told = Examined.of(
         title,
