@@ -146,19 +146,20 @@ NB_MODULE(_native, m) {
       "forward",
       [](const Sizes& sizes, int number, const Strided& x, const Strided& residual, const Strided& y,
          const PerChannel& weight, const PerChannel& bias, double eps, int activation, double slope,
-         const PerChannel& mean, const PerChannel& m2, bool given, int64_t group, const Tracked& tracked,
+         const PerChannel& mean, const PerChannel& m2, int known, int64_t group, const Tracked& tracked,
          int threads) {
         const Layer l = layer(sizes, number, weight, bias, eps, activation, slope, threads);
-        const Forward call{tensor(x), tensor(residual), tensor(y), moments(l, mean, m2, given), given};
+        const Forward call{tensor(x), tensor(residual), tensor(y), moments(l, mean, m2, known == 1), known != 0};
         nb::gil_scoped_release released;
         group > 0 ? forward(l, call, group) : kernels().forward(l, call);
         return follow(l.shape.channels, call.moments.count, call.moments.mean.data, call.moments.m2.data, tracked);
       },
       nb::arg("sizes"), nb::arg("number"), nb::arg("x"), nb::arg("residual"), nb::arg("y"), nb::arg("weight"),
       nb::arg("bias"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("mean"), nb::arg("m2"),
-      nb::arg("given"), nb::arg("group"), nb::arg("tracked"), nb::arg("threads"),
-      "The moments of x, unless a mean and a variance are given, and y = activation(bn(x) + residual), unless y is null; by groups "
-      "of so many outer rows, unless it is 0. Then, without groups, `track` by these moments.");
+      nb::arg("known"), nb::arg("group"), nb::arg("tracked"), nb::arg("threads"),
+      "The moments of x, unless they are known, 1: a mean and a variance, 2: what an earlier call found of x; and y = "
+      "activation(bn(x) + residual), unless y is null; by groups of so many outer rows, unless it is 0. Then, without groups, "
+      "`track` by these moments.");
   m.def(
       "backward",
       [](const Sizes& sizes, int number, const Strided& dy, const Strided& x, const Strided& y,

@@ -44,7 +44,8 @@ Moments from(const Moments& m, int64_t value, double count) { return {from(m.mea
 void forward(const Layer& layer, const Forward& call, int64_t group) {
   const auto at = [&](const Tensor& t, int64_t row) { return from(t, row, layer.number); };
   each_group(layer, group, [&](const Layer& its, int64_t row, int64_t value) {
-    const double count = call.given ? call.moments.count : static_cast<double>(its.shape.count());
+    // what was found of each group before is of its own values
+    const double count = call.given && call.moments.count == 1 ? 1 : static_cast<double>(its.shape.count());
     kernels().forward(its, {at(call.x, row), at(call.residual, row), at(call.y, row), from(call.moments, value, count), call.given});
   });
 }

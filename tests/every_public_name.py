@@ -165,6 +165,9 @@ def passes():
     assert report.count("inserted") == 1
     close(plain(x), before)
     assert bn.zero_init_residual(plain, x)[1].count("left alone") == 1
+    model, report = bn.save_memory(model)
+    assert report.count("recomputed") == 2
+    model(x).sum().backward()
     model, report = bn.downgrade(model, sync=False)
     assert report.count("downgraded") == 2 and type(model[0][2]) is nn.ReLU
 

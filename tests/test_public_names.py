@@ -32,6 +32,7 @@ NAMES = (
         "population",
         "paused",
         "reduce_statistics",
+        "save_memory",
         "split_state",
         "strip_bias",
         "unfreeze",

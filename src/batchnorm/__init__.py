@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from batchnorm.passes.mask import mask as mask
     from batchnorm.passes.param_groups import param_groups as param_groups
     from batchnorm.passes.paused import paused as paused
+    from batchnorm.passes.save_memory import save_memory as save_memory
     from batchnorm.passes.strip_bias import strip_bias as strip_bias
     from batchnorm.passes.upgrade import upgrade as upgrade
     from batchnorm.passes.virtual_batch import virtual_batch as virtual_batch
@@ -100,6 +101,7 @@ _HOME = {
     "watch": "diagnostics.watching",
     "ShiftMeter": "diagnostics.shift_meter",
     "downgrade": "passes.downgrade",
+    "save_memory": "passes.save_memory",
     "strip_bias": "passes.strip_bias",
     "virtual_batch": "passes.virtual_batch",
     "zero_init_residual": "passes.zero_init_residual",

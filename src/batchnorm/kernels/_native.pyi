@@ -5,9 +5,9 @@ Batch normalization on (outer, channels, inner) views; see native/kernels.h.
 from typing_extensions import CapsuleType
 
 
-def forward(sizes: tuple[int, int, int], number: int, x: tuple[int, int, int], residual: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], given: bool, group: int, tracked: tuple[tuple[int, int], tuple[int, int], float, int], threads: int) -> bool:
+def forward(sizes: tuple[int, int, int], number: int, x: tuple[int, int, int], residual: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], known: int, group: int, tracked: tuple[tuple[int, int], tuple[int, int], float, int], threads: int) -> bool:
     """
-    The moments of x, unless a mean and a variance are given, and y = activation(bn(x) + residual), unless y is null; by groups of so many outer rows, unless it is 0. Then, without groups, `track` by these moments.
+    The moments of x, unless they are known, 1: a mean and a variance, 2: what an earlier call found of x; and y = activation(bn(x) + residual), unless y is null; by groups of so many outer rows, unless it is 0. Then, without groups, `track` by these moments.
     """
 
 def backward(sizes: tuple[int, int, int], number: int, dy: tuple[int, int, int], x: tuple[int, int, int], y: tuple[int, int, int], weight: tuple[int, int], bias: tuple[int, int], eps: float, activation: int, slope: float, mean: tuple[int, int], m2: tuple[int, int], given: bool, dx: tuple[int, int, int], dresidual: tuple[int, int, int], dweight: tuple[int, int], dbias: tuple[int, int], averages: tuple[int, int], group: int, threads: int) -> None:

@@ -8,11 +8,13 @@ reference  plain torch operations: for torch.func's transforms, forward-mode gra
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.kernels import choice, reference
+from batchnorm.kernels import choice, recipes, reference
 from batchnorm.kernels.call import NOT_FUSED, Activation, Call, Fused
 from batchnorm.kernels.observers import captured, needs_dispatcher, transformed
 from batchnorm.kernels.padding import Padding
@@ -44,10 +46,23 @@ def normalise(
     if fused is not None:
         call.fused = fused
         call.updates_inline = call.rate is not None and not call.stepwise and not call.group
+    if recipes.active() is None:
+        y = _natively(x, weight, bias, added, call)
+    else:
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # it notes its own result; else each attribute that it reads costs 2 µs
+            y = _natively(x, weight, bias, added, call)
+    return activate(y, call.activation, residual) if fused is None else y
+
+
+def _natively(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, added: Tensor | None, call: Call
+) -> Tensor:
     _check_devices(x, weight, bias, call)
     if not call.stepwise and needs_dispatcher(x, weight, bias, added):
-        y = operators.forward(x, weight, bias, added, call)
-    elif torch.is_grad_enabled() and (
+        return operators.forward(x, weight, bias, added, call)
+    if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
@@ -57,10 +72,8 @@ def normalise(
             # copies, for the node keeps them and a later batch moves the buffers
             mean, variance = call.statistics
             call.statistics = mean.clone(), variance.clone()
-        y = node.Normalise.apply(x, weight, bias, added, call)
-    else:
-        y = (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, added, call)
-    return activate(y, call.activation, residual) if fused is None else y
+        return cast(Tensor, node.Normalise.apply(x, weight, bias, added, call))
+    return (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, added, call)
 
 
 def _masked(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import native, operators, stepwise
+from batchnorm.kernels import native, operators, recipes, stepwise
 from batchnorm.kernels.backward_graph import backward_as_graph
 from batchnorm.kernels.call import NOT_FUSED, Call
 from batchnorm.kernels.observers import needs_dispatcher
@@ -23,6 +23,9 @@ class Normalise(torch.autograd.Function):
     ) -> Tensor:
         """y = activation(bn(x) + residual); fills in what `call` says that the kernels set."""
         y = (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, residual, call)
+        recording = recipes.active()
+        if recording is not None:
+            _note(recording, y, x, weight, bias, residual, call)
         ctx.call = call
         if residual is None or call.fused == NOT_FUSED:
             ctx.save_for_backward(x, weight, bias)
@@ -54,3 +57,27 @@ class Normalise(torch.autograd.Function):
             None if not needed[3] else dy if dresidual is None else dresidual,
             None,
         )
+
+
+def _note(
+    recording: recipes.Recording,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+) -> None:
+    """Note that `y` can be made again from x, residual and the moments that were found, by the same kernel."""
+    # copies: an optimizer's step, or a framework that frees gathered parameters, would change them
+    weight, bias = (None if values is None else values.detach().clone() for values in (weight, bias))
+    eps, fused, group = call.eps, call.fused, call.group
+    stats, known = call.stats, call.statistics
+
+    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        again = Call(False, eps, group=group)
+        again.fused = fused
+        again.stats, again.statistics = stats, known
+        return native.forward(x, weight, bias, residual, again)
+
+    recording.add(y, make, [recording.source(each) for each in (x, residual) if each is not None])

@@ -15,6 +15,7 @@ from batchnorm.graph.trace import is_sequential
 from batchnorm.layers import OURS, _BatchNorm
 from batchnorm.passes.report import LayerReport, Report
 from batchnorm.passes.rollback import unchanged_on_failure
+from batchnorm.passes.save_memory import keep_outputs
 from batchnorm.passes.swap import swap_back
 from batchnorm.statistics.population import Population, thawed
 from batchnorm.statistics.sync import Sync
@@ -81,6 +82,7 @@ def downgrade(model: M, *, sync: bool = True) -> tuple[M, Report]:
         if reasons:
             raise ValueError("these layers cannot become torch's: " + "; ".join(reasons))
         frozen = {layer for layer in ours if isinstance(layer.statistics, Population)}
+        keep_outputs(model)
         for layer, kind in kinds.items():
             swap_back(layer, kind)
             if layer in frozen:

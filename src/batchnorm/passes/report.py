@@ -23,6 +23,7 @@ Outcome = Literal[
     "removed",
     "weakened",
     "zeroed",
+    "recomputed",
     "left alone",
 ]
 
@@ -34,7 +35,8 @@ class LayerReport:
     Args:
         name: its path in the model; "" is the model itself.
         outcome: "fused", "swapped", "synchronized", "unsynchronized", "frozen", "unfrozen", "configured", "downgraded",
-            "folded", "affine", "stripped", "measured", "inserted", "removed", "weakened", "zeroed" or "left alone".
+            "folded", "affine", "stripped", "measured", "inserted", "removed", "weakened", "zeroed", "recomputed" or
+            "left alone".
         what: what was fused into it ("relu", "residual, relu"), what of it was frozen or set, or torch's class that
             it became.
         why: why it was not fused, or left alone.
