@@ -28,7 +28,7 @@ NAMES = """
     BN406 constant-channels, BN407 dead-activations, BN408 nonfinite-input, BN409 padding, BN410 leaking-examples,
     BN501 ranks-differ, BN502 local-batch, BN503 sync-alone, BN504 sync-skipped,
     BN601 export-in-training, BN602 private, BN603 federated, BN604 checkpoint-keys, BN605 eps-changed,
-    BN701 upgrade-speed
+    BN701 upgrade-speed, BN702 spared-memory
 """
 
 
@@ -104,3 +104,14 @@ def test_the_time_that_an_upgrade_saves_is_measured_where_it_is_asked_for():
         assert float(each.evidence["upgraded"]) < float(each.evidence["milliseconds"])
     assert all(torch.equal(before[key], value) for key, value in planted.model.state_dict().items())
     assert not examine(bn.upgrade(planted.model)[0], planted.batches, select=["BN701"])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_memory_that_is_spared_is_measured_where_it_is_asked_for(network):
+    planted = case(network)
+    assert "BN702" not in {each.code for each in examine(planted.model, planted.batches)}
+    (found,) = examine(planted.model, planted.batches, select=["BN702"])
+    assert float(found.evidence["spared"]) < 0.9 * float(found.evidence["megabytes"])
+    assert not planted.model._forward_pre_hooks
+    model, _ = bn.save_memory(planted.model)
+    assert not examine(model, planted.batches, select=["BN702"])

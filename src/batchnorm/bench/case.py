@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from batchnorm.bench.rounds import Candidate, Sample, interleave, times
-from batchnorm.bench.rows import Processes, Row
+from batchnorm.bench.rows import Memory, Processes, Row
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -22,6 +22,7 @@ class Comparison:
 
     calls: int
     candidates: dict[str, Candidate] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add_compiled(self, candidate: Candidate) -> None:
@@ -66,6 +67,7 @@ class Case:
                 rounds=len(rounds),
                 processes=self.processes,
                 times=times(rounds, part),
+                memory=comparison.memory or None,
             )
             for part in self.parts
         ]

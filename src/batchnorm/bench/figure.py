@@ -23,6 +23,10 @@ from batchnorm.report.scale import format_number
 
 # Colour, marker and name of each candidate, in drawing order.
 _STYLES = {
+    "checkpoint": (LIGHT.other_2, "D", "checkpointed blocks"),
+    "inplace_abn": (LIGHT.other, "^", "inplace_abn"),
+    "torch, saved": (LIGHT.plain, "s", "torch's layers, save_memory"),
+    "upgraded": (LIGHT.bn, "^", "ours, all kept"),
     "others": (LIGHT.other, "s", "what others offer, the fastest"),
     "plain": (LIGHT.plain, "o", "ours without it"),
     "predicted": (LIGHT.other, "s", "ours as predicted"),
@@ -111,6 +115,7 @@ def png(measured: Measured) -> bytes:
 _TITLES = {
     "kernels": "Layers in training: time in copies of the input",
     "step": "A training step: time relative to ours",
+    "memory": "A training step beyond weights and gradients, relative to torch's",
     "infer": "Evaluation",
     "fold": "Folded networks: time relative to ours",
     "statistics": "Statistics and masks: time relative to ours",
@@ -123,6 +128,8 @@ def _panels(rows: Sequence[Row]) -> list[list[Dots]]:
     lines = []
     if rows[0].processes is not None:
         return [[_processes_panel(rows)]]
+    if rows[0].memory is not None:
+        return [[_memory(rows, "peak", "Peak memory"), _memory(rows, "saved", "Saved for the backward pass")]]
     modes = [row for row in rows if table.is_of_statistics(row)]
     if modes:
         return [[_relative(part, [row for row in modes if row.part == part])] for part in ("both", "step")]
@@ -166,6 +173,20 @@ def _relative(part: str, rows: Sequence[Row]) -> Dots:
         labels,
         {"others": other_implementations, "plain": plain, "ours": [1.0] * len(rows)},
     )
+
+
+def _memory(rows: Sequence[Row], field: str, title: str) -> Dots:
+    """What each candidate takes, relative to torch's."""
+    found = [row.memory for row in rows if row.memory is not None]
+    values = {
+        candidate: [
+            getattr(each[candidate], field) / getattr(each["torch"], field) if candidate in each else None
+            for each in found
+        ]
+        for candidate in _STYLES
+        if any(candidate in each for each in found)
+    }
+    return Dots(title, "memory / torch's", [row.name for row in rows], values)
 
 
 def _processes_panel(rows: Sequence[Row]) -> Dots:

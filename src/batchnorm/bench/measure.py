@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from batchnorm.bench import deploy, infer, kernels, scaling, statistics, step
+from batchnorm.bench import activations, deploy, infer, kernels, scaling, statistics, step
 from batchnorm.bench.case import Case
 from batchnorm.bench.options import Options
 from batchnorm.bench.rows import Command, Measured, Row
@@ -22,6 +22,7 @@ from batchnorm.training.machine import machine, versions
 _CASES: dict[Command, Callable[[Options], list[Case]]] = {
     "kernels": kernels.training,
     "step": step.cases,
+    "memory": activations.cases,
     "infer": infer.cases,
     "fold": deploy.cases,
     "statistics": statistics.cases,
@@ -32,6 +33,7 @@ _CASES: dict[Command, Callable[[Options], list[Case]]] = {
 _OTHERS: dict[Command, tuple[str, ...]] = {
     "kernels": (),
     "step": ("torchvision",),
+    "memory": ("torchvision", "inplace_abn"),
     "infer": ("torchvision",),
     "fold": ("torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
     "statistics": ("torchvision", "keras", "timm"),

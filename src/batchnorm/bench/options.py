@@ -36,6 +36,10 @@ FOLDED = (
 )
 
 
+# Networks whose memory is measured.
+LARGE = ("mobilenet_v2", "densenet121", "googlenet", "resnet18", "resnet50", "vgg11_bn")
+
+
 class Options(BaseModel):
     """The options of all commands; each uses those that apply to it."""
 

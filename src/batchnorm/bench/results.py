@@ -13,6 +13,7 @@ PAGE = "RESULTS.md"
 _TITLES: dict[Command, str] = {
     "kernels": "Layers in training",
     "step": "Training steps",
+    "memory": "Memory of a training step",
     "infer": "Evaluation",
     "fold": "Folded networks",
     "statistics": "Where the moments come from",

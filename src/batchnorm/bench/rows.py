@@ -11,8 +11,8 @@ from batchnorm.bench.options import Options
 
 SCHEMA = 1
 
-Command = Literal["kernels", "step", "infer", "fold", "statistics", "scaling"]
-COMMANDS: tuple[Command, ...] = ("kernels", "step", "infer", "fold", "statistics", "scaling")
+Command = Literal["kernels", "step", "memory", "infer", "fold", "statistics", "scaling"]
+COMMANDS: tuple[Command, ...] = ("kernels", "step", "memory", "infer", "fold", "statistics", "scaling")
 
 
 class ResultsError(Exception):
@@ -33,6 +33,13 @@ class Time(_Value):
     over_ours: float | None = Field(None, description="time / our time, median over the rounds")
     over_ours_low: float | None = Field(None, description="lower quartile of the same")
     over_ours_high: float | None = Field(None, description="upper quartile of the same")
+
+
+class Memory(_Value):
+    """The memory of a training step of one candidate, in megabytes (10⁶ bytes) beyond its weights."""
+
+    peak: float = Field(description="the most that is allocated at once, beyond the gradients of weights too")
+    saved: float = Field(description="what the forward pass saves for the backward pass")
 
 
 class Processes(_Value):
@@ -61,6 +68,7 @@ class Row(_Value):
     rounds: int
     processes: Processes | None = Field(None, description="of the rows of the command scaling")
     times: dict[str, Time] = Field(description="by candidate: ours, torch, copy, plain and so on")
+    memory: dict[str, Memory] | None = Field(None, description="by candidate, of the rows of the command memory")
 
 
 class Measured(_Value):

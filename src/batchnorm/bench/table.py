@@ -46,7 +46,24 @@ SCALING = (
 )
 
 
-FOOTNOTES: dict[Command, str] = {"scaling": SCALING, "fold": FOLDED}
+# The candidates beside torch's layers, in a row about memory.
+SPARING = {
+    "upgraded": "upgraded",
+    "ours": "saved",
+    "torch, saved": "torch saved",
+    "checkpoint": "checkpoint",
+    "compile": "compile",
+    "inplace_abn": "in-place",
+}
+
+MEMORY = (
+    "Memory is in megabytes of 10⁶ bytes as torch's allocator counts it, beyond weights; the peak also beyond their "
+    "gradients. The other columns are ratios to torch: upgraded is bn.upgrade's network, saved the same after "
+    "bn.save_memory, torch saved torch's layers after it; checkpoint torch.utils.checkpoint around each block; "
+    "in-place inplace_abn's layers, whose activation is a leaky ReLU."
+)
+
+FOOTNOTES: dict[Command, str] = {"scaling": SCALING, "fold": FOLDED, "memory": MEMORY}
 
 
 def grids(measured: Measured) -> list[Grid]:
@@ -62,6 +79,8 @@ def grids(measured: Measured) -> list[Grid]:
     )
     for rows in of_layers:
         found += [_layers(rows, baseline) for baseline in BASELINES if _has(rows, baseline)]
+    if measured.command == "memory":
+        return _sparing(measured.rows)
     if measured.command == "fold":
         return [_folded(rows) for rows in _groups(measured.rows, lambda row: (str(row.shape[0]),))]
     of_networks = _groups(
@@ -244,6 +263,35 @@ def _folded(rows: Sequence[Row]) -> Grid:
     first = rows[0]
     title = f"Folded networks, batches of {first.shape[0]}, {first.layout}, {first.dtype}"
     return _against(rows, title, "folded", DEPLOYED, spread=False)
+
+
+def _sparing(rows: Sequence[Row]) -> list[Grid]:
+    """Peak, saved and time of torch's layers, and those of the others relative to them."""
+    if not rows:
+        return []
+    others = {candidate: heading for candidate, heading in SPARING.items() if _has(rows, candidate)}
+
+    def grid(title: str, unit: str, value: Callable[[Row, str], float | None]) -> Grid:
+        body = []
+        for row in rows:
+            of_torch = value(row, "torch")
+            ratios = [value(row, candidate) for candidate in others]
+            cells = ["" if each is None or not of_torch else f"{each / of_torch:.2f}" for each in ratios]
+            body.append([row.name, _ms(of_torch or 0), *cells])
+        return Grid(f"{title}, {sizes(rows[0].shape)} float32", ["network", f"torch, {unit}", *others.values()], body)
+
+    def memory(field: str) -> Callable[[Row, str], float | None]:
+        def of(row: Row, candidate: str) -> float | None:
+            found = (row.memory or {}).get(candidate)
+            return None if found is None else float(getattr(found, field))
+
+        return of
+
+    return [
+        grid("Peak of a step beyond weights and gradients", "MB", memory("peak")),
+        grid("Saved for the backward pass", "MB", memory("saved")),
+        grid("Time of a step", "ms", lambda row, candidate: row.times[candidate].ms if candidate in row.times else None),
+    ]
 
 
 def _against(rows: Sequence[Row], title: str, ours: str, others: dict[str, str], spread: bool) -> Grid:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.bench.options import FOLDED, NETWORKS, Options
+from batchnorm.bench.options import FOLDED, LARGE, NETWORKS, Options
 from batchnorm.cli import measurement
 from batchnorm.cli.model_options import as_typed, model_option
 
@@ -88,6 +88,41 @@ def step(
     """
     measurement.run(
         ("step",),
+        out,
+        threads,
+        networks=networks,
+        size=size,
+        batch=batch,
+        compile=compile,
+        seconds=seconds,
+        quick=quick,
+    )
+
+
+@app.command(
+    "memory",
+    epilog="[bold]Examples[/]\n\n"
+    "batchnorm bench memory                             six networks, 6 min\n\n"
+    "batchnorm bench memory --networks resnet50 --compile   one, against torch.compile too",
+)
+def memory(
+    networks: Annotated[str | None, model_option(Options, "networks", show_default=", ".join(LARGE))] = None,
+    size: Annotated[int, model_option(Options, "size", show_default=True)] = 96,
+    batch: _Batch = _DEFAULTS.batch,
+    compile: _Compile = _DEFAULTS.compile,
+    seconds: _Seconds = None,
+    threads: _Threads = None,
+    quick: _Quick = _DEFAULTS.quick,
+    out: _Out = None,
+) -> None:
+    """The memory of a training step, and its time, after bn.save_memory.
+
+    Against torch's layers, ours without it, and torch.utils.checkpoint around
+    each block: the peak beyond weights and gradients, what is saved for the
+    backward pass, and the time of a step.
+    """
+    measurement.run(
+        ("memory",),
         out,
         threads,
         networks=networks,

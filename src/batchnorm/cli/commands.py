@@ -40,6 +40,7 @@ app.add_typer(
         "batchnorm bench kernels         layers, forward and backward, 3 min\n\n"
         "batchnorm bench step            training steps of known networks, 8 min\n\n"
         "batchnorm bench infer           layers and networks in evaluation, 3 min\n\n"
+        "batchnorm bench memory          the memory of a training step, 6 min\n\n"
         "batchnorm bench fold            folded networks, also in ONNX Runtime, 6 min\n\n"
         "batchnorm bench statistics      Sync, Ghost, masks and others, 3 min\n\n"
         "batchnorm bench scaling         Sync over 1, 2 and 4 processes, 4 min\n\n"

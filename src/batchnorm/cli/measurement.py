@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from batchnorm.bench.rows import Command
 
 # The default duration of a row in seconds; a command takes a few minutes.
-_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "infer": 2.5, "fold": 5.0, "statistics": 5.0, "scaling": 60.0}
+_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "memory": 30.0, "infer": 2.5, "fold": 5.0, "statistics": 5.0, "scaling": 60.0}
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
 
 def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
     """The options of one command; those that are None take their defaults."""
-    from batchnorm.bench.options import FOLDED, NETWORKS, Options
+    from batchnorm.bench.options import FOLDED, LARGE, NETWORKS, Options
 
     values = {name: value for name, value in chosen.items() if value is not None}
     for name in {"dtypes", "networks", "batches"} & values.keys():
@@ -66,11 +66,14 @@ def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
     elif command == "fold":
         values.setdefault("networks", FOLDED[:1] if quick else FOLDED)
         values.setdefault("size", 224)
+    elif command == "memory":
+        values.setdefault("networks", ("resnet18",) if quick else LARGE)
+        values.setdefault("size", 96)
     elif command == "statistics":
         values.setdefault("networks", ("resnet18",) if find_spec("torchvision") else ())
     else:
         values.setdefault("networks", ("mlp", "resnet18") if quick else tuple(NETWORKS))
-    known = FOLDED if command == "fold" else tuple(NETWORKS)
+    known = {"fold": FOLDED, "memory": LARGE}.get(command, tuple(NETWORKS))
     unknown = set(values.get("networks", ())) - set(known)
     if unknown:
         raise Failure(f"no network {', '.join(sorted(unknown))}: choose from {', '.join(known)}")

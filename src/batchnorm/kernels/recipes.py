@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -235,6 +236,9 @@ class Recording:
     def pack(self, tensor: Tensor) -> Saved:
         """What is saved in place of `tensor`."""
         saved = Saved(tensor)
+        watching = getattr(_threads, "watching", None)
+        if watching is not None:
+            watching.append(saved)
         recipe = self.recipe_of(tensor)
         if recipe is not None:
             saved.become(recipe)
@@ -272,6 +276,21 @@ class Recording:
 def active() -> Recording | None:
     """The recording in which this thread computes."""
     return getattr(_threads, "recording", None)
+
+
+@contextmanager
+def watched(found: list[Saved]) -> Iterator[None]:
+    """Append to `found` what recordings of this thread save; and let them record, though the caller has hooks."""
+    before, _threads.watching = getattr(_threads, "watching", None), found
+    try:
+        yield
+    finally:
+        _threads.watching = before
+
+
+def watching() -> bool:
+    """Whether this thread is within `watched`."""
+    return getattr(_threads, "watching", None) is not None
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

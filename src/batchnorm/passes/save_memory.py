@@ -139,12 +139,10 @@ class _Hooks:
             return
         if not torch.is_grad_enabled() or captured() or transformed() or _is_traced(inputs):
             return
-        recording = recipes.active()
-        if recording is not None:
-            if recording.owner is not self:
-                return
-            recording.close()  # left open by an interrupt, for which hooks are not called
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        if recipes.active() is not None:  # of a module around this one, or left open by Ctrl-C, which calls no hook
+            return
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is not None and not recipes.watching():
             return
         with ExitStack() as entered:
             recording = entered.enter_context(recipes.Recording(self))
