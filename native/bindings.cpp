@@ -3,6 +3,8 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 
+#include <vector>
+
 #include "exchange.h"
 #include "kernels.h"
 
@@ -181,6 +183,20 @@ NB_MODULE(_native, m) {
       nb::arg("group"), nb::arg("threads"),
       "The gradients of `forward`; y is read where a residual was added before an activation. With averages of g and of g·x̂, those "
       "of x and residual alone, and mean and m2 are a mean and a variance.");
+  m.def(
+      "track_unbiased",
+      [](int64_t channels, double count, const PerChannel& mean, const PerChannel& variance, const Tracked& tracked) {
+        const auto read = [&](const PerChannel& from, double factor) {
+          std::vector<double> found(channels);
+          for (int64_t c = 0; c < channels; c++)
+            found[c] = factor * (values(from).number == Number::f64 ? static_cast<const double*>(values(from).data)[c]
+                                                                    : static_cast<const float*>(values(from).data)[c]);
+          return found;
+        };
+        return follow(channels, count, read(mean, 1).data(), read(variance, count - 1).data(), tracked);
+      },
+      nb::arg("channels"), nb::arg("count"), nb::arg("mean"), nb::arg("variance"), nb::arg("tracked"),
+      "`track` by a mean and an unbiased variance, both float32 or float64.");
   m.def(
       "track",
       [](int64_t channels, double count, Address mean, Address m2, const Tracked& tracked) {

@@ -215,6 +215,7 @@ class _BatchNorm(Tracking):
         if by_batch and self.follows and holder is not None and mean is not None and not recomputing():
             rate = self.rate_of_next(holder)
         call = Call(by_batch, self.__dict__["eps"], self.activation, mean, var, rate, batches, mask)
+        call.skipped = self.num_batches_skipped
         try:
             if self.statistics is None or not self.training:
                 output = functional.normalise(input, weight, bias, residual, call)

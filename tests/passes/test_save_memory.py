@@ -835,7 +835,12 @@ def test_lightning() -> None:
         if saving:
             bn.save_memory(task)
         data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X.repeat(2, 1, 1, 1)), 4)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "accelerator": "cpu",
+        }
         with counted() as kept:
             lightning.Trainer(max_epochs=2, enable_model_summary=False, **quiet).fit(task, data)
         assert bool(kept["again"]) == saving
@@ -843,7 +848,10 @@ def test_lightning() -> None:
     assert equal(*found)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_b0", "resnet26d", "convmixer_768_32", "dla34", "res2net50_26w_4s"])  # fmt: skip
+OF_TIMM = "mobilenetv3_small_050 efficientnet_b0 resnet26d convmixer_768_32 dla34 res2net50_26w_4s"
+
+
+@pytest.mark.parametrize("name", OF_TIMM.split())
 def test_networks_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm")
     if name == "convmixer_768_32":

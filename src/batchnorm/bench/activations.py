@@ -80,7 +80,7 @@ def checkpointed(model: nn.Module) -> nn.Module | None:
     """`model` with each block within torch.utils.checkpoint; None if there are none."""
     blocks = [each for each in model.modules() if type(each).__name__ in _BLOCKS]
     for block in blocks:
-        block.forward = partial(_repeated, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_repeated, block.forward)
     return model if blocks else None
 
 

@@ -68,7 +68,9 @@ class Row(_Value):
     rounds: int
     processes: Processes | None = Field(None, description="of the rows of the command scaling")
     times: dict[str, Time] = Field(description="by candidate: ours, torch, copy, plain and so on")
-    memory: dict[str, Memory] | None = Field(None, description="by candidate, of the rows of the command memory")
+    memory: dict[str, Memory] | None = Field(
+        None, description="by candidate, of the rows of the command memory"
+    )
 
 
 class Measured(_Value):

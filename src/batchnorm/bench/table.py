@@ -265,6 +265,10 @@ def _folded(rows: Sequence[Row]) -> Grid:
     return _against(rows, title, "folded", DEPLOYED, spread=False)
 
 
+def _time_of(row: Row, candidate: str) -> float | None:
+    return row.times[candidate].ms if candidate in row.times else None
+
+
 def _sparing(rows: Sequence[Row]) -> list[Grid]:
     """Peak, saved and time of torch's layers, and those of the others relative to them."""
     if not rows:
@@ -278,7 +282,9 @@ def _sparing(rows: Sequence[Row]) -> list[Grid]:
             ratios = [value(row, candidate) for candidate in others]
             cells = ["" if each is None or not of_torch else f"{each / of_torch:.2f}" for each in ratios]
             body.append([row.name, _ms(of_torch or 0), *cells])
-        return Grid(f"{title}, {sizes(rows[0].shape)} float32", ["network", f"torch, {unit}", *others.values()], body)
+        return Grid(
+            f"{title}, {sizes(rows[0].shape)} float32", ["network", f"torch, {unit}", *others.values()], body
+        )
 
     def memory(field: str) -> Callable[[Row, str], float | None]:
         def of(row: Row, candidate: str) -> float | None:
@@ -290,7 +296,7 @@ def _sparing(rows: Sequence[Row]) -> list[Grid]:
     return [
         grid("Peak of a step beyond weights and gradients", "MB", memory("peak")),
         grid("Saved for the backward pass", "MB", memory("saved")),
-        grid("Time of a step", "ms", lambda row, candidate: row.times[candidate].ms if candidate in row.times else None),
+        grid("Time of a step", "ms", _time_of),
     ]
 
 

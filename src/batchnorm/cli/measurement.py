@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from batchnorm.bench.rows import Command
 
 # The default duration of a row in seconds; a command takes a few minutes.
-_ROW_SECONDS = {"kernels": 5.0, "step": 20.0, "memory": 30.0, "infer": 2.5, "fold": 5.0, "statistics": 5.0, "scaling": 60.0}
+_ROW_SECONDS = {
+    "kernels": 5.0,
+    "step": 20.0,
+    "memory": 30.0,
+    "infer": 2.5,
+    "fold": 5.0,
+    "statistics": 5.0,
+    "scaling": 60.0,
+}
 
 
 def run(

@@ -43,12 +43,19 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes to stderr; it asks when it is first used
+    return max((level for _, level in levels(step)), default=0)
+
+
+def levels(step: Callable[[], object]) -> list[tuple[int, int]]:
+    """The memory that torch has allocated on the CPU, above where it was, over `step()`: nanoseconds and bytes."""
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # or the profiler writes to stderr; it asks when it is first used
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
+    found, level = [], 0
     events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    level = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()
-        peak = max(peak, level)
-    return peak
+        found.append((event.start_ns(), level))
+    return found

@@ -4,7 +4,7 @@ Public are `use`, which chooses, and `active` and `instruction_set`, which tell.
 
 Example:
     >>> import batchnorm as bn
-    >>> bn.kernels.active() in ("native", "torch", "reference")
+    >>> bn.kernels.active() in ("native", "triton", "torch", "reference")
     True
 """
 

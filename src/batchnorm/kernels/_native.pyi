@@ -15,6 +15,9 @@ def backward(sizes: tuple[int, int, int], number: int, dy: tuple[int, int, int],
     The gradients of `forward`; y is read where a residual was added before an activation. With averages of g and of g·x̂, those of x and residual alone, and mean and m2 are a mean and a variance.
     """
 
+def track_unbiased(channels: int, count: float, mean: tuple[int, int], variance: tuple[int, int], tracked: tuple[tuple[int, int], tuple[int, int], float, int]) -> bool:
+    """`track` by a mean and an unbiased variance, both float32 or float64."""
+
 def track(channels: int, count: float, mean: int, m2: int, tracked: tuple[tuple[int, int], tuple[int, int], float, int]) -> bool:
     """
     Update the running statistics and count the batch; False, and nothing done, when the moments are not all finite.

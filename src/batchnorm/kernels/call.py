@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, statistics_dtype
 
 if TYPE_CHECKING:
     from batchnorm.kernels.padding import Padding
@@ -35,6 +35,26 @@ class Exchange(Protocol):
         """Σ g and Σ g·x̂, (2, C), over all that `moments` speaks of, from those over the values at hand."""
 
 
+class Kernels(Protocol):
+    """Kernels that compute a whole normalisation, and its gradients, in one call."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+    ) -> Tensor:
+        """See native.forward."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """See native.backward."""
+
+
 class Call:
     """How `x`, (N, C, *S), is normalised.
 
@@ -43,16 +63,19 @@ class Call:
     running_mean, running_var: (C,) or None.
     rate: the weight of the batch in the running statistics; None: they stay as they are.
     batches: int64, 0-dimensional; counts the batches that enter the running statistics.
+    skipped: the same of those that do not; kernels that cannot count there leave it to the layer.
     mask: (N, 1, *S) or (N, C, *S) bool, see moments.positions: which positions have a say.
     group: in training, so many samples at a time have moments of their own; 0: all have the same.
     exchange: in training, what makes other moments of those of x.
 
     The kernels set:
+    kernels: those that compute in one call, native's or Triton's.
     fused: what the native kernels are to do after the normalisation.
     padding: what the mask leaves out, once it is filled.
     stepwise: something stands between the moments and the output, so that one native call cannot do all.
     statistics: the mean and variance to normalise by, where they do not come from x within one native call.
     stats, count: mean and m2 of x, (2, C) or (2, groups, C) float64, that a native call found, of so many values each.
+    found: the count, mean and unbiased variance of x that torch's operator found.
     moments: what x was normalised by, where it was not one native call that found them: see batch_moments.
     updates_inline: the native call that finds the moments may update the running statistics too: nothing else follows.
     updated: whether the batch entered the running statistics; a bool tensor where a device would have to be waited for,
@@ -60,8 +83,9 @@ class Call:
     """
 
     __slots__ = (
-        "activation", "batches", "count", "eps", "exchange", "fused", "group", "mask", "moments", "padding", "rate",
-        "running_mean", "running_var", "statistics", "stats", "stepwise", "training", "updated", "updates_inline",
+        "activation", "batches", "count", "eps", "exchange", "found", "fused", "group", "kernels", "mask", "moments",
+        "padding", "rate", "running_mean", "running_var", "skipped", "statistics", "stats", "stepwise", "training",
+        "updated", "updates_inline",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +109,7 @@ class Call:
             batches,
         )
         self.mask, self.group, self.exchange = mask, group, exchange
+        self.skipped: Tensor | None = None
         self.stepwise = training and exchange is not None
         self.fused = NOT_FUSED
         self.padding: Padding | None = None
@@ -95,7 +120,9 @@ class Call:
         self.count: int | Tensor = 0
         self.updates_inline = False
         self.updated: bool | Tensor | None = None
+        self.found: tuple[int, Tensor, Tensor] | None = None
         self.moments: Moments | None = None
+        self.kernels: Kernels | None = None
 
     @property
     def fixed(self) -> FixedStatistics | None:
@@ -106,4 +133,8 @@ class Call:
         """What x was normalised by, detached; None where that were the running statistics."""
         if self.moments is None and self.stats is not None and self.training:
             self.moments = Moments(self.count, self.stats[0], self.stats[1])
+        elif self.moments is None and self.found is not None:
+            count, mean, variance = self.found
+            wide = statistics_dtype(mean.device)
+            self.moments = Moments(count, mean.to(wide), variance.to(wide) * (count - 1))
         return self.moments

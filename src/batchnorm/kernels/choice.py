@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Literal, cast, get_args
 
-Name = Literal["native", "torch", "reference"]
-NAMES: tuple[Name, ...] = get_args(Name)
+Name = Literal["native", "torch", "reference", "triton"]
+NAMES: tuple[Name, ...] = ("native", "torch", "reference")  # those for a CPU
 _VARIABLE = "BATCHNORM_KERNELS"
 
 _chosen: Name | None = None
@@ -22,12 +23,15 @@ class use:  # called as a function, and used as a context manager
     Args:
         name: one of
             "native": this library's C++ kernels, for tensors on a CPU; those elsewhere are left to torch's kernels.
+            "triton": the same for a CPU, and this library's Triton kernels for a CUDA GPU. They are tested by Triton's
+                interpreter, and compiled, but have not run on a GPU yet, so they are no default.
             "torch": torch's own kernels, as accurate and as fast as `torch.nn.BatchNorm2d`.
             "reference": plain torch operations that can be read beside the paper; slow.
 
     Raises:
         ValueError: another name.
-        RuntimeError: "native" where the package was installed without them.
+        RuntimeError: "native" or "triton" where the package was installed without native kernels, or there is no
+            Triton.
 
     Example:
         >>> import batchnorm as bn
@@ -39,8 +43,10 @@ class use:  # called as a function, and used as a context manager
     def __init__(self, name: Name) -> None:
         global _chosen
         _check(name)
-        if name == "native" and not built():
+        if name in ("native", "triton") and not built():
             raise RuntimeError(f"there are no native kernels here: {_REMEDY}")
+        if name == "triton" and not find_spec("triton"):
+            raise RuntimeError("there is no Triton here, which comes with torch's builds for CUDA on Linux")
         self._before = _chosen
         _chosen = name
 
@@ -55,11 +61,11 @@ class use:  # called as a function, and used as a context manager
 
 
 def active() -> Name:
-    """The name of the kernels that compute for tensors on a CPU; see `use`.
+    """The name of the kernels that compute; see `use`.
 
     Where the package was installed without its native kernels, the first call warns and takes torch's.
 
-    Returns: "native", "torch" or "reference".
+    Returns: "native", "triton", "torch" or "reference".
 
     Raises:
         ValueError: the environment variable BATCHNORM_KERNELS is none of these.
@@ -73,6 +79,12 @@ def active() -> Name:
     return _chosen or _first()
 
 
+def on_cpu() -> Name:
+    """The name of the kernels that compute for tensors on a CPU."""
+    name = active()
+    return "native" if name == "triton" else name
+
+
 def instruction_set() -> str:
     """The instructions of the CPU for which the kernels in use were compiled.
 
@@ -84,7 +96,7 @@ def instruction_set() -> str:
         ...     bn.kernels.instruction_set()
         ''
     """
-    if active() != "native":
+    if on_cpu() != "native":
         return ""
     from batchnorm.kernels import _native
 
@@ -110,6 +122,8 @@ def _first() -> Name:
     global _chosen
     name = os.environ.get(_VARIABLE) or "native"
     _check(name, f"{_VARIABLE}: ")
+    if name == "triton":
+        use("triton")  # or the error that it raises
     if name == "native" and not built():
         warnings.warn(
             "batchnorm was installed without its native kernels and computes with torch's, which are slower on "
@@ -123,5 +137,5 @@ def _first() -> Name:
 
 
 def _check(name: str, where: str = "") -> None:
-    if name not in NAMES:
-        raise ValueError(f"{where}unknown kernels {name!r}: use one of {', '.join(NAMES)}")
+    if name not in get_args(Name):
+        raise ValueError(f"{where}unknown kernels {name!r}: use one of {', '.join(get_args(Name))}")

@@ -2,6 +2,7 @@
 
 native     on a CPU: one node of the autograd graph, which saves x and 2·C numbers
 the same   as operators of torch's dispatcher, where a compiler or another observer has to see them
+triton     the same on a GPU, where `use("triton")` says so
 torch      its own kernels, on every other device; in a captured graph what its own layer would have put there
 reference  plain torch operations: for torch.func's transforms, forward-mode gradients, gradients of gradients
 """
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.kernels import choice, recipes, reference
+from batchnorm.kernels import choice, fused_operators, recipes, reference, triton_launches
 from batchnorm.kernels.call import NOT_FUSED, Activation, Call, Fused
 from batchnorm.kernels.observers import captured, needs_dispatcher, transformed
 from batchnorm.kernels.padding import Padding
@@ -35,12 +36,14 @@ def normalise(
     if call.mask is not None and call.padding is None:
         return _masked(x, weight, bias, residual, call, call.mask)
     backend = _backend(x, call.stepwise)
-    if backend != "native":
+    if backend not in ("native", "triton"):
         if backend == "torch" and (not call.training or not (call.stepwise or call.group)):
             y = _by_torch(x, weight, bias, call)
         else:
             y, call.moments = reference.batch_norm(x, weight, bias, call)
         return activate(y, call.activation, residual)
+    if backend == "triton":
+        call.kernels = triton_launches
     fused = _fused(x, call.activation, residual)
     added = None if fused is None else residual
     if fused is not None:
@@ -73,7 +76,7 @@ def _natively(
             mean, variance = call.statistics
             call.statistics = mean.clone(), variance.clone()
         return cast(Tensor, node.Normalise.apply(x, weight, bias, added, call))
-    return (stepwise.forward if call.stepwise else native.forward)(x, weight, bias, added, call)
+    return (stepwise.forward if call.stepwise else node.whole(call).forward)(x, weight, bias, added, call)
 
 
 def _masked(
@@ -136,7 +139,7 @@ def track(
         and mean.dtype == torch.float64
         and not needs_dispatcher(running_mean, running_var)
         and not torch._C._are_functorch_transforms_active()
-        and choice.active() == "native"  # last: the first time sets a global, which torch.export warns of
+        and choice.on_cpu() == "native"  # last: the first time sets a global, which torch.export warns of
     ):
         call = Call(True, 0.0, None, running_mean, running_var, rate, batches)
         entered = native.track(call, mean, m2, count)
@@ -155,6 +158,13 @@ def _backend(x: Tensor, stepwise: bool = False) -> choice.Name:
     kernels = choice.active()
     if x.numel() == 0 and not stepwise:
         return "reference"
+    if kernels == "triton":
+        # a compiler cannot follow what is cached
+        if not stepwise and (
+            x.is_cuda if torch.compiler.is_compiling() else triton_launches.usable(x.device)
+        ):
+            return "triton"
+        kernels = "native"
     if kernels == "native":
         if not x.is_cpu:
             return "torch"
@@ -204,11 +214,33 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call)
         return _torch_batch_norm(x, weight, bias, mean, variance, False, 0.0, call.eps)
     channels, count = x.size(1), count_per_channel(x)
     # with a momentum of 1 the "running" statistics become this batch's own, the variance unbiased
-    mean, variance = (torch.zeros(channels, dtype=dtype, device=x.device) for _ in range(2))
+    zeros = torch.zeros(2 * channels + 1, dtype=dtype, device=x.device)
+    mean, variance, flag = zeros.split([channels, channels, 1])
     y = _torch_batch_norm(x, weight, bias, mean, variance, True, 1.0, call.eps)
-    wide = statistics_dtype(x.device)
-    call.moments = Moments(count, mean.to(wide), variance.to(wide) * (count - 1))
+    call.found = count, mean, variance
+    if call.rate is not None:
+        call.updated = _follow(call, mean, variance, flag, count)
     return y
+
+
+def _follow(call: Call, mean: Tensor, variance: Tensor, flag: Tensor, count: int) -> bool | Tensor | None:
+    """Move the running statistics of `call` as `track`, by what torch's operator found, in few operations.
+
+    flag: (1,), 0.
+
+    Returns: as `track`; None, and nothing done, where only `track` can.
+    """
+    if torch.compiler.is_compiling() or _is_proxy(mean) or count < 2:
+        return None
+    if mean.is_cpu and choice.built():
+        return native.track_unbiased(call, mean, variance, count)
+    return fused_operators.track(call, mean, variance, flag)
+
+
+def _is_proxy(x: Tensor) -> bool:
+    """Whether `x` stands for another one in a trace, which has to see every operation."""
+    proxies = torch._C._TorchDispatchModeKey.PROXY
+    return type(x) is not Tensor or torch._C._get_dispatch_mode(proxies) is not None
 
 
 def _torch_batch_norm(

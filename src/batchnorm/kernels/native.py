@@ -231,6 +231,17 @@ def track(call: Call, mean: Tensor, m2: Tensor, number: int) -> bool | None:
     return entered
 
 
+def track_unbiased(call: Call, mean: Tensor, variance: Tensor, number: int) -> bool | None:
+    """The same, of a mean and an unbiased variance, float32 or float64."""
+    tracked = _tracked(call)
+    if tracked is _NOT_TRACKED:
+        return None
+    entered: bool = _native.track_unbiased(mean.numel(), number, _values(mean), _values(variance), tracked)
+    if entered:
+        _mark_changed(call)
+    return entered
+
+
 def total(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[int, Tensor, Tensor]:
     """The count, mean and m2 of parts that lie side by side: float64, (parts,) and (parts, C) of the same strides."""
     parts, channels = means.shape

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import native
+from batchnorm.kernels import native, triton_launches
 from batchnorm.kernels.backward_graph import Gradients, backward_as_graph, select_needed
-from batchnorm.kernels.call import NOT_FUSED, Call
+from batchnorm.kernels.call import NOT_FUSED, Call, Kernels
 from batchnorm.kernels.reference import count, groups
 
 # what an operator's kernel, its shapes and its gradient all end with
@@ -50,6 +50,11 @@ def backward(
     return dx, dweight, dbias, None if y is None else dresidual
 
 
+def _kernels(x: Tensor) -> Kernels:
+    """Those for the memory in which `x` is."""
+    return native if x.is_cpu else triton_launches
+
+
 def _call_of(
     fixed: bool, mean: Any, variance: Any, eps: float, activation: int, slope: float, group: int
 ) -> Call:
@@ -64,7 +69,7 @@ def _forward(
     x: Tensor, weight: Any, bias: Any, residual: Any, mean: Any, variance: Any, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     call = _call_of(mean is not None, mean, variance, *_with_group(settings))
-    y = native.forward(x, weight, bias, residual, call)
+    y = _kernels(x).forward(x, weight, bias, residual, call)
     if call.stats is None:
         return y, torch.stack([mean.double(), variance.double()])
     return y, call.stats
@@ -82,7 +87,11 @@ def _backward(
     dy: Tensor, x: Tensor, y: Any, weight: Any, bias: Any, stats: Tensor, given: bool, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _call_of(given, None, None, *_with_group(settings))
-    dx, dweight, dbias, dresidual = native.backward(dy, x, y, weight, bias, call, stats)
+    if given:
+        call.statistics = stats[0], stats[1]
+    else:
+        call.stats = stats
+    dx, dweight, dbias, dresidual = _kernels(x).backward(dy, x, y, weight, bias, call)
     assert dx is not None and dweight is not None and dbias is not None
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 

@@ -139,7 +139,9 @@ class _Hooks:
             return
         if not torch.is_grad_enabled() or captured() or transformed() or _is_traced(inputs):
             return
-        if recipes.active() is not None:  # of a module around this one, or left open by Ctrl-C, which calls no hook
+        if (
+            recipes.active() is not None
+        ):  # of a module around this one, or left open by Ctrl-C, which calls no hook
             return
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         if hooks is not None and not recipes.watching():

@@ -55,4 +55,6 @@ def _measured(runs: Runs) -> tuple[int, int]:
         save_memory(model)
         return now, saved_bytes(lambda: runs.forward(model, runs.batches[0]), anyway)
     except Exception as why:
-        raise Missing(f"a copy of the model could not be run: {type(why).__name__}: {why}".splitlines()[0]) from why
+        raise Missing(
+            f"a copy of the model could not be run: {type(why).__name__}: {why}".splitlines()[0]
+        ) from why
