@@ -1,8 +1,10 @@
-"""The pictures of docs/memory.md.
+"""The pictures of docs/memory.md, and its tables.
 
-python docs/memory.py    docs/images/memory-kept.png, and memory-step.png from a step that it measures
+python docs/memory.py           print the tables, of benchmarks/memory.json
+python docs/memory.py pictures  docs/images/memory-kept.png, and memory-step.png from a step that it measures
 """
 
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from torch import nn
 from torchvision import models
 
 import batchnorm as bn
+from batchnorm.bench import table
+from batchnorm.bench.rows import read
 from batchnorm.graph.activation_memory import levels
 from batchnorm.report.palette import LIGHT
 
@@ -129,6 +133,18 @@ def step():
     figure.savefig(IMAGES / "memory-step.png", dpi=144, metadata={"Software": None})
 
 
+def tables():
+    """As `batchnorm bench memory` writes them."""
+    measured = read(Path(__file__).parents[1] / "benchmarks" / "memory.json")
+    setup = (
+        f"{measured.machine}, {measured.threads} threads, torch {measured.versions['torch']}; {table.MEMORY}"
+    )
+    return "\n\n".join([setup, *map(table.markdown, table.grids(measured))]) + "\n"
+
+
 if __name__ == "__main__":
-    kept()
-    step()
+    if sys.argv[1:] == ["pictures"]:
+        kept()
+        step()
+    else:
+        print(tables(), end="")

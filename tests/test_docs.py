@@ -161,6 +161,11 @@ def test_tables_are_those_of_the_rows_that_were_measured():
     assert pruning["table"]() in (ROOT / "docs/pruning.md").read_text()
 
 
+def test_the_tables_about_memory_are_those_that_were_measured():
+    script = runpy.run_path(str(ROOT / "docs/memory.py"))
+    assert script["tables"]() in (ROOT / "docs/memory.md").read_text()
+
+
 def test_the_page_of_the_checks_is_what_they_say():
     script = runpy.run_path(str(ROOT / "docs/checks.py"))
     assert script["page"]() == (ROOT / "docs/checks.md").read_text()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from batchnorm.kernels import choice
+from tests.kernels.processes import said
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
@@ -116,3 +117,49 @@ def test_compiled_kernels_spill_nothing_and_read_16_bytes_at_once(capability, dt
         if name in REGISTERS[layout]:
             assert registers <= REGISTERS[layout][name], f"{name} takes {registers} registers"
             assert "ld.global.v4.b32" in compiled.asm["ptx"], name
+
+
+# As a GPU would be asked: all arguments go through Triton's own binder, and what is launched is compiled instead.
+BOUND = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+class Absent(DriverBase):
+    is_active = get_active_torch_device = map_python_to_cpp_type = get_benchmarker = lambda *_: None
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda _: GPUTarget("cuda", 90, 32)
+
+    def __init__(self):
+        pass
+
+driver.set_active(Absent())
+from batchnorm.kernels import triton_launches
+from batchnorm.kernels.call import Call
+
+bound = []
+
+def start(kernel, grid, device, arguments, constants):
+    types = kernel.warmup(*arguments, grid=grid, **constants).src.signature
+    assert types.get("eps", "fp64") == types.get("rate_value", "fp64") == "fp64", types
+    bound.append(kernel.__name__)
+
+triton_launches._start = start
+for shape, group, rate in (
+    ((4, 16, 8, 8), 0, 0.1), ((8, 24), 0, torch.tensor(0.1, dtype=torch.float64)), ((8, 3, 5, 5), 2, 0.1)
+):
+    x, channels = torch.empty(shape, dtype=torch.bfloat16), torch.ones(shape[1])
+    counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+    call = Call(True, 1e-5, None, channels, channels.clone(), rate, counts[0], group=group)
+    call.skipped, call.updates_inline, call.fused = counts[1], not group, (1, 0.0)
+    weight, bias = (None, channels) if group else (channels, None)
+    y = triton_launches.forward(x, weight, bias, x, call)
+    triton_launches.backward(x, x, y, weight, bias, call)
+print(len(bound))
+"""
+
+
+@pytest.mark.slow
+def test_arguments_are_those_that_a_launch_takes():
+    assert said(BOUND) == "18"

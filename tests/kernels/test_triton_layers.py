@@ -88,6 +88,32 @@ with bn.kernels.use("triton"):
     )
 
 
+@pytest.mark.slow
+def test_steps_with_something_in_between() -> None:
+    """Sync, in a group of one, Renorm and masks, whose moments are taken apart from the output."""
+    interpreted(
+        """
+import tempfile
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+x = torch.randn(4, 3, 6)
+lengths = torch.tensor([6, 2, 3, 5])
+for statistics, mask in ((bn.Sync(), None), (bn.Renorm(), None), (None, lengths), (bn.Ghost(2), None)):
+    layer = bn.BatchNorm1d(3, activation="relu", statistics=statistics)
+    found = []
+    for kernels in ("native", "triton"):
+        each, given = copy.deepcopy(layer), x.clone().requires_grad_()
+        with bn.kernels.use(kernels):
+            y = each(given, given * 2, mask=mask)
+            y.square().sum().backward()
+            moments = bn.functional.moments(x)
+        found.append([y, given.grad, each.weight.grad, each.bias.grad, moments.mean, moments.m2, *each.buffers()])
+    for native, triton in zip(*found, strict=True):
+        torch.testing.assert_close(native, triton, rtol=1e-4, atol=1e-5)
+"""
+    )
+
+
 def test_a_tensor_on_the_cpu_is_the_native_kernels() -> None:
     x = torch.randn(4, 3, 5, 5)
     with bn.kernels.use("triton"):

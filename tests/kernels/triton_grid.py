@@ -37,9 +37,9 @@ def launched(monkeypatch):
 
 @pytest.fixture
 def few_parts(monkeypatch):
-    """One part for each channel, of many tiles: an interpreter's programs follow each other anyway."""
-    monkeypatch.setattr(tiling, "_PROGRAMS", 1)
-    monkeypatch.setattr(tiling, "_PROGRAMS_OF_ROWS", 1)
+    """Parts of many tiles, of which the last has fewer: an interpreter's programs follow each other anyway."""
+    monkeypatch.setattr(tiling, "_PROGRAMS", 2)
+    monkeypatch.setattr(tiling, "_PROGRAMS_OF_ROWS", 5)
     tiling.tiling.cache_clear()
     yield
     tiling.tiling.cache_clear()

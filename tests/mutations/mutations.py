@@ -342,7 +342,7 @@ MUTATIONS = [
         "a division by zero", FUNCTIONAL,
     ),
     Mutation(
-        "torch's variance taken for m2", "kernels/dispatch.py",
+        "torch's variance taken for m2", "kernels/call.py",
         "(count, mean.to(wide), variance.to(wide) * (count - 1))", "(count, mean.to(wide), variance.to(wide))",
         "m2 is count - 1 times the unbiased variance", RUNNING, "torch",
     ),

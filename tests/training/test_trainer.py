@@ -366,6 +366,16 @@ def test_float16_on_a_cpu_is_an_error():
         trainer("training.precision=float16")
 
 
+@pytest.mark.parametrize("more", [[], ["training.ema=0.9"], ["training.precision=bfloat16"]])
+def test_saved_memory_changes_no_number(more):
+    plain, saving = trainer(*more), trainer(*more, "machine.save_memory=true")
+    hooks = saving.network._forward_pre_hooks
+    assert hooks and not plain.network._forward_pre_hooks
+    losses = [[each.loss for each in records(one)] for one in (plain, saving)]
+    assert losses[0] == losses[1]
+    assert same(plain.network.state_dict(), saving.network.state_dict())
+
+
 def test_channels_last_and_kept_memory_are_on_unless_switched_off(monkeypatch):
     kept: list[bool] = []
     monkeypatch.setattr("batchnorm.training.trainer.keep_memory", lambda: kept.append(True))

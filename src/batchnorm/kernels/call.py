@@ -36,7 +36,10 @@ class Exchange(Protocol):
 
 
 class Kernels(Protocol):
-    """Kernels that compute a whole normalisation, and its gradients, in one call."""
+    """Kernels that compute a whole normalisation, and its gradients, in one call: the module `native`, say."""
+
+    def moments(self, x: Tensor, group: int = 0) -> Tensor:
+        """See native.moments."""
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
@@ -51,8 +54,21 @@ class Kernels(Protocol):
         weight: Tensor | None,
         bias: Tensor | None,
         call: Call,
+        statistics: Tensor | FixedStatistics | None = None,
+        averages: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """See native.backward."""
+
+    def sums(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        """See native.sums."""
 
 
 class Call:

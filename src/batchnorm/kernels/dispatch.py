@@ -36,6 +36,8 @@ def normalise(
     if call.mask is not None and call.padding is None:
         return _masked(x, weight, bias, residual, call, call.mask)
     backend = _backend(x, call.stepwise)
+    if backend == "triton" and not _triton_can(x, weight, bias, call):
+        backend = "torch"
     if backend not in ("native", "triton"):
         if backend == "torch" and (not call.training or not (call.stepwise or call.group)):
             y = _by_torch(x, weight, bias, call)
@@ -52,9 +54,8 @@ def normalise(
     if recipes.active() is None:
         y = _natively(x, weight, bias, added, call)
     else:
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # it notes its own result; else each attribute that it reads costs 2 µs
+        # it notes its own result, and a function mode would take 2 µs for each attribute that it reads
+        with torch._C.DisableTorchFunction():
             y = _natively(x, weight, bias, added, call)
     return activate(y, call.activation, residual) if fused is None else y
 
@@ -76,7 +77,9 @@ def _natively(
             mean, variance = call.statistics
             call.statistics = mean.clone(), variance.clone()
         return cast(Tensor, node.Normalise.apply(x, weight, bias, added, call))
-    return (stepwise.forward if call.stepwise else node.whole(call).forward)(x, weight, bias, added, call)
+    return (stepwise.forward if call.stepwise else stepwise.kernels_of(call).forward)(
+        x, weight, bias, added, call
+    )
 
 
 def _masked(
@@ -97,7 +100,10 @@ def _masked(
 def moments(x: Tensor, mask: Tensor | None = None, group: int = 0) -> Moments:
     """The moments that `normalise` would find, detached."""
     x = x.detach()
-    if _backend(x, stepwise=True) != "native":
+    backend = _backend(x, stepwise=True)
+    if backend == "triton" and mask is None and x.numel():
+        return stepwise.own_moments(x, None, group, triton_launches)
+    if backend != "native":
         return reference.moments(x, mask, group)
     padding = None if mask is None else Padding.of(x, mask, group)
     return stepwise.own_moments(x if padding is None else padding.fill(x), padding, group)
@@ -148,6 +154,14 @@ def track(
     return reference.track(moments, running_mean, running_var, rate, batches)
 
 
+def _triton_can(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> bool:
+    """Whether Triton's kernels compute `call`: not with padding, of which the device would have to be asked."""
+    _check_devices(x, weight, bias, call)  # an error, and no slower way
+    if call.padding is not None or not x.numel():
+        return False
+    return torch.compiler.is_compiling() or triton_launches.supports(x, weight, bias, None, call)
+
+
 def _backend(x: Tensor, stepwise: bool = False) -> choice.Name:
     """Which kernels compute for `x`; `stepwise`: by several calls, which only autograd may see."""
     # torch.func's transforms and forward-mode gradients need every step, not one node
@@ -160,10 +174,8 @@ def _backend(x: Tensor, stepwise: bool = False) -> choice.Name:
         return "reference"
     if kernels == "triton":
         # a compiler cannot follow what is cached
-        if not stepwise and (
-            x.is_cuda if torch.compiler.is_compiling() else triton_launches.usable(x.device)
-        ):
-            return "triton"
+        if x.is_cuda if torch.compiler.is_compiling() else triton_launches.usable(x.device):
+            return "reference" if stepwise and needs_dispatcher(x) else "triton"
         kernels = "native"
     if kernels == "native":
         if not x.is_cpu:
@@ -295,15 +307,18 @@ def _as_captured(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Ca
 
 
 def _check_devices(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> None:
-    """Raise RuntimeError for what the native kernels would read from, and is not in the memory of the CPU."""
-    if not ((weight is None or weight.is_cpu) and (bias is None or bias.is_cpu)):
+    """Raise RuntimeError for what the kernels would read from, and is not where x is."""
+    device = x.device
+    if not ((weight is None or weight.device == device) and (bias is None or bias.device == device)):
         raise _other_device(x, weight, bias)
-    if call.statistics is not None and not (call.statistics[0].is_cpu and call.statistics[1].is_cpu):
+    if call.statistics is not None and any(each.device != device for each in call.statistics):
         raise _other_device(x, *call.statistics)
 
 
 def _other_device(x: Tensor, *per_channel: Tensor | None) -> RuntimeError:
-    elsewhere = next(values.device for values in per_channel if values is not None and not values.is_cpu)
+    elsewhere = next(
+        values.device for values in per_channel if values is not None and values.device != x.device
+    )
     return RuntimeError(
         f"the input is on {x.device} but a weight, bias or running statistic on {elsewhere}: "
         "move them to one device, e.g. with model.to(input.device)"

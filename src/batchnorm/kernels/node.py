@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import native, operators, recipes, stepwise
+from batchnorm.kernels import operators, recipes, stepwise
 from batchnorm.kernels.backward_graph import backward_as_graph
-from batchnorm.kernels.call import NOT_FUSED, Call, Kernels
+from batchnorm.kernels.call import NOT_FUSED, Call
 from batchnorm.kernels.observers import needs_dispatcher
+from batchnorm.kernels.stepwise import kernels_of
 
 
 # forward(ctx, ...) and not setup_context, which costs 60 µs a call
@@ -22,7 +23,7 @@ class Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
     ) -> Tensor:
         """y = activation(bn(x) + residual); fills in what `call` says that the kernels set."""
-        y = (stepwise.forward if call.stepwise else whole(call).forward)(x, weight, bias, residual, call)
+        y = (stepwise.forward if call.stepwise else kernels_of(call).forward)(x, weight, bias, residual, call)
         recording = recipes.active()
         if recording is not None:
             _note(recording, y, x, weight, bias, residual, call)
@@ -48,7 +49,7 @@ class Normalise(torch.autograd.Function):
         elif needs_dispatcher(dy):
             gradients = operators.backward(dy, x, y, weight, bias, call)
         else:
-            gradients = whole(call).backward(dy, x, y, weight, bias, call)
+            gradients = kernels_of(call).backward(dy, x, y, weight, bias, call)
         dx, dweight, dbias, dresidual = gradients
         return (
             dx if needed[0] else None,
@@ -57,11 +58,6 @@ class Normalise(torch.autograd.Function):
             None if not needed[3] else dy if dresidual is None else dresidual,
             None,
         )
-
-
-def whole(call: Call) -> Kernels:
-    """The kernels that do all of `call`."""
-    return native if call.kernels is None else call.kernels
 
 
 def _note(
@@ -77,7 +73,7 @@ def _note(
     # copies: an optimizer's step, or a framework that frees gathered parameters, would change them
     weight, bias = (None if values is None else values.detach().clone() for values in (weight, bias))
     eps, fused, group = call.eps, call.fused, call.group
-    stats, known, kernels = call.stats, call.statistics, whole(call)
+    stats, known, kernels = call.stats, call.statistics, kernels_of(call)
 
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
         again = Call(False, eps, group=group)

@@ -13,9 +13,14 @@ Per-channel numbers are float64, sums over a few tiles float32, of values that w
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+
+# as every optional part is imported: the core needs torch alone, and this module is imported where there is Triton
+triton: Any = import_module("triton")
+tl: Any = import_module("triton.language")
 
 # So many tiles are summed in float32 before their sum goes to float64: the roundings of equal terms all have one sign.
 CHUNK: tl.constexpr = tl.constexpr(4)
@@ -100,7 +105,8 @@ def _double(values):
     """As float64; Triton's interpreter knows the way from and to a half type by float32 alone."""
     if values.dtype == tl.float64:
         return values
-    return values.to(tl.float32).to(tl.float64)
+    else:
+        return values.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
@@ -108,7 +114,8 @@ def _rounded(values, dtype: tl.constexpr):
     """`values` of float64 as those of another dtype."""
     if dtype == tl.float64:
         return values
-    return values.to(tl.float32).to(dtype)
+    else:
+        return values.to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -116,7 +123,8 @@ def _per_channel(values, channel, there, default: tl.constexpr):
     """float64 of each channel; `default` where there are no values."""
     if values is None:
         return tl.full(channel.shape, default, tl.float64)
-    return _double(tl.load(values + channel, mask=there, other=default))
+    else:  # without it this would be compiled as well
+        return _double(tl.load(values + channel, mask=there, other=default))
 
 
 @triton.jit

@@ -247,6 +247,9 @@ class Machine(_Section):
     )
     channels_last: bool = Field(True, description="the memory layout of images and weights")
     keep_memory: bool = Field(True, description="see bn.keep_memory; on a CPU only")
+    save_memory: bool = Field(
+        False, description="make outputs of BN again in the backward pass, see bn.save_memory"
+    )
 
 
 class Config(_Section):

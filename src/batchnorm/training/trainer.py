@@ -38,6 +38,7 @@ from batchnorm.graph.modules import keeps_statistics
 from batchnorm.memory import keep_memory
 from batchnorm.passes.convert_sync import convert_sync
 from batchnorm.passes.estimate import inference_copy
+from batchnorm.passes.save_memory import save_memory
 from batchnorm.passes.virtual_batch import virtual_batch
 from batchnorm.records import Evaluation, Result
 from batchnorm.training import weights
@@ -135,6 +136,8 @@ class Trainer:
             network = network.double()
         if config.machine.channels_last:
             network = network.to(memory_format=torch.channels_last)
+        if config.machine.save_memory:
+            save_memory(network)
         self.optimizer = optimizer(network, config.optimizer)
         self.schedule = schedule(self.optimizer, config.optimizer, training.steps)
         self.model, self.optimizer = self.accelerator.prepare(network, self.optimizer)
