@@ -23,10 +23,10 @@ from batchnorm.report.scale import format_number
 
 # Colour, marker and name of each candidate, in drawing order.
 _STYLES = {
-    "checkpoint": (LIGHT.other_2, "D", "checkpointed blocks"),
+    "checkpoint": (LIGHT.other_2, "D", "checkpoint"),
     "inplace_abn": (LIGHT.other, "^", "inplace_abn"),
-    "torch, saved": (LIGHT.plain, "s", "torch's layers, save_memory"),
-    "upgraded": (LIGHT.bn, "^", "ours, all kept"),
+    "torch, saved": (LIGHT.plain, "s", "torch, saved"),
+    "upgraded": (LIGHT.bn, "^", "upgraded"),
     "others": (LIGHT.other, "s", "what others offer, the fastest"),
     "plain": (LIGHT.plain, "o", "ours without it"),
     "predicted": (LIGHT.other, "s", "ours as predicted"),
@@ -57,6 +57,7 @@ class Dots:
     x_label: str
     labels: list[str]
     values: dict[str, list[float | None]]
+    from_zero: bool = False  # the axis
 
     @property
     def all(self) -> list[float]:
@@ -103,7 +104,7 @@ def png(measured: Measured) -> bytes:
                     )
                 )
                 _draw(axes, panel, named=column == 0)
-                _scale_x(axes, [value for panel in line for value in panel.all])
+                _scale_x(axes, [value for panel in line for value in panel.all], panel.from_zero)
                 write(figure, x, top - _HEAD + 10, panel.title, LIGHT.text)
                 write(figure, x + _ACROSS / 2, top - height + 8, panel.x_label, LIGHT.muted, ha="center")
             top -= height
@@ -186,7 +187,7 @@ def _memory(rows: Sequence[Row], field: str, title: str) -> Dots:
         for candidate in _STYLES
         if any(candidate in each for each in found)
     }
-    return Dots(title, "memory / torch's", [row.name for row in rows], values)
+    return Dots(title, "memory / torch's", [row.name for row in rows], values, from_zero=True)
 
 
 def _processes_panel(rows: Sequence[Row]) -> Dots:
@@ -236,10 +237,12 @@ def _draw(axes: Axes, panel: Dots, *, named: bool) -> None:
     style_axes(axes, LIGHT, rules="x")
 
 
-def _scale_x(axes: Axes, values: list[float]) -> None:
+def _scale_x(axes: Axes, values: list[float], from_zero: bool) -> None:
     """Scale the x axis: linear, or logarithmic if the values differ by more than a factor of 3."""
     low, high = min([1.0, *values]), max([1.0, *values])
-    if high / low > 3:
+    if from_zero:
+        axes.set_xlim(0, high * 1.05)
+    elif high / low > 3:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.15, high * 1.15)
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
