@@ -137,7 +137,7 @@ def tables():
     """As `batchnorm bench memory` writes them."""
     measured = read(Path(__file__).parents[1] / "benchmarks" / "memory.json")
     setup = (
-        f"{measured.machine}, {measured.threads} threads, torch {measured.versions['torch']}; {table.MEMORY}"
+        f"{measured.machine}, {measured.threads} threads, torch {measured.versions['torch']}. {table.MEMORY}"
     )
     return "\n\n".join([setup, *map(table.markdown, table.grids(measured))]) + "\n"
 

@@ -42,6 +42,13 @@ class Ring:
         return batch_inputs
 
 
+def now(x: Tensor) -> float:
+    """The time at which all that is queued on the device of `x` is done, in seconds."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
+
+
 def passes(
     operation: Operation,
     layer: nn.Module,
@@ -57,13 +64,13 @@ def passes(
         arguments = (
             list(zip(batch_inputs, residuals, strict=True)) if residuals else [(x,) for x in batch_inputs]
         )
-        start = time.perf_counter()
+        start = now(batch_inputs[0])
         outputs = deque(operation(*tensors) for tensors in arguments)
-        middle = time.perf_counter()
+        middle = now(batch_inputs[0])
         for tensors, dy in zip(arguments, gradients, strict=True):
             # popleft: the output is freed with its graph, as in a training step
             torch.autograd.grad(outputs.popleft(), [*tensors, *parameters], dy)
-        end = time.perf_counter()
+        end = now(batch_inputs[0])
         return {"forward": (middle - start) / len(arguments), "backward": (end - middle) / len(arguments)}
 
     return sample
@@ -75,9 +82,9 @@ def evaluations(operation: Operation, inputs: Ring) -> Candidate:
     def sample() -> Sample:
         batch_inputs = inputs.take()
         with torch.inference_mode():
-            start = time.perf_counter()
+            start = now(batch_inputs[0])
             outputs = [operation(x) for x in batch_inputs]
-            end = time.perf_counter()
+            end = now(batch_inputs[0])
         del outputs  # only now: memory freed between calls would be warm
         return {"evaluation": (end - start) / len(batch_inputs)}
 
@@ -90,10 +97,10 @@ def copies(inputs: Ring, targets: Sequence[Tensor]) -> Candidate:
     def sample() -> Sample:
         batch_inputs = inputs.take()
         with torch.no_grad():
-            start = time.perf_counter()
+            start = now(batch_inputs[0])
             for x, y in zip(batch_inputs, targets, strict=True):
                 y.copy_(x)
-            end = time.perf_counter()
+            end = now(batch_inputs[0])
         return {"copy": (end - start) / len(batch_inputs)}
 
     return sample

@@ -75,7 +75,7 @@ class _LayerComparison:
 
     @contextmanager
     def __call__(self) -> Iterator[Comparison]:
-        seed = torch.randn(self._shape).to(_DTYPES[self._dtype])
+        seed = torch.randn(self._shape, device=self._options.device).to(_DTYPES[self._dtype])
         if self._layout in FORMATS:
             seed = seed.contiguous(memory_format=FORMATS[self._layout])
         calls, cold = counts(seed, self._options.quick)
@@ -85,7 +85,7 @@ class _LayerComparison:
         residuals = [seed.clone().requires_grad_() for _ in range(calls)] if "add" in self._name else []
 
         def candidate(operation: Operation, layer: nn.Module) -> Candidate:
-            layer.train(self._train)
+            layer.train(self._train).to(seed.device)
             if self._train:
                 return passes(operation, layer, inputs, residuals, gradients)
             return evaluations(operation, inputs)

@@ -63,6 +63,9 @@ def measure(command: Command, options: Options, line: str, callback: Callback) -
     line: the command line, for the results file.
     """
     kept = keep_memory()
+    on_gpu = options.device == "cuda"
+    if on_gpu:
+        choice.use("triton")
     torch.manual_seed(0)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     rows: list[Row] = []
@@ -88,7 +91,8 @@ def measure(command: Command, options: Options, line: str, callback: Callback) -
         machine=machine(),
         versions=versions()
         | {name: version(name) for name in _OTHERS[command] if find_spec(name)}
-        | {"kernels": f"{choice.active()} {choice.instruction_set()}".strip()},
+        | {"kernels": f"{choice.active()} {choice.instruction_set()}".strip()}
+        | ({"GPU": torch.cuda.get_device_name()} if on_gpu else {}),
         environment={
             name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
         },

@@ -55,6 +55,9 @@ class Options(BaseModel):
     batch: int = Field(32, ge=2, description="images in a batch; the MLP has the paper's 60")
     batches: tuple[int, ...] = Field((1, 16), description="sizes of the batches, separated by commas")
     full: bool = Field(False, description="BN alone, and BN with a residual and ReLU, too")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="of the layers; on cuda ours are Triton's kernels"
+    )
     compile: bool = Field(False, description="compare torch.compile too; compiling takes minutes")
     quick: bool = Field(
         False, description="tiny shapes and three rounds, to test that it runs, not to measure"

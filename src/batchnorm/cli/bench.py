@@ -25,6 +25,7 @@ _Size = Annotated[int, model_option(Options, "size", show_default=True)]
 _Batch = Annotated[int, model_option(Options, "batch", show_default=True)]
 _Full = Annotated[bool, model_option(Options, "full", "--full")]
 _Compile = Annotated[bool, model_option(Options, "compile", "--compile")]
+_Device = Annotated[str, model_option(Options, "device", show_default=True)]
 _Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of torch.", show_default="torch's default")
 ]
@@ -40,11 +41,13 @@ _Out = Annotated[
     epilog="[bold]Examples[/]\n\n"
     "batchnorm bench kernels                           BN+ReLU, 3 min\n\n"
     "batchnorm bench kernels --full --dtypes float32   BN and BN+add+ReLU too\n\n"
-    "batchnorm bench kernels --threads 1               on one core",
+    "batchnorm bench kernels --threads 1               on one core\n\n"
+    "batchnorm bench kernels --device cuda --compile   Triton's kernels, on a GPU",
 )
 def kernels(
     dtypes: _Dtypes = _DTYPES,
     full: _Full = _DEFAULTS.full,
+    device: _Device = _DEFAULTS.device,
     compile: _Compile = _DEFAULTS.compile,
     seconds: _Seconds = None,
     threads: _Threads = None,
@@ -59,7 +62,15 @@ def kernels(
     rows.
     """
     measurement.run(
-        ("kernels",), out, threads, dtypes=dtypes, full=full, compile=compile, seconds=seconds, quick=quick
+        ("kernels",),
+        out,
+        threads,
+        dtypes=dtypes,
+        full=full,
+        device=device,
+        compile=compile,
+        seconds=seconds,
+        quick=quick,
     )
 
 

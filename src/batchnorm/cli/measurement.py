@@ -91,5 +91,10 @@ def _options(command: Command, quick: bool, chosen: dict[str, Any]) -> Options:
         values = (
             {"seconds": 0.0} | values | {"least": 3, "size": 32, "batch": 2, "batches": (1, 2), "quick": True}
         )
+    if values.get("device") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Failure("--device cuda: torch finds no CUDA GPU here")
     values.setdefault("seconds", _ROW_SECONDS[command])
     return from_options(Options, values)
