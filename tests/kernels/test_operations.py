@@ -17,6 +17,13 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "torch's variance taken for m2",
+        "kernels/call.py",
+        "(count, mean.to(wide), variance.to(wide) * (count - 1))",
+        "(count, mean.to(wide), variance.to(wide))",
+        why="m2 is count - 1 times the unbiased variance",
+    ),
+    Mutation(
         "the fused step is made of a bad batch too",
         "kernels/fused_operators.py",
         "found_inf=flag,",
@@ -96,6 +103,20 @@ def test_running_statistics_and_counters(
     if bad is not None and path == "fused":  # as on a GPU, where asking would wait for it
         with pytest.warns(RuntimeWarning, match="inf or nan"):
             ours.eval()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, None])
+@pytest.mark.parametrize("built", [True, False])
+def test_every_rate(built: bool, momentum: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fused step cannot do is done by the moments."""
+    monkeypatch.setattr(choice, "built", lambda: built)
+    layers = [bn.BatchNorm2d(4, momentum=momentum, debiased=momentum == 0.1) for _ in range(2)]
+    for layer, kernels in zip(layers, ("torch", "reference"), strict=True):
+        with bn.kernels.use(kernels):  # type: ignore[arg-type]
+            for shift in (1, 3):
+                layer(X * shift + shift)
+    for name, value in layers[1].state_dict().items():
+        torch.testing.assert_close(layers[0].state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.49, 0.5, 1.0, torch.tensor(0.25, dtype=torch.float64)])

@@ -342,11 +342,6 @@ MUTATIONS = [
         "a division by zero", FUNCTIONAL,
     ),
     Mutation(
-        "torch's variance taken for m2", "kernels/call.py",
-        "(count, mean.to(wide), variance.to(wide) * (count - 1))", "(count, mean.to(wide), variance.to(wide))",
-        "m2 is count - 1 times the unbiased variance", RUNNING, "torch",
-    ),
-    Mutation(
         "torch given the running statistics themselves", "kernels/dispatch.py",
         "        mean, variance = (values.to(dtype, copy=True)", "        mean, variance = (values.to(dtype)",
         "training before the backward pass of an evaluation fails", GRADIENTS,
