@@ -692,6 +692,7 @@ def test_passes_take_a_saved_model() -> None:
     assert spared_bytes(upgraded) < saved_bytes(small())
     folded, _ = bn.fold(copy.deepcopy(saved).eval(), X)
     torch.testing.assert_close(folded(X), saved.eval()(X), rtol=1e-4, atol=1e-5)
+    assert not any(each._forward_pre_hooks for each in folded.modules())
     bn.population(saved, [X])
     torch.fx.symbolic_trace(saved)(X)
     torch.export.export(saved, (X,))

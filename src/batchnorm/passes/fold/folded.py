@@ -28,6 +28,7 @@ from batchnorm.passes.fold.preceding import into_preceding
 from batchnorm.passes.fold.proof import Proof, as_dtype, copy_of, detached, difference, outputs
 from batchnorm.passes.fold.remaining import as_scale
 from batchnorm.passes.report import LayerReport, Report
+from batchnorm.passes.save_memory import keep_outputs
 from batchnorm.passes.upgrade import upgrade
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -274,6 +275,7 @@ class _Folding:
     def _narrowed(self) -> nn.Module:
         """The same folds in a copy of the original, in its dtypes."""
         found = copy.deepcopy(self.original)
+        keep_outputs(found)  # of a training
         for path in self.made_plain:
             _make_plain(found.get_submodule(path))
         for plan in self.applied:
